@@ -1,0 +1,53 @@
+"""Layers that run T tasks at once on the grouped layout."""
+
+from dmtrl_keras.layers.base import TaskLayer
+from dmtrl_keras.layers.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.layers.dense import TaskDense
+from dmtrl_keras.layers.depthwise import TaskDepthwiseConv2D
+from dmtrl_keras.layers.factorized import (
+    FactorizedLayer,
+    LAFConv1D,
+    LAFConv2D,
+    LAFConv3D,
+    LAFDense,
+    TTConv1D,
+    TTConv2D,
+    TTConv3D,
+    TTDense,
+    TuckerConv1D,
+    TuckerConv2D,
+    TuckerConv3D,
+    TuckerDense,
+)
+from dmtrl_keras.layers.layout import (
+    TaskConcatenate,
+    TaskFlatten,
+    TaskSplit,
+    TaskStack,
+)
+
+__all__ = [
+    "FactorizedLayer",
+    "LAFConv1D",
+    "LAFConv2D",
+    "LAFConv3D",
+    "LAFDense",
+    "TTConv1D",
+    "TTConv2D",
+    "TTConv3D",
+    "TTDense",
+    "TaskConcatenate",
+    "TaskConv1D",
+    "TaskConv2D",
+    "TaskConv3D",
+    "TaskDense",
+    "TaskDepthwiseConv2D",
+    "TaskFlatten",
+    "TaskLayer",
+    "TaskSplit",
+    "TaskStack",
+    "TuckerConv1D",
+    "TuckerConv2D",
+    "TuckerConv3D",
+    "TuckerDense",
+]

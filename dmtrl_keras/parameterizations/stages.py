@@ -1,0 +1,201 @@
+"""Applying the kernels of T tasks as a sequence of linear stages.
+
+A stacked kernel that is a product of factors can be applied in several orders:
+compose it and convolve once per task, or pull the activations through the
+factors. Both are a sequence of stages, and one engine runs them all.
+
+Between stages the activations are in one of three forms:
+
+- `"shared"`: `(batch, ..., C)`, the same features for every task;
+- `"grouped"`: `(batch, ..., T * C)`, the layout of the library;
+- `"folded"`: `(T * batch, ..., C)`, each task's features one after another.
+
+Every array here is channels-last.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One linear stage.
+
+    Attributes:
+        kind: `"shared"`, one kernel `(*window, inputs, outputs)` for all tasks;
+            `"stacked"`, one kernel for each task, `(T, *window, inputs, outputs)`;
+            `"mix"`, `K` latent outputs of `outputs` channels each, combined to
+            one output for each task by the task matrix `(K, T)`.
+        inputs: channels in (of one task, where tasks are apart).
+        outputs: channels out (likewise).
+        kernel: function from the dict of factors to the stage's array.
+        spatial: whether this stage is the convolution that carries window,
+            strides, dilation and padding; the others are pointwise.
+        flops: to make `kernel` from the factors, once in a step.
+    """
+
+    kind: str
+    inputs: int
+    outputs: int
+    kernel: Callable
+    spatial: bool = False
+    flops: int = 0
+
+
+def plan_flops(plan, *, tasks, shared_input, batch, positions_in, positions_out, window):
+    """Multiply-add operations (counted as 2) of one forward pass of a plan.
+
+    Args:
+        plan: sequence of `Stage`.
+        tasks: int, T.
+        shared_input: bool, whether the input is in the shared form.
+        batch: int.
+        positions_in: int, product of the spatial dimensions before the
+            convolution.
+        positions_out: int, the same after it.
+        window: int, product of the kernel size.
+
+    Returns:
+        An int.
+    """
+    groups = 1 if shared_input else tasks
+    positions, total = positions_in, 0
+    for stage in plan:
+        taps = 1
+        if stage.spatial:
+            positions, taps = positions_out, window
+        if stage.kind == "stacked":
+            groups = tasks
+        if stage.kind == "mix":
+            groups, taps = tasks, 1
+        work = groups * taps * stage.inputs * stage.outputs
+        total += stage.flops + 2 * batch * positions * work
+    return total
+
+
+def _tail(x):
+    """The shape after the batch axis, dynamic where it is not known."""
+    return tuple(ops.shape(x))[1:]
+
+
+def fold(x, tasks):
+    """Grouped `(N, ..., T * C)` to folded `(T * N, ..., C)`."""
+    *middle, channels = _tail(x)
+    x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
+    axes = len(x.shape)
+    x = ops.transpose(x, (axes - 2, *range(axes - 2), axes - 1))
+    return ops.reshape(x, (-1, *middle, channels // tasks))
+
+
+def unfold_tasks(x, tasks):
+    """Folded `(T * N, ..., C)` to grouped `(N, ..., T * C)`."""
+    *middle, channels = _tail(x)
+    x = _by_task(x, tasks)
+    axes = len(x.shape)
+    x = ops.transpose(x, (*range(1, axes - 1), 0, axes - 1))
+    return ops.reshape(x, (-1, *middle, tasks * channels))
+
+
+def _by_task(x, tasks):
+    # The batch size may be unknown, and only one -1 is allowed.
+    return ops.reshape(x, (tasks, -1, *_tail(x)))
+
+
+def _pointwise(x, kernel):
+    return ops.matmul(x, ops.reshape(kernel, kernel.shape[-2:]))
+
+
+def _shared(x, form, kernel, tasks, convolve):
+    if convolve is None:
+        if form != "grouped":
+            return _pointwise(x, kernel), form
+        *middle, channels = _tail(x)
+        x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
+        x = _pointwise(x, kernel)
+        return ops.reshape(x, (-1, *middle, tasks * x.shape[-1])), form
+    if form == "grouped":
+        x, form = fold(x, tasks), "folded"
+    return convolve(x, kernel), form
+
+
+def _stacked(x, form, kernel, tasks, convolve):
+    if form == "shared":
+        # One ordinary kernel with T times the outputs.
+        axes = len(kernel.shape)
+        merged = ops.transpose(kernel, (*range(1, axes - 1), 0, axes - 1))
+        shape = (*kernel.shape[1:-1], tasks * kernel.shape[-1])
+        merged = ops.reshape(merged, shape)
+        if convolve is None:
+            return _pointwise(x, merged), "grouped"
+        return convolve(x, merged), "grouped"
+    if convolve is None:
+        if form == "grouped":
+            x = fold(x, tasks)
+        *middle, channels = _tail(x)
+        kernel = ops.reshape(kernel, (tasks, *kernel.shape[-2:]))
+        x = ops.matmul(ops.reshape(x, (tasks, -1, channels)), kernel)
+        return ops.reshape(x, (-1, *middle, kernel.shape[-1])), "folded"
+    # A loop of ordinary convolutions: the grouped one is compiled on its own by
+    # Keras on TensorFlow, and is many times slower in training on a CPU.
+    if form == "grouped":
+        parts, axis = ops.split(x, tasks, axis=-1), -1
+    else:
+        parts, axis = ops.unstack(_by_task(x, tasks), axis=0), 0
+    parts = [convolve(part, kernel[t]) for t, part in enumerate(parts)]
+    return ops.concatenate(parts, axis=axis), form
+
+
+def _mix(x, form, task_matrix, tasks):
+    latent = task_matrix.shape[0]
+    if form == "grouped":
+        x, form = fold(x, tasks), "folded"
+    *middle, channels = _tail(x)
+    channels = channels // latent
+    if form == "shared":
+        x = ops.reshape(x, (-1, *middle, latent, channels))
+        x = ops.matmul(ops.transpose(task_matrix), x)
+        return ops.reshape(x, (-1, *middle, tasks * channels)), "grouped"
+    x = ops.reshape(x, (tasks, -1, latent, channels))
+    weights = ops.reshape(ops.transpose(task_matrix), (tasks, 1, latent, 1))
+    x = ops.sum(x * weights, axis=2)
+    return ops.reshape(x, (-1, *middle, channels)), "folded"
+
+
+def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
+    """Run the stages of a plan on channels-last activations.
+
+    Args:
+        plan: sequence of `Stage`.
+        x: tensor `(batch, ..., C)` if `shared_input`, else `(batch, ..., T * C)`.
+        factors: dict of tensors, handed to each stage's `kernel`.
+        tasks: int, T.
+        shared_input: bool.
+        convolve: function of activations and one kernel `(*window, in, out)`, the
+            convolution of the spatial stage; None if the layer is dense.
+
+    Returns:
+        A grouped tensor `(batch, ..., T * outputs)`.
+    """
+    form = "shared" if shared_input else "grouped"
+    for stage in plan:
+        kernel = stage.kernel(factors)
+        spatial = convolve if stage.spatial else None
+        if stage.kind == "mix":
+            x, form = _mix(x, form, kernel, tasks)
+        elif stage.kind == "stacked":
+            x, form = _stacked(x, form, kernel, tasks, spatial)
+        else:
+            x, form = _shared(x, form, kernel, tasks, spatial)
+    if form == "folded":
+        return unfold_tasks(x, tasks)
+    if form == "shared":
+        return ops.concatenate([x] * tasks, axis=-1)
+    return x
+
+
+def matmul_flops(*sizes):
+    """Operations of a matrix product of the given sizes (rows, inner, columns)."""
+    return 2 * math.prod(sizes)

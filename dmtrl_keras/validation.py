@@ -1,0 +1,106 @@
+"""Checks that several layers share; every message says what was received."""
+
+import numbers
+
+import keras
+
+
+def check_tasks(tasks, owner):
+    """T as an int.
+
+    Args:
+        tasks: the argument that the user gave.
+        owner: str, the class or layer to name in the error.
+
+    Returns:
+        An int, at least 1.
+
+    Raises:
+        ValueError: if it is not a positive int.
+    """
+    if (
+        not isinstance(tasks, numbers.Integral)
+        or isinstance(tasks, bool)
+        or tasks < 1
+    ):
+        raise ValueError(
+            f"{owner}: `tasks` must be a positive int, the number of tasks. "
+            f"Received: tasks={tasks!r}."
+        )
+    return int(tasks)
+
+
+def task_names(tasks, owner):
+    """Task names from a number of tasks or a sequence of names.
+
+    Args:
+        tasks: int T, for `task_0` to `task_{T-1}`, or a list or tuple of
+            distinct non-empty strings.
+        owner: str, the class or layer to name in the error.
+
+    Returns:
+        A tuple of T strings.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(tasks, (list, tuple)):
+        valid = all(isinstance(name, str) and name for name in tasks)
+        if not tasks or not valid or len(set(tasks)) < len(tasks):
+            raise ValueError(
+                f"{owner}: task names must be distinct, non-empty strings. "
+                f"Received: tasks={list(tasks)!r}."
+            )
+        return tuple(tasks)
+    return tuple(f"task_{t}" for t in range(check_tasks(tasks, owner)))
+
+
+def channels_per_task(channels, tasks, owner, shape):
+    """The channels of each task in a grouped axis.
+
+    Args:
+        channels: int or None, the size of the channel axis.
+        tasks: int, T.
+        owner: str, the layer to name in the error.
+        shape: the whole input shape, for the error.
+
+    Returns:
+        An int.
+
+    Raises:
+        ValueError: if the size is unknown or no multiple of T.
+    """
+    if channels is None:
+        raise ValueError(
+            f"{owner}: the channel axis of the input must have a known size. "
+            f"Received: input shape {tuple(shape)}."
+        )
+    if channels % tasks:
+        raise ValueError(
+            f"{owner}: expected a grouped input whose channels divide by "
+            f"tasks={tasks}. Received: {channels} channels, input shape "
+            f"{tuple(shape)}. If all tasks have the same input, pass "
+            "`shared_input=True`."
+        )
+    return channels // tasks
+
+
+def channel_axis(data_format):
+    """The channel axis of a data format: -1 or 1."""
+    return -1 if data_format == "channels_last" else 1
+
+
+def standardize_data_format(data_format, owner):
+    """`"channels_last"` or `"channels_first"`, Keras's own setting for None.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if data_format is None:
+        return keras.config.image_data_format()
+    if data_format not in ("channels_last", "channels_first"):
+        raise ValueError(
+            f'{owner}: `data_format` must be "channels_last" or "channels_first". '
+            f"Received: data_format={data_format!r}."
+        )
+    return data_format

@@ -1,0 +1,1 @@
+"""Experiments: one runnable module for each, `python -m applications.mnist`."""

@@ -1,6 +1,33 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
-from dmtrl_keras import layers, parameterizations
+from dmtrl_keras import decomposition, layers, losses, metrics, parameterizations
+from dmtrl_keras.data import zip_tasks
+from dmtrl_keras.factorization import (
+    Factorization,
+    factorization_report,
+    factorize,
+)
+from dmtrl_keras.layers import task_layers
+from dmtrl_keras.sharing import (
+    plot_sharing_strength,
+    sharing_strength,
+    sharing_strength_of,
+)
 from dmtrl_keras.version import __version__
 
-__all__ = ["__version__", "layers", "parameterizations"]
+__all__ = [
+    "Factorization",
+    "__version__",
+    "decomposition",
+    "factorization_report",
+    "factorize",
+    "layers",
+    "losses",
+    "metrics",
+    "parameterizations",
+    "plot_sharing_strength",
+    "sharing_strength",
+    "sharing_strength_of",
+    "task_layers",
+    "zip_tasks",
+]

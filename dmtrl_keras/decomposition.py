@@ -96,8 +96,7 @@ def check_choice(rank, tolerance, threshold="frobenius"):
         )
     if threshold not in THRESHOLDS:
         raise ValueError(
-            f"`threshold` must be one of {THRESHOLDS}. "
-            f"Received: threshold={threshold!r}."
+            f"`threshold` must be one of {THRESHOLDS}. Received: threshold={threshold!r}."
         )
     if rank is None:
         return
@@ -106,7 +105,7 @@ def check_choice(rank, tolerance, threshold="frobenius"):
         fraction = isinstance(entry, numbers.Real) and not isinstance(
             entry, numbers.Integral
         )
-        if not (whole and entry >= 1 or fraction and 0 < entry <= 1):
+        if not ((whole and entry >= 1) or (fraction and 0 < entry <= 1)):
             raise ValueError(
                 "`rank` must be a positive int, a fraction in (0, 1] given as a "
                 "float, or a tuple of these with one entry for each rank. "

@@ -18,11 +18,7 @@ def check_tasks(tasks, owner):
     Raises:
         ValueError: if it is not a positive int.
     """
-    if (
-        not isinstance(tasks, numbers.Integral)
-        or isinstance(tasks, bool)
-        or tasks < 1
-    ):
+    if not isinstance(tasks, numbers.Integral) or isinstance(tasks, bool) or tasks < 1:
         raise ValueError(
             f"{owner}: `tasks` must be a positive int, the number of tasks. "
             f"Received: tasks={tasks!r}."

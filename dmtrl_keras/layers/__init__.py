@@ -1,6 +1,6 @@
 """Layers that run T tasks at once on the grouped layout."""
 
-from dmtrl_keras.layers.base import TaskLayer
+from dmtrl_keras.layers.base import TaskLayer, task_layers
 from dmtrl_keras.layers.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.layers.dense import TaskDense
 from dmtrl_keras.layers.depthwise import TaskDepthwiseConv2D
@@ -50,4 +50,5 @@ __all__ = [
     "TuckerConv2D",
     "TuckerConv3D",
     "TuckerDense",
+    "task_layers",
 ]

@@ -41,8 +41,7 @@ def draw_stacked_kernel(initializer, shape, tasks, common, dtype="float32"):
         seeds = np.random.default_rng(initializer.seed).integers(2**31, size=tasks)
         config = initializer.get_config()
         draws = [
-            type(initializer).from_config({**config, "seed": int(seed)})
-            for seed in seeds
+            type(initializer).from_config({**config, "seed": int(seed)}) for seed in seeds
         ]
     else:
         draws = [initializer] * tasks
@@ -406,3 +405,11 @@ def _constant(value):
 
     return initializer
 
+
+def task_layers(model):
+    """The layers of a model that hold T kernels, nested models included, in order."""
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if isinstance(layer, TaskLayer)
+    ]

@@ -122,7 +122,9 @@ class TaskConv(TaskLayer):
             )
             result = convolve(part, own)
             middle = tuple(ops.shape(result))[1:-1]
-            results.append(ops.reshape(result, (-1, *middle, outputs // self.filters, 1, size)))
+            results.append(
+                ops.reshape(result, (-1, *middle, outputs // self.filters, 1, size))
+            )
         result = ops.concatenate(results, axis=-2)
         return ops.reshape(result, (-1, *middle, outputs))
 

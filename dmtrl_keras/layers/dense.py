@@ -55,8 +55,9 @@ class TaskDense(TaskLayer):
     >>> import numpy as np
     >>> from dmtrl_keras.layers import TaskDense
     >>> layer = TaskDense(5, tasks=3, shared_input=True)
-    >>> layer(np.zeros((2, 4), "float32")).shape, layer.kernel.shape
-    (TensorShape([2, 15]), (4, 5, 3))
+    >>> outputs = layer(np.zeros((2, 4), "float32"))
+    >>> tuple(outputs.shape), tuple(layer.kernel.shape)
+    ((2, 15), (4, 5, 3))
     """
 
     def __init__(

@@ -56,13 +56,13 @@ class FactorizedLayer:
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class LAFDense(FactorizedLayer, TaskDense):
-    """T dense layers, the kernels generated from combinations of latent kernels.
+    """T dense layers, combinations of latent kernels.
 
     `W[..., t] = sum_k L[..., k] S[k, t]` (DMTRL Eq. 2), for the stacked kernel
     `(in, units, T)`. One rank; see
-    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those of
-    `TaskDense` (`units` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
+    of `TaskDense` (`units` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -70,7 +70,7 @@ class LAFDense(FactorizedLayer, TaskDense):
     >>> from dmtrl_keras.layers import LAFDense
     >>> layer = LAFDense(4, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 12), "float32")).shape), layer.rank
-    ((2, 12), RANK)
+    ((2, 12), (2,))
     """
 
     _parameterization = LAF
@@ -78,13 +78,13 @@ class LAFDense(FactorizedLayer, TaskDense):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class LAFConv1D(FactorizedLayer, TaskConv1D):
-    """T 1D convolutions, the kernels generated from combinations of latent kernels.
+    """T 1D convolutions, combinations of latent kernels.
 
     `W[..., t] = sum_k L[..., k] S[k, t]` (DMTRL Eq. 2), for the stacked kernel
     `(length, in, filters, T)`. One rank; see
-    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those of
-    `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
+    of `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -92,7 +92,7 @@ class LAFConv1D(FactorizedLayer, TaskConv1D):
     >>> from dmtrl_keras.layers import LAFConv1D
     >>> layer = LAFConv1D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 12), RANK)
+    ((2, 4, 12), (2,))
     """
 
     _parameterization = LAF
@@ -100,13 +100,13 @@ class LAFConv1D(FactorizedLayer, TaskConv1D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class LAFConv2D(FactorizedLayer, TaskConv2D):
-    """T 2D convolutions, the kernels generated from combinations of latent kernels.
+    """T 2D convolutions, combinations of latent kernels.
 
     `W[..., t] = sum_k L[..., k] S[k, t]` (DMTRL Eq. 2), for the stacked kernel
     `(height, width, in, filters, T)`. One rank; see
-    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those of
-    `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
+    of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -114,7 +114,7 @@ class LAFConv2D(FactorizedLayer, TaskConv2D):
     >>> from dmtrl_keras.layers import LAFConv2D
     >>> layer = LAFConv2D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 12), RANK)
+    ((2, 4, 4, 12), (2,))
     """
 
     _parameterization = LAF
@@ -122,13 +122,13 @@ class LAFConv2D(FactorizedLayer, TaskConv2D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class LAFConv3D(FactorizedLayer, TaskConv3D):
-    """T 3D convolutions, the kernels generated from combinations of latent kernels.
+    """T 3D convolutions, combinations of latent kernels.
 
     `W[..., t] = sum_k L[..., k] S[k, t]` (DMTRL Eq. 2), for the stacked kernel
     `(k1, k2, k3, in, filters, T)`. One rank; see
-    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those of
-    `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
+    of `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -136,7 +136,7 @@ class LAFConv3D(FactorizedLayer, TaskConv3D):
     >>> from dmtrl_keras.layers import LAFConv3D
     >>> layer = LAFConv3D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 4, 12), RANK)
+    ((2, 4, 4, 4, 12), (2,))
     """
 
     _parameterization = LAF
@@ -144,13 +144,13 @@ class LAFConv3D(FactorizedLayer, TaskConv3D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TuckerDense(FactorizedLayer, TaskDense):
-    """T dense layers, the kernels generated from a core and one factor for each axis.
+    """T dense layers, kernels of a core and one factor per axis.
 
     `W = C x_1 U1 x_2 U2 ... x_N UN` (DMTRL Eq. 3, 4), for the stacked kernel
     `(in, units, T)`. Three ranks; see
-    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those of
-    `TaskDense` (`units` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
+    of `TaskDense` (`units` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -158,7 +158,7 @@ class TuckerDense(FactorizedLayer, TaskDense):
     >>> from dmtrl_keras.layers import TuckerDense
     >>> layer = TuckerDense(4, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 12), "float32")).shape), layer.rank
-    ((2, 12), RANK)
+    ((2, 12), (2, 2, 2))
     """
 
     _parameterization = Tucker
@@ -166,13 +166,13 @@ class TuckerDense(FactorizedLayer, TaskDense):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TuckerConv1D(FactorizedLayer, TaskConv1D):
-    """T 1D convolutions, the kernels generated from a core and one factor for each axis.
+    """T 1D convolutions, kernels of a core and one factor per axis.
 
     `W = C x_1 U1 x_2 U2 ... x_N UN` (DMTRL Eq. 3, 4), for the stacked kernel
     `(length, in, filters, T)`. Four ranks; see
-    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those of
-    `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
+    of `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -180,7 +180,7 @@ class TuckerConv1D(FactorizedLayer, TaskConv1D):
     >>> from dmtrl_keras.layers import TuckerConv1D
     >>> layer = TuckerConv1D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 12), RANK)
+    ((2, 4, 12), (2, 2, 2, 2))
     """
 
     _parameterization = Tucker
@@ -188,13 +188,13 @@ class TuckerConv1D(FactorizedLayer, TaskConv1D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TuckerConv2D(FactorizedLayer, TaskConv2D):
-    """T 2D convolutions, the kernels generated from a core and one factor for each axis.
+    """T 2D convolutions, kernels of a core and one factor per axis.
 
     `W = C x_1 U1 x_2 U2 ... x_N UN` (DMTRL Eq. 3, 4), for the stacked kernel
     `(height, width, in, filters, T)`. Five ranks; see
-    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those of
-    `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
+    of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -202,7 +202,7 @@ class TuckerConv2D(FactorizedLayer, TaskConv2D):
     >>> from dmtrl_keras.layers import TuckerConv2D
     >>> layer = TuckerConv2D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 12), RANK)
+    ((2, 4, 4, 12), (2, 2, 2, 2, 2))
     """
 
     _parameterization = Tucker
@@ -210,13 +210,13 @@ class TuckerConv2D(FactorizedLayer, TaskConv2D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TuckerConv3D(FactorizedLayer, TaskConv3D):
-    """T 3D convolutions, the kernels generated from a core and one factor for each axis.
+    """T 3D convolutions, kernels of a core and one factor per axis.
 
     `W = C x_1 U1 x_2 U2 ... x_N UN` (DMTRL Eq. 3, 4), for the stacked kernel
     `(k1, k2, k3, in, filters, T)`. Six ranks; see
-    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those of
-    `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
+    of `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -224,7 +224,7 @@ class TuckerConv3D(FactorizedLayer, TaskConv3D):
     >>> from dmtrl_keras.layers import TuckerConv3D
     >>> layer = TuckerConv3D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 4, 12), RANK)
+    ((2, 4, 4, 4, 12), (2, 2, 2, 2, 2, 2))
     """
 
     _parameterization = Tucker
@@ -232,13 +232,13 @@ class TuckerConv3D(FactorizedLayer, TaskConv3D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TTDense(FactorizedLayer, TaskDense):
-    """T dense layers, the kernels generated from a train of one core for each axis.
+    """T dense layers, kernels of a train of one core per axis.
 
     `W = G1 . G2 ... GN` (DMTRL Eq. 6-8), for the stacked kernel
     `(in, units, T)`. Two ranks; see
-    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those of
-    `TaskDense` (`units` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
+    of `TaskDense` (`units` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -246,7 +246,7 @@ class TTDense(FactorizedLayer, TaskDense):
     >>> from dmtrl_keras.layers import TTDense
     >>> layer = TTDense(4, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 12), "float32")).shape), layer.rank
-    ((2, 12), RANK)
+    ((2, 12), (2, 2))
     """
 
     _parameterization = TT
@@ -254,13 +254,13 @@ class TTDense(FactorizedLayer, TaskDense):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TTConv1D(FactorizedLayer, TaskConv1D):
-    """T 1D convolutions, the kernels generated from a train of one core for each axis.
+    """T 1D convolutions, kernels of a train of one core per axis.
 
     `W = G1 . G2 ... GN` (DMTRL Eq. 6-8), for the stacked kernel
     `(length, in, filters, T)`. Three ranks; see
-    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those of
-    `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
+    of `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -268,7 +268,7 @@ class TTConv1D(FactorizedLayer, TaskConv1D):
     >>> from dmtrl_keras.layers import TTConv1D
     >>> layer = TTConv1D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 12), RANK)
+    ((2, 4, 12), (2, 2, 2))
     """
 
     _parameterization = TT
@@ -276,13 +276,13 @@ class TTConv1D(FactorizedLayer, TaskConv1D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TTConv2D(FactorizedLayer, TaskConv2D):
-    """T 2D convolutions, the kernels generated from a train of one core for each axis.
+    """T 2D convolutions, kernels of a train of one core per axis.
 
     `W = G1 . G2 ... GN` (DMTRL Eq. 6-8), for the stacked kernel
     `(height, width, in, filters, T)`. Four ranks; see
-    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those of
-    `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
+    of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -290,7 +290,7 @@ class TTConv2D(FactorizedLayer, TaskConv2D):
     >>> from dmtrl_keras.layers import TTConv2D
     >>> layer = TTConv2D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 12), RANK)
+    ((2, 4, 4, 12), (2, 2, 2, 2))
     """
 
     _parameterization = TT
@@ -298,13 +298,13 @@ class TTConv2D(FactorizedLayer, TaskConv2D):
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TTConv3D(FactorizedLayer, TaskConv3D):
-    """T 3D convolutions, the kernels generated from a train of one core for each axis.
+    """T 3D convolutions, kernels of a train of one core per axis.
 
     `W = G1 . G2 ... GN` (DMTRL Eq. 6-8), for the stacked kernel
     `(k1, k2, k3, in, filters, T)`. Five ranks; see
-    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those of
-    `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of `FactorizedLayer`:
-    `rank`, `tolerance`, `implementation`, `threshold`.
+    `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
+    of `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
+    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
 
     Example:
 
@@ -312,7 +312,7 @@ class TTConv3D(FactorizedLayer, TaskConv3D):
     >>> from dmtrl_keras.layers import TTConv3D
     >>> layer = TTConv3D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 4, 12), RANK)
+    ((2, 4, 4, 4, 12), (2, 2, 2, 2, 2))
     """
 
     _parameterization = TT

@@ -11,7 +11,6 @@ from keras import ops
 from dmtrl_keras.validation import (
     channel_axis,
     channels_per_task,
-    check_tasks,
     standardize_data_format,
     task_names,
 )

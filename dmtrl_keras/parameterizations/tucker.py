@@ -94,9 +94,7 @@ def _plan(shapes, modes, input_outside, output_outside, tasks_outside):
         plan.append(Stage("stacked", inputs, outputs, task_kernels, True, flops))
     if output_outside:
         size = shapes[out_of][0]
-        plan.append(
-            Stage("shared", outputs, size, lambda f: ops.transpose(f[out_of]))
-        )
+        plan.append(Stage("shared", outputs, size, lambda f: ops.transpose(f[out_of])))
     return plan
 
 
@@ -130,9 +128,7 @@ def _mode_products(factors, order, modes=None):
         elif before == 1:
             tensor = ops.matmul(factor, ops.reshape(tensor, (shape[axis], after)))
         else:
-            tensor = ops.matmul(
-                factor, ops.reshape(tensor, (before, shape[axis], after))
-            )
+            tensor = ops.matmul(factor, ops.reshape(tensor, (before, shape[axis], after)))
         shape[axis] = factor.shape[0]
         tensor = ops.reshape(tensor, shape)
     return tensor

@@ -1,0 +1,110 @@
+"""What experiments share: results that survive an interruption, tables, README blocks."""
+
+import json
+import pathlib
+
+import pandas as pd
+from rich.table import Table
+
+
+class Results:
+    """Finished runs in a JSON lines file, written as they come.
+
+    A run is named by its settings; asked for again with the same settings it is found,
+    so that an interrupted call resumes.
+
+    Args:
+        path: path of the file; its folder is made.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._runs = {}
+        if self.path.exists():
+            self._read()
+
+    def _read(self):
+        lines = self.path.read_text().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                run = json.loads(line)
+                self._runs[self._key(run["settings"])] = run
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    # The last write was cut off; that run is done again.
+                    self.path.write_text("".join(lines[:-1]))
+                    return
+                raise ValueError(
+                    f"{self.path}, line {number}: expected a JSON object with "
+                    f"'settings' and 'results'. Received: {line[:80]!r}."
+                ) from error
+
+    @staticmethod
+    def _key(settings):
+        return json.dumps(settings, sort_keys=True)
+
+    def get(self, settings):
+        """The results of a finished run, or None."""
+        run = self._runs.get(self._key(settings))
+        return None if run is None else run["results"]
+
+    def add(self, settings, results):
+        """Write a finished run to the file."""
+        run = {"settings": settings, "results": results}
+        with self.path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        # As a later call would read it.
+        self._runs[self._key(settings)] = json.loads(json.dumps(run))
+
+
+def mean_and_spread(values, digits=2):
+    """`"5.31 ± 0.20"`: mean and sample standard deviation; the mean alone for one value.
+
+    Example:
+
+    >>> mean_and_spread([1.0, 3.0])
+    '2.00 ± 1.41'
+    """
+    values = pd.Series(values, dtype="float64")
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+
+def rich_table(frame, title):
+    """A data frame of strings as a table for the terminal."""
+    table = Table(title=title)
+    for index, column in enumerate(frame.columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*map(str, row))
+    return table
+
+
+def markdown_table(frame):
+    """A data frame of strings as a Markdown table."""
+    rows = [list(frame.columns), ["---"] * len(frame.columns)]
+    rows += [list(map(str, row)) for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def write_block(path, name, text):
+    """Replace what stands between a file's marks `<!-- name:begin -->` and `:end`.
+
+    Args:
+        path: path of a text file.
+        name: str.
+        text: what to put there.
+
+    Raises:
+        ValueError: if the file lacks the marks.
+    """
+    path = pathlib.Path(path)
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    content = path.read_text()
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{path}: expected the marks {begin} and {end}, once each.")
+    head, rest = content.split(begin)
+    _, tail = rest.split(end)
+    path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")

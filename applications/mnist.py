@@ -321,7 +321,8 @@ def summarize(runs):
         runs: data frame with a row for each run.
 
     Returns:
-        A data frame of strings.
+        A data frame of strings: kernel weights without biases, and their ratio to STL's;
+        both errors and the seconds of training as mean ± sample standard deviation.
     """
     baseline = kernel_parameters_of_stl(runs)
     rows = []
@@ -336,10 +337,10 @@ def summarize(runs):
                     "Method": _label(group),
                     "Fraction": f"{fraction:g}",
                     "Runs": len(group),
-                    "Kernel weights": f"{parameters:,.0f}",
-                    "Ratio to STL": f"{parameters / baseline:.2f}",
-                    "Mean binary error %": mean_and_spread(group.binary_error * 100),
-                    "Multi-class error %": mean_and_spread(group.multiclass_error * 100),
+                    "Weights": f"{parameters:,.0f}",
+                    "Ratio": f"{parameters / baseline:.2f}",
+                    "Binary %": mean_and_spread(group.binary_error * 100),
+                    "Multi-class %": mean_and_spread(group.multiclass_error * 100),
                     "Seconds": mean_and_spread(group.seconds, digits=0),
                 }
             )

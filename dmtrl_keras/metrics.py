@@ -22,7 +22,8 @@ class _MeanError(keras.metrics.Metric):
         self.count = self.add_variable((), "zeros", name="count")
 
     def _check(self, y_true, y_pred, labels):
-        y_true = ops.convert_to_tensor(y_true)
+        # Bool labels have no order, and so no greatest entry.
+        y_true = ops.cast(ops.convert_to_tensor(y_true), "float32")
         y_pred = ops.convert_to_tensor(y_pred)
         allowed = {"(batch, T)": tuple(y_pred.shape)}
         if labels == "classes":

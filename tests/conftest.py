@@ -28,3 +28,18 @@ def data_dir():
     folder = pathlib.Path(folder)
     assert folder.is_dir(), f"DMTRL_DATA_DIR: no such folder: {folder}"
     return folder
+
+
+def pytest_collection_finish(session):
+    """Where every test must run, a skip is turned into a failure."""
+    session.config.fail_on_skip = bool(os.environ.get("DMTRL_FAIL_ON_SKIP"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Report a skip as a failure if `DMTRL_FAIL_ON_SKIP` is set."""
+    report = yield
+    if report.skipped and getattr(item.config, "fail_on_skip", False):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but DMTRL_FAIL_ON_SKIP is set: {report.longrepr}"
+    return report

@@ -189,7 +189,7 @@ def test_registry_and_serialization(name):
 
 def test_registry_errors():
     """Unknown names, bad implementations and double registration."""
-    with pytest.raises(ValueError, match="'tucker'.*'cp'"):
+    with pytest.raises(ValueError, match=r"'tucker'.*'cp'"):
         parameterizations.get("cp")
     with pytest.raises(ValueError, match="fast"):
         Tucker(rank=1, implementation="fast")

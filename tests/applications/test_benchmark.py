@@ -1,0 +1,78 @@
+"""The benchmark: its networks are of one size, and the command writes its tables."""
+
+import keras
+import numpy as np
+import pytest
+
+from applications import benchmark, mnist
+
+SIZES = ("valid", 8)
+
+
+def test_networks_are_of_one_size():
+    """(a), (b) and (c) have equally many weights and equal output shapes."""
+    networks = [
+        benchmark.plain_networks(10, *SIZES),
+        benchmark.grouped_network(10, *SIZES),
+        mnist.lenet(0, *SIZES),
+    ]
+    assert len({network.count_params() for network in networks}) == 1
+    assert {network.output_shape for network in networks} == {(None, 10)}
+
+
+def test_bare_step_is_of_the_same_size():
+    """(e) has a gradient for each kernel of the three large layers, and each input."""
+    gradients = benchmark.bare_step(2, 3, *SIZES)()
+    shapes = [tuple(g.shape) for g in gradients]
+    assert shapes[0] == (5, 5, 1, 64)
+    assert shapes[3:5] == [(4, 4, 32, 64)] * 2
+    assert shapes[-2:] == [(1024, 8)] * 2
+
+
+def test_in_turn_gives_medians():
+    """Each function runs as often as the others, after two warm-ups."""
+    calls = {"x": 0, "y": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    times = benchmark.in_turn({n: lambda n=n: count(n) for n in calls}, 5)
+    assert calls == {"x": 7, "y": 7}
+    assert set(times) == {"x", "y"}
+    assert min(times.values()) >= 0
+
+
+@pytest.mark.parametrize("method", benchmark.FACTORIZATIONS)
+def test_variants_are_one_function(method, rng):
+    """Composed, contracted and automatic give the same outputs."""
+    source = mnist.lenet(0, *SIZES)
+    models, size = benchmark.factorized_variants(source, method, 0.5, None)
+    assert 0 < size < 1
+    images = rng.uniform(0, 255, size=(2, 28, 28, 1)).astype("float32")
+    outputs = [model.predict(images, verbose=0) for model in models.values()]
+    for other in outputs[1:]:
+        np.testing.assert_allclose(other, outputs[0], atol=1e-4)
+
+
+def test_command(tmp_path):
+    """A small run writes both tables, also into a README."""
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmark:begin -->\n<!-- benchmark:end -->\n")
+    arguments = (
+        "--batch-size 2 --fc 4 --repeats 1 --ranks 0.5 --stl-epochs 1 --skip-grouped"
+    )
+    first, second = benchmark.main(
+        [
+            *arguments.split(),
+            "--methods",
+            "tt",
+            "--output",
+            str(tmp_path / "out"),
+            "--readme",
+            str(readme),
+        ]
+    )
+    assert len(first) == 3
+    assert list(second["Rank"]) == ["10% error", "0.5"]
+    assert (tmp_path / "out" / "tables.md").read_text().strip() in readme.read_text()
+    assert keras.config.backend() in readme.read_text()

@@ -1,0 +1,183 @@
+"""The MNIST experiment: exact counts, the same budget for all, resuming."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from test_digits import write_folder
+
+from applications import mnist
+from dmtrl_keras import task_layers
+
+TINY = ["--epochs", "2", "--fraction", "0.0005", "--fc", "8", "--padding", "valid"]
+
+
+def test_parameter_counts_of_the_paper():
+    """DESIGN: 10 x 435,104 for STL, 436,256 for UD-MTL with N = 3, no biases."""
+    stl, ud = mnist.lenet(0, use_bias=False), mnist.lenet(3, use_bias=False)
+    assert stl.count_params() == mnist.kernel_parameters(stl) == 4_351_040
+    assert ud.count_params() == mnist.kernel_parameters(ud) == 436_256
+    # Biases are not counted, whether there are any or not.
+    assert mnist.kernel_parameters(mnist.lenet(0)) == 4_351_040
+    text = mnist.lenet(0, padding="valid", fc=512)
+    one = 5 * 5 * 32 + 4 * 4 * 32 * 64 + 4 * 4 * 64 * 512 + 512
+    assert mnist.kernel_parameters(text) == 10 * one
+
+
+@pytest.mark.parametrize("shared_layers", [0, 1, 2, 3])
+def test_networks(shared_layers, rng):
+    """Layers up to N are ordinary Keras layers; one output for each task."""
+    model = mnist.lenet(shared_layers, fc=8, padding="valid")
+    assert model.output_shape == (None, 10)
+    names = [layer.name for layer in task_layers(model)]
+    assert names == ["conv1", "conv2", "fc", "output"][shared_layers:]
+    images = rng.integers(256, size=(2, 28, 28, 1)).astype("float32")
+    assert np.all(np.isfinite(model.predict(images, verbose=0)))
+
+
+def test_stl_is_ten_networks(rng):
+    """The multi-task STL network equals ten LeNets with its kernels."""
+    model = mnist.lenet(0, fc=8, padding="same")
+    for layer in task_layers(model):
+        for variable in (*layer.factors.values(), layer.bias):
+            variable.assign(rng.normal(size=variable.shape) * 0.1)
+    images = rng.integers(256, size=(3, 28, 28, 1)).astype("float32")
+    outputs = model.predict(images, verbose=0)
+    for t in (0, 7):
+        one = mnist.lenet(3, fc=8, padding="same", tasks=1)
+        for name in ("conv1", "conv2", "fc", "output"):
+            layer = model.get_layer(name)
+            kernel = keras.ops.convert_to_numpy(layer.task_kernel(t))
+            bias = keras.ops.convert_to_numpy(layer.bias)[:, t]
+            variables = one.get_layer(name).weights
+            for variable, value in zip(variables, (kernel, bias)):
+                variable.assign(value.reshape(variable.shape))
+        np.testing.assert_allclose(
+            outputs[:, t : t + 1], one.predict(images, verbose=0), atol=1e-4
+        )
+
+
+def test_same_budget_for_every_method(tmp_path, rng):
+    """Each method sees every epoch of the budget once."""
+    write_folder(tmp_path, rng)
+    options = mnist.parser().parse_args([*TINY, "--epochs", "5"])
+    digits = mnist.load_digits(str(tmp_path))
+    for method in mnist.METHODS:
+        ticks = []
+        trainer = mnist.Trainer(
+            options,
+            digits.train_images,
+            digits.train_labels,
+            0,
+            lambda t=ticks: t.append(1),
+        )
+        trainer.train(method, 3)
+        assert len(ticks) == 5, method
+
+
+def test_stl_is_not_interrupted(tmp_path, rng):
+    """STL in two halves, the optimizer's state carried over, is STL in one."""
+    write_folder(tmp_path, rng)
+    digits = mnist.load_digits(str(tmp_path))
+    options = mnist.parser().parse_args([*TINY, "--epochs", "4"])
+    trainer = mnist.Trainer(options, digits.train_images, digits.train_labels, 0)
+    source, state, _ = trainer.half_trained()
+    model, _ = trainer.train("stl")
+    assert int(state[0]) == 2 * 2
+    assert int(model.optimizer.iterations) == 4 * 2
+    assert trainer.half_trained()[0] is source
+
+
+def test_whole_command(tmp_path, rng, capsys):
+    """All methods, two fractions: lines, table, figures, README block; then resumed."""
+    data, output, readme = tmp_path / "data", tmp_path / "out", tmp_path / "README.md"
+    data.mkdir()
+    write_folder(data, rng, train=90)
+    readme.write_text("<!-- mnist:begin -->\n<!-- mnist:end -->\n")
+    command = [
+        *TINY,
+        "--data",
+        str(data),
+        "--fraction",
+        "0.0005",
+        "0.001",
+        "--repeats",
+        "2",
+        "--output",
+        str(output),
+        "--readme",
+        str(readme),
+    ]
+    table = mnist.main(command)
+    lines = (output / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2 * 5
+    assert len(table) == 2 * 5
+    assert set(table["Runs"]) == {2}
+    for line in lines:
+        results = json.loads(line)["results"]
+        assert 0 <= results["multiclass_error"] <= 1
+        assert list(results["sharing_strength"]) == ["conv1", "conv2", "fc", "output"]
+    for name in ("errors.png", "sharing_strength.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert "DMTRL-Tucker" in readme.read_text()
+    assert "repeat 2" in capsys.readouterr().out
+    before = (output / "runs.jsonl").read_text()
+    again = mnist.main(command)
+    assert (output / "runs.jsonl").read_text() == before
+    assert again.equals(table)
+
+
+def test_cross_validated_sharing(tmp_path, rng):
+    """N is the one with the smallest error over the folds of the training images."""
+    write_folder(tmp_path, rng)
+    command = [*TINY, "--data", str(tmp_path), "--methods", "ud-mtl", "--folds", "2"]
+    command += ["--shared-layers", "cv", "--output", str(tmp_path / "out")]
+    mnist.main(command)
+    results = json.loads((tmp_path / "out" / "runs.jsonl").read_text())["results"]
+    errors = results["cross_validation"]
+    assert set(errors) == {"1", "2", "3"}
+    assert errors[str(results["shared_layers"])] == min(errors.values())
+
+
+def test_draws_are_the_same_for_all_methods():
+    """By seed alone; different repeats differ."""
+    digits = mnist.load_digits("sample")
+    one, two = mnist.draw(digits, 0.01, 5), mnist.draw(digits, 0.01, 5)
+    assert len(set(one.tolist())) == 600
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, mnist.draw(digits, 0.01, 6))
+    with pytest.raises(ValueError, match=r"0\.5 is 30000.*has 3000.*up to 0\.05"):
+        mnist.draw(digits, 0.5, 0)
+
+
+def test_learns_real_digits():
+    """A shared network on 600 real digits is far better than chance after one minute."""
+    options = mnist.parser().parse_args(["--padding", "valid", "--epochs", "8"])
+    digits = mnist.load_digits("sample")
+    chosen = mnist.draw(digits, 0.01, 0)
+    trainer = mnist.Trainer(
+        options, digits.train_images[chosen], digits.train_labels[chosen], 0
+    )
+    model, _ = trainer.train("ud-mtl", 3)
+    _, error = mnist.evaluate(model, digits.test_images, digits.test_labels)
+    assert error < 0.25
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--fraction", "0"],
+        ["--fraction", "1.5"],
+        ["--tolerance", "1.5"],
+        ["--methods", "cp"],
+        ["--shared-layers", "4"],
+        ["--epochs", "1"],
+        ["--repeats", "0"],
+    ],
+)
+def test_bad_arguments(arguments, capsys):
+    """Argparse says which argument, and what it takes."""
+    with pytest.raises(SystemExit):
+        mnist.parser().parse_args(arguments)
+    assert arguments[0] in capsys.readouterr().err

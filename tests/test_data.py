@@ -1,0 +1,108 @@
+"""zip_tasks: one stream of dict batches from data sets of different sizes."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dmtrl_keras import layers, zip_tasks
+
+
+def arrays(n, offset=0):
+    """N examples whose value is their number."""
+    x = np.arange(offset, offset + n, dtype="float32")[:, None]
+    return x, x[:, 0] * 2
+
+
+def endless():
+    """A data set without an end."""
+    return tf.data.Dataset.from_tensor_slices(arrays(3)).repeat()
+
+
+def collect(stream, name):
+    """All inputs of one task in an epoch."""
+    return np.concatenate([inputs[name].numpy()[:, 0] for inputs, _ in stream])
+
+
+def test_longest_epoch():
+    """Every example of every task, the shorter repeated, batches of one size."""
+    stream = zip_tasks({"a": arrays(10), "b": arrays(23)}, batch_size=4, seed=1)
+    assert len(stream) == int(stream.cardinality()) == 6
+    assert set(collect(stream, "b")) == set(range(23))
+    counts = np.bincount(collect(stream, "a").astype(int))
+    assert counts.sum() == 24
+    assert counts.min() >= 2
+    for inputs, labels in stream:
+        assert set(inputs) == set(labels) == {"a", "b"}
+        assert inputs["a"].shape == (4, 1)
+        np.testing.assert_array_equal(labels["b"], 2 * inputs["b"][:, 0])
+
+
+def test_other_epochs():
+    """The shortest, or a number of batches."""
+    data = {"a": arrays(10), "b": arrays(23)}
+    assert len(zip_tasks(data, 4, epoch="shortest")) == 3
+    assert len(list(zip_tasks(data, 4, epoch=11))) == 11
+
+
+def test_order_and_seeds():
+    """Unshuffled in order; shuffled anew each epoch; the same for the same seed."""
+    data = {"a": arrays(12)}
+    plain = zip_tasks(data, 5, shuffle=False)
+    np.testing.assert_array_equal(collect(plain, "a"), [*range(12), 0, 1, 2])
+    one, two = (zip_tasks(data, 4, seed=7) for _ in range(2))
+    first = collect(one, "a")
+    np.testing.assert_array_equal(first, collect(two, "a"))
+    assert not np.array_equal(first, collect(one, "a"))
+    assert not np.array_equal(first, np.arange(12))
+
+
+def test_datasets_and_weights():
+    """tf.data sets and arrays together; a task without weights gets ones."""
+    dataset = tf.data.Dataset.from_tensor_slices(arrays(6))
+    weighted = (*arrays(9), np.full(9, 0.5, "float32"))
+    stream = zip_tasks({"a": dataset, "b": weighted}, 3)
+    _, _, weights = next(iter(stream))
+    np.testing.assert_array_equal(weights["a"], np.ones(3))
+    np.testing.assert_array_equal(weights["b"], np.full(3, 0.5))
+
+
+def test_fit(rng):
+    """model.fit on a network with one input per task knows the epoch's length."""
+    inputs = {name: keras.Input((1,), name=name) for name in ("a", "b")}
+    stacked = layers.TaskStack(["a", "b"])(inputs)
+    outputs = layers.TaskSplit(["a", "b"])(layers.TaskDense(1, 2)(stacked))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", {"a": "mse", "b": "mse"})
+    data = {
+        n: (rng.normal(size=(k, 1)), rng.normal(size=(k, 1)))
+        for n, k in (("a", 10), ("b", 25))
+    }
+    history = model.fit(zip_tasks(data, 5), epochs=2, verbose=0)
+    assert len(history.history["loss"]) == 2
+    assert int(model.optimizer.iterations) == 10
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: zip_tasks({}, 2), "at least one task"),
+        (lambda: zip_tasks([arrays(3)], 2), "list"),
+        (lambda: zip_tasks({"a": arrays(3)}, 0), "batch_size.*0"),
+        (lambda: zip_tasks({"a": arrays(3)}, 2, epoch="all"), "epoch.*'all'"),
+        (lambda: zip_tasks({"a": (np.ones(3), np.ones(4))}, 2), r"'a'.*\[3, 4\]"),
+        (lambda: zip_tasks({"a": (np.ones(0), np.ones(0))}, 2), r"'a'.*\[0, 0\]"),
+        (lambda: zip_tasks({"a": np.ones(3)}, 2), "'a'.*ndarray"),
+        (
+            lambda: zip_tasks(
+                {"a": tf.data.Dataset.from_tensor_slices(arrays(3)).repeat()}, 2
+            ),
+            "'a'.*cardinality=-1",
+        ),
+        (lambda: zip_tasks({"a": tf.data.Dataset.range(3)}, 2), "'a'.*element_spec"),
+    ],
+)
+def test_errors(call, message):
+    """Which task, what was received, what was expected."""
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()

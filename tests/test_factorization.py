@@ -1,0 +1,190 @@
+"""From trained independent kernels to factors: the same network, smaller."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from dmtrl_keras import factorization_report, factorize, layers, task_layers
+
+METHODS = ("laf", "tucker", "tt")
+
+
+def network(tasks=3):
+    """Every kind of layer, a layer used twice, a nested model, and a Keras head."""
+    inputs = keras.Input((8, 8, 2))
+    x = layers.TaskConv2D(6, 3, tasks, shared_input=True, common_draw=False, name="conv")(
+        inputs
+    )
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = layers.TaskDepthwiseConv2D(3, tasks, common_draw=False, name="depthwise")(x)
+    x = layers.TaskFlatten(tasks)(x)
+    inner = keras.Sequential(
+        [
+            keras.Input(x.shape[1:]),
+            layers.TaskDense(6, tasks, "relu", common_draw=False, name="nested"),
+        ],
+        name="inner",
+    )
+    x = inner(x)
+    twice = layers.TaskDense(6, tasks, common_draw=False, name="twice")
+    x = twice(twice(x))
+    split = layers.TaskSplit(["a", "b", "c"][:tasks])(x)
+    outputs = {
+        name: keras.layers.Dense(2 + i, name=f"head_{name}")(part)
+        for i, (name, part) in enumerate(split.items())
+    }
+    return keras.Model(inputs, outputs, name="network")
+
+
+def randomize(model, rng):
+    """Other weights than those of the start, as after training."""
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_full_rank_keeps_the_outputs(method, rng):
+    """Nothing truncated: the same function, names and structure; the source untouched."""
+    model = randomize(network(), rng)
+    x = rng.normal(size=(4, 8, 8, 2)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    weights = model.get_weights()
+    new = factorize(model, method, rank=1.0, verbose=False)
+    outputs = new.predict(x, verbose=0)
+    assert list(outputs) == list(expected)
+    for name in expected:
+        np.testing.assert_allclose(outputs[name], expected[name], rtol=1e-3, atol=1e-3)
+    for before, after in zip(weights, model.get_weights()):
+        np.testing.assert_array_equal(before, after)
+    names = [layer.name for layer in task_layers(model)]
+    assert [layer.name for layer in task_layers(new)] == names
+    assert {layer.sharing.name for layer in task_layers(new)} == {method}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tolerance", [0.05, 0.4])
+def test_report_is_true(method, tolerance, rng):
+    """Ranks, counts and errors are those of the new layers, within the tolerance."""
+    model = randomize(network(), rng)
+    new = factorize(model, method, tolerance=tolerance, verbose=False)
+    report = factorization_report(new)
+    assert [entry.layer for entry in report] == [layer.name for layer in task_layers(new)]
+    old = {layer.name: layer for layer in task_layers(model)}
+    for entry, layer in zip(report, task_layers(new)):
+        kernel = ops.convert_to_numpy(old[layer.name].kernel)
+        error = np.linalg.norm(ops.convert_to_numpy(layer.kernel) - kernel)
+        error = error / np.linalg.norm(kernel)
+        np.testing.assert_allclose(entry.error, error, rtol=1e-3, atol=1e-6)
+        assert entry.error <= tolerance + 1e-6
+        assert entry.rank == layer.rank
+        assert entry.parameters_before == kernel.size
+        factors = layer.factors.values()
+        assert entry.parameters_after == sum(int(np.prod(f.shape)) for f in factors)
+        np.testing.assert_array_equal(layer.bias, old[layer.name].bias)
+
+
+def test_carries_over_everything_else(rng):
+    """Heads and the statistics of batch normalization come along."""
+    model = randomize(network(), rng)
+    model.get_layer("norm").moving_mean.assign(rng.normal(size=18))
+    new = factorize(model, "tt", tolerance=0.5, verbose=False)
+    for name in ("norm", "head_a", "head_b", "head_c"):
+        for a, b in zip(model.get_layer(name).weights, new.get_layer(name).weights):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_choosing_layers(rng):
+    """By name, by function, and with ranks of their own."""
+    model = randomize(network(), rng)
+    new = factorize(model, "laf", layers=["conv", "nested"], verbose=False)
+    kinds = {layer.name: layer.sharing.name for layer in task_layers(new)}
+    assert kinds == {
+        "conv": "laf",
+        "depthwise": "independent",
+        "nested": "laf",
+        "twice": "independent",
+    }
+    assert type(new.get_layer("conv")) is layers.LAFConv2D
+    new = factorize(
+        model,
+        "tucker",
+        rank=1.0,
+        layers=lambda layer: isinstance(layer, layers.TaskDense),
+        verbose=False,
+    )
+    assert type(new.get_layer("twice")) is layers.TuckerDense
+    assert type(new.get_layer("conv")) is layers.TaskConv2D
+    new = factorize(model, "tt", rank={"conv": 2, "twice": (3, 2)}, verbose=False)
+    assert new.get_layer("twice").rank == (3, 2)
+    assert new.get_layer("conv").rank == (2, 2, 2, 2)
+    assert len(factorization_report(new)) == 2
+
+
+def test_factorized_model_trains_saves_and_prints(rng, tmp_path, capsys):
+    """It goes on like any model, and says what was done."""
+    model = randomize(network(), rng)
+    new = factorize(model, "tucker", tolerance=0.5)
+    printed = capsys.readouterr().out
+    assert "Total" in printed
+    assert "conv" in printed
+    x = rng.normal(size=(8, 8, 8, 2)).astype("float32")
+    y = {name: np.zeros((8, 2 + i), "float32") for i, name in enumerate("abc")}
+    new.compile("adam", dict.fromkeys("abc", "mse"))
+    first = new.evaluate(x, y, verbose=0)
+    new.fit(x, y, epochs=5, verbose=0)
+    assert (new.evaluate(x, y, verbose=0)[0]) < first[0]
+    new.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for name, output in loaded.predict(x, verbose=0).items():
+        np.testing.assert_allclose(output, new.predict(x, verbose=0)[name], atol=1e-5)
+    assert [layer.rank for layer in task_layers(loaded)] == [
+        layer.rank for layer in task_layers(new)
+    ]
+
+
+def test_sequential(rng):
+    """Sequential models too."""
+    model = keras.Sequential(
+        [keras.Input((5,)), layers.TaskDense(4, 3, shared_input=True, name="fc")]
+    )
+    new = factorize(model, "laf", rank=1, verbose=False)
+    assert isinstance(new, keras.Sequential)
+    x = rng.normal(size=(2, 5)).astype("float32")
+    np.testing.assert_allclose(new(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "hard"}, "'hard'"),
+        ({"method": "cp"}, "'cp'"),
+        ({"method": "laf", "layers": ["conv", "missing"]}, r"\['missing'\].*'conv'"),
+        ({"method": "laf", "layers": lambda layer: False}, "no layer to factorise"),
+        ({"method": "laf", "tolerance": 1.5}, r"1\.5"),
+        ({"method": "laf", "tolerance": 0.1, "rank": 2}, "not both"),
+        ({"method": "tucker", "rank": 999}, r"'conv'.*999"),
+    ],
+)
+def test_errors(arguments, message):
+    """What was received, and what the model has."""
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        factorize(network(), **arguments)
+
+
+def test_subclassed_models_are_refused():
+    """Their layers can't be replaced; the error says so."""
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__(name="own")
+            self.fc = layers.TaskDense(2, 2)
+
+        def call(self, x):
+            return self.fc(x)
+
+    model = Model()
+    model(np.zeros((1, 4)))
+    with pytest.raises(ValueError, match=r"functional or Sequential.*'own'"):
+        factorize(model, "laf")

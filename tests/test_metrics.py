@@ -1,0 +1,169 @@
+"""Metrics of several tasks, against NumPy and scikit-learn."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import sklearn.metrics
+from keras import ops
+
+from dmtrl_keras.losses import one_vs_rest
+from dmtrl_keras.metrics import MaskedMetric, MeanBinaryError, MulticlassError
+
+NAN = math.nan
+
+
+def value(metric, *batches):
+    """The result after some batches."""
+    for batch in batches:
+        metric.update_state(*batch)
+    return float(ops.convert_to_numpy(metric.result()))
+
+
+def test_binary_error(rng):
+    """The mean of the T error rates, +-1 or 0/1, over batches."""
+    outputs = rng.normal(size=(20, 5)).astype("float32")
+    labels = np.sign(rng.normal(size=(20, 5)))
+    rates = [
+        1 - sklearn.metrics.accuracy_score(labels[:, t] > 0, outputs[:, t] > 0)
+        for t in range(5)
+    ]
+    halves = [(labels[:8], outputs[:8]), (labels[8:], outputs[8:])]
+    assert value(MeanBinaryError(), *halves) == pytest.approx(np.mean(rates))
+    assert value(MeanBinaryError(), (labels > 0, outputs)) == pytest.approx(np.mean(rates))
+    weights = rng.random(20)
+    wrong = (labels > 0) != (outputs > 0)
+    expected = np.sum(wrong * weights[:, None]) / (5 * weights.sum())
+    actual = value(MeanBinaryError(), (labels, outputs, weights))
+    assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_multiclass_error(rng):
+    """Ranking the outputs names the class; labels in each of their forms."""
+    outputs = rng.normal(size=(30, 4)).astype("float32")
+    classes = rng.integers(4, size=30)
+    expected = 1 - sklearn.metrics.accuracy_score(classes, outputs.argmax(1))
+    for labels in (classes, classes[:, None], one_vs_rest(classes, 4), np.eye(4)[classes]):
+        assert value(MulticlassError(), (labels, outputs)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("cls", [MeanBinaryError, MulticlassError])
+def test_wrong_shapes(cls):
+    """Labels of another shape are an error with both shapes."""
+    with pytest.raises(ValueError, match=r"\(4, 3\).*\(4, 2\)"):
+        cls().update_state(np.ones((4, 2)), np.ones((4, 3)))
+    with pytest.raises(ValueError, match=cls.__name__):
+        cls().update_state(np.ones((4, 2, 2)), np.ones((4, 2, 2)))
+
+
+@pytest.mark.parametrize("cls", [MeanBinaryError, MulticlassError])
+def test_state(cls):
+    """Empty is 0, reset forgets, config round trips."""
+    metric = cls(name="mine")
+    assert value(metric) == 0
+    assert value(metric, (np.array([[1, -1]]), np.array([[-1.0, 1]]))) == 1
+    metric.reset_state()
+    assert value(metric) == 0
+    again = cls.from_config(metric.get_config())
+    assert again.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference"),
+    [
+        ("mean_squared_error", lambda y, f: np.mean((y - f) ** 2)),
+        ("mean_absolute_error", lambda y, f: np.mean(np.abs(y - f))),
+        (keras.metrics.RootMeanSquaredError(), lambda y, f: np.sqrt(np.mean((y - f) ** 2))),
+        ("binary_accuracy", lambda y, f: np.mean(y == (f > 0.5))),
+        (
+            keras.metrics.AUC(num_thresholds=2000),
+            sklearn.metrics.roc_auc_score,
+        ),
+        (
+            keras.metrics.Precision(),
+            lambda y, f: sklearn.metrics.precision_score(y, f > 0.5),
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("missing", [NAN, -5])
+def test_single_labels_left_out(metric, reference, missing, rng):
+    """The metric of the present labels alone."""
+    labels = rng.integers(2, size=(60, 3)).astype("float32")
+    outputs = rng.uniform(size=(60, 3)).astype("float32")
+    present = rng.random((60, 3)) < 0.5
+    expected = reference(labels[present], outputs[present])
+    given = np.where(present, labels, missing)
+    actual = value(MaskedMetric(metric, missing), (given, outputs))
+    assert actual == pytest.approx(expected, abs=3e-3)
+
+
+def test_whole_labels_left_out(rng):
+    """Class labels, sparse and one-hot."""
+    outputs = rng.dirichlet(np.ones(4), size=20).astype("float32")
+    classes = rng.integers(4, size=20)
+    present = rng.random(20) < 0.6
+    expected = np.mean(classes[present] == outputs.argmax(1)[present])
+    sparse = np.where(present, classes, -1)
+    for labels in (sparse, sparse[:, None]):
+        metric = MaskedMetric(keras.metrics.SparseCategoricalAccuracy(), -1)
+        assert value(metric, (labels, outputs)) == pytest.approx(expected, rel=1e-5)
+    onehot = np.where(present[:, None], np.eye(4)[classes], NAN)
+    metric = MaskedMetric(keras.metrics.CategoricalAccuracy())
+    assert value(metric, (onehot, outputs)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_own_metrics_and_weights(rng):
+    """MeanBinaryError with missing tasks; sample weights beside."""
+    labels = np.array([[1.0, NAN], [-1.0, 1.0]])
+    outputs = np.array([[-1.0, 1.0], [-1.0, -1.0]])
+    assert value(MaskedMetric(MeanBinaryError()), (labels, outputs)) == pytest.approx(2 / 3)
+    weighted = value(
+        MaskedMetric(MeanBinaryError()), (labels, outputs, np.array([3.0, 1.0]))
+    )
+    assert weighted == pytest.approx(4 / 5)
+
+
+def test_nothing_present():
+    """A batch without labels changes nothing."""
+    metric = MaskedMetric("mean_squared_error")
+    assert value(metric, (np.full((3, 2), NAN), np.ones((3, 2)))) == 0
+    assert value(metric, (np.ones((3, 2)), np.zeros((3, 2)))) == 1
+    metric.reset_state()
+    assert value(metric) == 0
+
+
+def test_in_a_model(rng, tmp_path):
+    """compile, evaluate, save and load."""
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    model.compile(
+        "adam",
+        "mse",
+        metrics=[
+            MaskedMetric("mean_absolute_error", missing=-9, name="error"),
+            MeanBinaryError(),
+        ],
+    )
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
+    y[::2, 0] = -9
+    found = model.evaluate(x, y, verbose=0, return_dict=True)
+    prediction = model.predict(x, verbose=0)
+    expected = np.abs(prediction - y)[y != -9].mean()
+    assert found["error"] == pytest.approx(expected, rel=1e-4)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.evaluate(x, y, verbose=0, return_dict=True) == pytest.approx(
+        found, rel=1e-4
+    )
+
+
+def test_errors():
+    """What was received and expected."""
+    with pytest.raises(ValueError, match="no_such"):
+        MaskedMetric("no_such_metric")
+    with pytest.raises(ValueError, match=r"missing=None|missing='x'"):
+        MaskedMetric("mse", missing="x")
+    with pytest.raises(ValueError, match="expected labels"):
+        MaskedMetric("mse").update_state(np.ones((2, 3, 4)), np.ones((2, 3)))

@@ -28,7 +28,7 @@ from rich.progress import track
 from applications.experiment import markdown_table, rich_table, write_block
 from applications.mnist import FACTORIZATIONS, Trainer, draw, lenet
 from applications.mnist import parser as mnist_parser
-from dmtrl_keras import factorize, task_layers
+from dmtrl_keras import factorize
 from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
@@ -164,13 +164,9 @@ def factorized_variants(source, method, rank, tolerance):
             verbose=False,
         )
         models[implementation] = model
-    after = sum(
-        int(np.prod(v.shape))
-        for layer in task_layers(model)
-        for v in layer.factors.values()
-    )
-    before = sum(int(np.prod(layer.stacked_kernel_shape)) for layer in task_layers(model))
-    return models, after / before
+    report = factorization_report(model)
+    after = sum(entry.parameters_after for entry in report)
+    return models, after / sum(entry.parameters_before for entry in report)
 
 
 def parser():

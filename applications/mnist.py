@@ -423,7 +423,7 @@ def parser():
     p.add_argument(
         "--epochs",
         type=_in_range(int, 1),
-        default=10,
+        default=12,
         help="the whole budget of every method, at least 2",
     )
     p.add_argument("--batch-size", type=_in_range(int, 0), default=16)

@@ -64,6 +64,7 @@ def test_command(tmp_path):
     first, second = benchmark.main(
         [
             *arguments.split(),
+            "--skip-grouped",
             "--methods",
             "tt",
             "--output",

@@ -28,7 +28,7 @@ from rich.progress import track
 from applications.experiment import markdown_table, rich_table, write_block
 from applications.mnist import FACTORIZATIONS, Trainer, draw, lenet
 from applications.mnist import parser as mnist_parser
-from dmtrl_keras import factorize
+from dmtrl_keras import factorization_report, factorize
 from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge

@@ -1,0 +1,27 @@
+"""The README's tour runs as it stands, and its tables are there."""
+
+import pathlib
+import re
+
+import keras
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def test_tour(tmp_path, monkeypatch):
+    """The script of the tour, of at most 25 lines, trains and saves a model."""
+    (script,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(script.splitlines()) < 25
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "README.md", "exec"), {})
+    model = keras.saving.load_model("two_tasks.keras")
+    assert set(model.output) == {"parity", "size"}
+
+
+@pytest.mark.parametrize("name", ["mnist", "benchmark"])
+def test_tables(name):
+    """Measured tables, not empty marks."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    block = README.read_text().split(begin)[1].split(end)[0]
+    assert block.count("|") > 20

@@ -25,13 +25,14 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from applications.experiment import markdown_table, rich_table, write_block
-from applications.mnist import FACTORIZATIONS, Trainer, draw, lenet
-from applications.mnist import parser as mnist_parser
 from dmtrl_keras import factorization_report, factorize
 from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
+
+from .experiment import markdown_table, rich_table, write_block
+from .mnist import FACTORIZATIONS, Trainer, draw, lenet
+from .mnist import parser as mnist_parser
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
 
@@ -130,7 +131,7 @@ def in_turn(steps, repeats):
 
 def trained_networks(options):
     """STL trained on real digits, whose kernels 10% error is measured on."""
-    from applications.digits import load_digits
+    from .digits import load_digits
 
     arguments = ["--padding", options.padding, "--fc", str(options.fc)]
     arguments += ["--epochs", str(2 * options.stl_epochs)]

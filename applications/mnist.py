@@ -27,14 +27,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from applications.digits import FULL_SIZE, load_digits
-from applications.experiment import (
-    Results,
-    markdown_table,
-    mean_and_spread,
-    rich_table,
-    write_block,
-)
 from dmtrl_keras import (
     factorization_report,
     factorize,
@@ -45,6 +37,15 @@ from dmtrl_keras import (
 from dmtrl_keras.layers import TaskConv2D, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge, one_vs_rest
 from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
+
+from .digits import FULL_SIZE, load_digits
+from .experiment import (
+    Results,
+    markdown_table,
+    mean_and_spread,
+    rich_table,
+    write_block,
+)
 
 TASKS = 10
 FACTORIZATIONS = ("laf", "tucker", "tt")

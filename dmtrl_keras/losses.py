@@ -160,7 +160,7 @@ class MaskedLoss(keras.losses.Loss):
         owner = f"{type(self).__name__} {self.name!r}"
         y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
         y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-        y_true = align(y_true, y_pred, owner)
+        y_true = align(y_true, y_pred, self._elementwise(), owner)
         values, present = self._values(y_true, y_pred)
         weights = ops.cast(present, values.dtype)
         # A value at a missing label may be anything; 0 * inf would be NaN.
@@ -183,12 +183,15 @@ class MaskedLoss(keras.losses.Loss):
             count = ops.sum(weights)
         return ops.divide_no_nan(total, count)
 
+    def _elementwise(self):
+        if self.elementwise is None:
+            return is_elementwise(self.loss)
+        return self.elementwise
+
     def _values(self, y_true, y_pred):
         """One loss value for each label, and whether it is present."""
         shared = same_shape(y_true.shape, y_pred.shape)
-        elementwise = self.elementwise
-        if elementwise is None:
-            elementwise = is_elementwise(self.loss)
+        elementwise = self._elementwise()
         # Sparse class labels have no last axis of their own.
         labels, present = split_missing(y_true, self.missing, elementwise or not shared)
         if not elementwise:

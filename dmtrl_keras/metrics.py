@@ -181,11 +181,12 @@ class MaskedMetric(keras.metrics.Metric):
         """Add a batch."""
         y_pred = ops.convert_to_tensor(y_pred)
         y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
-        y_true = align(y_true, y_pred, f"{type(self).__name__} {self.name!r}")
-        shared = same_shape(y_true.shape, y_pred.shape)
         elementwise = self.elementwise
         if elementwise is None:
             elementwise = is_elementwise(self.metric)
+        owner = f"{type(self).__name__} {self.name!r}"
+        y_true = align(y_true, y_pred, elementwise, owner)
+        shared = same_shape(y_true.shape, y_pred.shape)
         labels, present = split_missing(y_true, self.missing, elementwise or not shared)
         if len(present.shape) > 1 and not shared:
             # Class labels (batch, 1) beside outputs (batch, classes).
@@ -197,7 +198,7 @@ class MaskedMetric(keras.metrics.Metric):
                 sample_weight = ops.expand_dims(sample_weight, -1)
             weights = weights * sample_weight
         own = getattr(self.metric, "elementwise", False)
-        if elementwise and shared and not own:
+        if elementwise and not own:
             # Each label as a sample by itself, so that it has a weight of its own.
             labels, y_pred = (ops.reshape(y, (-1, 1)) for y in (labels, y_pred))
             weights = ops.reshape(weights, (-1,))

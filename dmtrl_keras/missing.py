@@ -89,15 +89,27 @@ def split_missing(y_true, missing, elementwise):
     return labels, ops.logical_not(absent)
 
 
-def align(y_true, y_pred, owner):
-    """Labels `(batch,)` for predictions `(batch, 1)`, or the reverse, to one rank.
+def align(y_true, y_pred, elementwise, owner):
+    """Labels `(batch,)` for predictions `(batch, 1)` to one rank, the shapes checked.
+
+    Args:
+        y_true: tensor.
+        y_pred: tensor.
+        elementwise: bool; each label has a prediction of its own.
+        owner: str, what to name in the error.
+
+    Returns:
+        The labels.
 
     Raises:
         ValueError: if labels and predictions can't belong together.
     """
     if len(y_true.shape) == len(y_pred.shape) - 1 and y_pred.shape[-1] == 1:
         y_true = ops.expand_dims(y_true, -1)
-    if len(y_true.shape) not in (len(y_pred.shape), len(y_pred.shape) - 1):
+    matches = same_shape(y_true.shape, y_pred.shape)
+    if not elementwise:
+        matches = len(y_true.shape) in (len(y_pred.shape), len(y_pred.shape) - 1)
+    if not matches:
         raise ValueError(
             f"{owner}: expected labels that match predictions of shape "
             f"{tuple(y_pred.shape)}. Received: labels of shape {tuple(y_true.shape)}."

@@ -234,6 +234,10 @@ def test_training_with_missing_labels(tmp_path, rng):
         (lambda: MaskedLoss("hinge", missing="none"), "missing='none'"),
         (lambda: MaskedLoss("hinge", reduction="median"), "median"),
         (
+            lambda: MaskedLoss("hinge")(np.ones((2, 4)), np.ones((2, 3))),
+            r"masked_hinge.*\(2, 3\).*\(2, 4\)",
+        ),
+        (
             lambda: MaskedLoss("hinge")(np.ones((2, 3, 4)), np.ones((2, 3))),
             r"masked_hinge.*\(2, 3\).*\(2, 3, 4\)",
         ),

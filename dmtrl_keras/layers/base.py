@@ -25,7 +25,7 @@ def draw_stacked_kernel(initializer, shape, tasks, common, dtype="float32"):
     """T start kernels from an initializer that sees the shape of one.
 
     Args:
-        initializer: a Keras initializer.
+        initializer: a Keras initializer; None: Keras's default, Glorot uniform.
         shape: tuple, the shape of one task's kernel.
         tasks: int, T.
         common: bool; one draw for all tasks, or one for each.
@@ -34,8 +34,9 @@ def draw_stacked_kernel(initializer, shape, tasks, common, dtype="float32"):
     Returns:
         A NumPy array of shape `(*shape, T)`.
     """
+    initializer = initializer or keras.initializers.GlorotUniform()
     if common:
-        draws = [initializer] * 1
+        draws = [initializer]
     elif isinstance(getattr(initializer, "seed", None), numbers.Integral):
         # An initializer with a fixed seed always draws the same values.
         seeds = np.random.default_rng(initializer.seed).integers(2**31, size=tasks)
@@ -108,10 +109,12 @@ class TaskLayer(keras.layers.Layer):
 
     # --- building -------------------------------------------------------------
 
+    def _axis(self):
+        return channel_axis(self.data_format)
+
     def _channels(self, input_shape):
         """Input channels of one task."""
-        axis = channel_axis(self.data_format)
-        channels = input_shape[axis]
+        channels = input_shape[self._axis()]
         tasks = 1 if self.shared_input else self.tasks
         return channels_per_task(channels, tasks, self._owner(), input_shape)
 
@@ -121,7 +124,7 @@ class TaskLayer(keras.layers.Layer):
     def _task_shape(self, input_shape):
         """The input shape that one task's twin would see."""
         shape = list(input_shape)
-        shape[channel_axis(self.data_format)] = self._channels(input_shape)
+        shape[self._axis()] = self._channels(input_shape)
         return tuple(shape)
 
     def _kernel_shape(self, channels):
@@ -137,7 +140,7 @@ class TaskLayer(keras.layers.Layer):
         channels = self._channels(input_shape)
         self.input_spec = keras.layers.InputSpec(
             min_ndim=self._minimum_ndim,
-            axes={channel_axis(self.data_format): input_shape[self._axis()]},
+            axes={self._axis(): input_shape[self._axis()]},
         )
         shape = self._kernel_shape(channels)
         self._make_factors(shape)
@@ -151,9 +154,6 @@ class TaskLayer(keras.layers.Layer):
             )
         self._plan = self._choose_plan(input_shape, output_shape)
         self.built = True
-
-    def _axis(self):
-        return channel_axis(self.data_format)
 
     def _make_factors(self, shape):
         with eager_scope():

@@ -257,6 +257,7 @@ def test_common_and_independent_draws():
     for initializer in (
         keras.initializers.RandomNormal(seed=keras.random.SeedGenerator(1)),
         "ones",
+        None,
     ):
         own = TaskDense(
             4, 3, shared_input=True, common_draw=False, kernel_initializer=initializer

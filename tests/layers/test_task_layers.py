@@ -426,3 +426,23 @@ def test_errors_of_access():
             layer.task_kernel(task)
     with pytest.raises(ValueError, match="expected axis -1"):
         layer(np.zeros((2, 6), "float32"))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["grouped", "shared"])
+@pytest.mark.parametrize("implementation", ["compose", "contract"])
+@pytest.mark.parametrize("name", ["laf", "tucker", "tt"])
+def test_images_of_any_size(name, implementation, shared, rng):
+    """Height and width may be unknown when the layer is built."""
+    sharing = sharing_of(name, implementation=implementation)
+    layer = TaskConv2D(5, 3, 2, padding="same", sharing=sharing, shared_input=shared)
+    inputs = keras.Input((None, None, 4))
+    model = keras.Model(inputs, layer(inputs))
+    fixed = TaskConv2D.from_config(layer.get_config())
+    for size in ((5, 7), (8, 4)):
+        x = rng.normal(size=(3, *size, 4)).astype("float32")
+        fixed.build(x.shape)
+        fixed.set_weights(layer.get_weights())
+        outputs = model.predict(x, verbose=0)
+        assert outputs.shape == (3, *size, 10)
+        np.testing.assert_allclose(outputs, fixed(x), atol=1e-5)
+        fixed = TaskConv2D.from_config(layer.get_config())

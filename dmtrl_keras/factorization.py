@@ -97,46 +97,38 @@ def factorize(
             "`method` must be a factorisation such as 'laf', 'tucker' or 'tt'. "
             f"Received: method={method!r}."
         )
-    chosen = _chosen(model, layers if ranks is None else _names(ranks, layers))
-    reports, sources = {}, {}
-
-    def clone(layer):
-        # One copy for each layer, however often the network calls it.
-        if id(layer) in chosen:
-            own = rank if ranks is None else ranks[layer.name]
-            copy, reports[layer.name] = _factorized(
-                layer, kind(own, tolerance, implementation, threshold)
-            )
-        else:
-            copy = type(layer).from_config(layer.get_config())
-            sources[id(copy)] = (copy, layer)
-        return copy
-
-    if not isinstance(model, (keras.Sequential, keras.Model)) or not (
-        isinstance(model, keras.Sequential) or hasattr(model, "operations")
-    ):
+    if ranks is not None and layers is None:
+        layers = list(ranks)
+    if not isinstance(model, keras.Sequential) and not hasattr(model, "operations"):
         raise ValueError(
             "`factorize` needs a functional or Sequential model, whose layers can be "
             f"replaced. Received: {type(model).__name__} {model.name!r}."
         )
+    chosen = _chosen(model, layers)
+    copies = []
+
+    def clone(layer):
+        report = None
+        if id(layer) in chosen:
+            own = rank if ranks is None else ranks[layer.name]
+            sharing = kind(own, tolerance, implementation, threshold)
+            copy, report = _factorized(layer, sharing)
+        else:
+            copy = type(layer).from_config(layer.get_config())
+        copies.append((copy, layer, report))
+        return copy
+
     new = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    for copy, layer in sources.values():
-        copy.set_weights(layer.get_weights())
-    for layer in task_layers(new):
-        if layer.name in reports:
-            values, report = reports[layer.name]
-            for name, variable in layer.factors.items():
-                variable.assign(values[name])
-            if layer.use_bias:
-                layer.bias.assign(values["bias"])
-            layer.factorization = report
+    for copy, layer, report in copies:
+        if report is None:
+            copy.set_weights(layer.get_weights())
+            continue
+        if layer.use_bias:
+            copy.bias.assign(layer.bias)
+        copy.factorization = report
     if verbose:
         print_report(new)
     return new
-
-
-def _names(ranks, layers):
-    return list(ranks) if layers is None else layers
 
 
 def _chosen(model, layers):
@@ -168,6 +160,7 @@ def _chosen(model, layers):
 
 
 def _factorized(layer, sharing):
+    """An unbuilt factorised copy of a layer, and the report on it."""
     kernel = keras.ops.convert_to_numpy(layer.kernel).astype("float64")
     try:
         values = sharing.decompose(kernel)
@@ -190,9 +183,9 @@ def _factorized(layer, sharing):
         parameters_after=sum(value.size for value in values.values()),
         error=float(error / norm) if norm else 0.0,
     )
-    if layer.use_bias:
-        values["bias"] = keras.ops.convert_to_numpy(layer.bias)
-    return with_sharing(layer, sharing.with_rank(rank)), (values, report)
+    new = with_sharing(layer, sharing.with_rank(rank))
+    new.start_from(values)
+    return new, report
 
 
 def factorization_report(model):

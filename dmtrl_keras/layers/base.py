@@ -103,6 +103,7 @@ class TaskLayer(keras.layers.Layer):
         self._twin_class = type(twin)
         self.input_spec = keras.layers.InputSpec(min_ndim=self._minimum_ndim)
         self.bias = None
+        self._start = None
 
     def _twin(self):
         return self._twin_class.from_config(self._twin_arguments)
@@ -155,7 +156,15 @@ class TaskLayer(keras.layers.Layer):
         self._plan = self._choose_plan(input_shape, output_shape)
         self.built = True
 
-    def _make_factors(self, shape):
+    def start_from(self, factors):
+        """Start from given factors instead of a decomposed draw; before `build`.
+
+        Args:
+            factors: dict of arrays, as the parameterization's `decompose` returns.
+        """
+        self._start = lambda: factors
+
+    def _draw_factors(self, shape):
         with eager_scope():
             start = draw_stacked_kernel(
                 self.kernel_initializer,
@@ -164,12 +173,16 @@ class TaskLayer(keras.layers.Layer):
                 self.common_draw,
                 dtype="float64" if self.variable_dtype == "float64" else "float32",
             )
-            try:
-                values = self.sharing.decompose(start)
-            except ValueError as error:
-                raise ValueError(
-                    f"{self._owner()}, stacked kernel {(*shape, self.tasks)}: {error}"
-                ) from error
+        try:
+            return self.sharing.decompose(start)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._owner()}, stacked kernel {(*shape, self.tasks)}: {error}"
+            ) from error
+
+    def _make_factors(self, shape):
+        values = self._draw_factors(shape) if self._start is None else self._start()
+        self._start = None
         self._stacked_shape = (*shape, self.tasks)
         direct = self.sharing.is_stacked_kernel
         regularizer = self.kernel_regularizer

@@ -139,7 +139,8 @@ class Trainer:
     def fit(self, model, first=0, last=None, subset=None, optimizer_state=None):
         """Train from epoch `first` to `last` of the budget; returns the seconds.
 
-        The learning rate falls along half a cosine over the whole budget.
+        The learning rate is constant for the first half of the budget and falls along
+        half a cosine in the second.
         """
         o = self.options
         images, labels = self.images, self.labels
@@ -147,7 +148,8 @@ class Trainer:
             images, labels = images[subset], labels[subset]
 
         def rate(epoch):
-            return o.learning_rate * (1 + math.cos(math.pi * epoch / o.epochs)) / 2
+            past = max(0.0, 2 * epoch / o.epochs - 1)
+            return o.learning_rate * (1 + math.cos(math.pi * past)) / 2
 
         model.compile(keras.optimizers.Adam(o.learning_rate), TaskHinge())
         if optimizer_state is not None:

@@ -6,7 +6,11 @@ import math
 from keras import ops
 
 from dmtrl_keras import decomposition
-from dmtrl_keras.parameterizations.base import FactorizedParameterization, register
+from dmtrl_keras.parameterizations.base import (
+    FactorizedParameterization,
+    matrix,
+    register,
+)
 from dmtrl_keras.parameterizations.stages import Stage, matmul_flops
 
 
@@ -116,8 +120,17 @@ def _mode_products(factors, order, modes=None):
     """
     modes = order if modes is None else modes
     shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
-    tensor = ops.transpose(factors["core"], [mode - 1 for mode in order])
-    for mode in _growth(shapes, modes):
+    core, products = factors["core"], _growth(shapes, modes)
+    last = len(order)
+    if products[:1] == [last] and order == (last, *range(1, last)):
+        # A product with the transposed matrix moves the task axis to the front
+        # for nothing; a core of full task rank is nearly as large as the kernel.
+        tensor = ops.matmul(factors[f"factor_{last}"], ops.transpose(matrix(core, 1)))
+        tensor = ops.reshape(tensor, (-1, *core.shape[:-1]))
+        products = products[1:]
+    else:
+        tensor = ops.transpose(core, [mode - 1 for mode in order])
+    for mode in products:
         factor, shape = factors[f"factor_{mode}"], list(tensor.shape)
         axis = order.index(mode)
         before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])

@@ -171,6 +171,11 @@ class Trainer:
         )
         return time.perf_counter() - start
 
+    @property
+    def half_is_trained(self):
+        """Whether the first half of the epochs, the same for all methods, is done."""
+        return self._half_trained is not None
+
     def half_trained(self):
         """Single-task networks after half of the epochs, trained once for all methods.
 
@@ -494,11 +499,12 @@ def main(arguments=None):
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} runs"),
+        TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("MNIST", total=len(plan) * len(options.methods))
+        epochs = progress.add_task("epochs of this run", total=options.epochs)
         for fraction, repeat in plan:
             seed = options.seed + 1000 * repeat
             chosen = draw(digits, fraction, seed)
@@ -507,11 +513,14 @@ def main(arguments=None):
                 digits.train_images[chosen],
                 digits.train_labels[chosen],
                 seed,
-                tick=lambda: progress.advance(bar, 0),
+                tick=lambda: progress.update(epochs, advance=1),
             )
             for method in options.methods:
                 title = f"{method}, {len(chosen)} images, repeat {repeat + 1}"
                 progress.update(bar, description=title)
+                progress.reset(epochs)
+                if method != "ud-mtl" and trainer.half_is_trained:
+                    progress.update(epochs, completed=options.epochs // 2)
                 settings = settings_of(options, digits, method, fraction, repeat)
                 found = results.get(settings)
                 if found is None:

@@ -180,7 +180,7 @@ def parser():
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--padding", choices=("same", "valid"), default="valid")
     p.add_argument("--fc", type=int, default=512)
-    p.add_argument("--repeats", type=int, default=7, help="steps of each kind")
+    p.add_argument("--repeats", type=int, default=5, help="steps of each kind")
     p.add_argument(
         "--ranks",
         nargs="+",

@@ -1,6 +1,14 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
-from dmtrl_keras import decomposition, layers, losses, metrics, parameterizations
+from dmtrl_keras import (
+    conversion,
+    decomposition,
+    layers,
+    losses,
+    metrics,
+    parameterizations,
+)
+from dmtrl_keras.conversion import multitask, single_task
 from dmtrl_keras.data import zip_tasks
 from dmtrl_keras.factorization import (
     Factorization,
@@ -8,6 +16,7 @@ from dmtrl_keras.factorization import (
     factorize,
 )
 from dmtrl_keras.layers import task_layers
+from dmtrl_keras.model import MultiTaskModel
 from dmtrl_keras.sharing import (
     plot_sharing_strength,
     sharing_strength,
@@ -17,17 +26,21 @@ from dmtrl_keras.version import __version__
 
 __all__ = [
     "Factorization",
+    "MultiTaskModel",
     "__version__",
+    "conversion",
     "decomposition",
     "factorization_report",
     "factorize",
     "layers",
     "losses",
     "metrics",
+    "multitask",
     "parameterizations",
     "plot_sharing_strength",
     "sharing_strength",
     "sharing_strength_of",
+    "single_task",
     "task_layers",
     "zip_tasks",
 ]

@@ -3,7 +3,7 @@
 from dmtrl_keras.layers.base import TaskLayer, task_layers
 from dmtrl_keras.layers.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.layers.dense import TaskDense
-from dmtrl_keras.layers.depthwise import TaskDepthwiseConv2D
+from dmtrl_keras.layers.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
 from dmtrl_keras.layers.factorized import (
     FactorizedLayer,
     LAFConv1D,
@@ -20,11 +20,15 @@ from dmtrl_keras.layers.factorized import (
     TuckerDense,
 )
 from dmtrl_keras.layers.layout import (
+    TaskBatch,
     TaskConcatenate,
     TaskFlatten,
+    TaskGroup,
+    TaskRepeat,
     TaskSplit,
     TaskStack,
 )
+from dmtrl_keras.layers.normalization import TaskLayerNormalization
 
 __all__ = [
     "FactorizedLayer",
@@ -36,14 +40,19 @@ __all__ = [
     "TTConv2D",
     "TTConv3D",
     "TTDense",
+    "TaskBatch",
     "TaskConcatenate",
     "TaskConv1D",
     "TaskConv2D",
     "TaskConv3D",
     "TaskDense",
+    "TaskDepthwiseConv1D",
     "TaskDepthwiseConv2D",
     "TaskFlatten",
+    "TaskGroup",
     "TaskLayer",
+    "TaskLayerNormalization",
+    "TaskRepeat",
     "TaskSplit",
     "TaskStack",
     "TuckerConv1D",

@@ -253,6 +253,22 @@ class TaskLayer(keras.layers.Layer):
             window=math.prod(self._stacked_shape[:-3]),
         )
 
+    def flops(self, input_shape, batch=NOMINAL_BATCH):
+        """Operations of one forward pass in the order of work that was chosen.
+
+        Args:
+            input_shape: tuple, the shape of the input; sizes that are open count as 32.
+            batch: int, the number of examples.
+
+        Returns:
+            An int: additions and multiplications of the kernels, the composition of
+            factors counted once, biases and activations left out.
+        """
+        self._check_built("flops")
+        input_shape = (batch, *input_shape[1:])
+        output_shape = self.compute_output_shape(input_shape)
+        return self._flops(self._plan, input_shape, output_shape)
+
     def _can_contract(self):
         return True
 
@@ -312,6 +328,13 @@ class TaskLayer(keras.layers.Layer):
                 f"{self.tasks - 1}. Received: task={task!r}."
             )
         return ops.convert_to_tensor(self.kernel)[..., int(task)]
+
+    def task_twin(self):
+        """The ordinary Keras layer that one task alone would use, new and unbuilt."""
+        config = {**self._twin_arguments, "name": self.name}
+        config["trainable"] = self.trainable
+        config["dtype"] = keras.dtype_policies.serialize(self.dtype_policy)
+        return self._twin_class.from_config(config)
 
     @property
     def task_matrix(self):

@@ -8,6 +8,7 @@ channels-first.
 import keras
 from keras import ops
 
+from dmtrl_keras.parameterizations.stages import fold, unfold_tasks
 from dmtrl_keras.validation import (
     channel_axis,
     channels_per_task,
@@ -49,8 +50,48 @@ def _is_shape(value):
     )
 
 
+class _OfOneTensorPerTask(_LayoutLayer):
+    """What layers have in common that take one tensor per task."""
+
+    def _in_order(self, inputs, is_one):
+        if isinstance(inputs, dict):
+            if set(inputs) != set(self.task_names):
+                raise ValueError(
+                    f"{self._owner()}: expected one input for each of the tasks "
+                    f"{list(self.task_names)}. Received: {sorted(inputs)}."
+                )
+            return [inputs[name] for name in self.task_names]
+        inputs = [inputs] if is_one(inputs) else list(inputs)
+        if len(inputs) != self.tasks:
+            raise ValueError(
+                f"{self._owner()}: expected {self.tasks} inputs, one for each task. "
+                f"Received: {len(inputs)}."
+            )
+        return inputs
+
+    def _one_shape(self, input_shape):
+        """The shape that the tensors of all tasks have."""
+        shapes = [tuple(s) for s in self._in_order(input_shape, _is_shape)]
+        first = shapes[0]
+        compatible = all(
+            len(shape) == len(first)
+            and all(a == b or None in (a, b) for a, b in zip(shape, first))
+            for shape in shapes
+        )
+        if not compatible or first[self._axis(first)] is None:
+            raise ValueError(
+                f"{self._owner()}: expected inputs of one shape with known channels. "
+                f"Received: {shapes}."
+            )
+        return first
+
+    def build(self, input_shape):
+        self.compute_output_shape(input_shape)
+        self.built = True
+
+
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskStack(_LayoutLayer):
+class TaskStack(_OfOneTensorPerTask):
     """One tensor per task to one grouped tensor.
 
     Args:
@@ -78,47 +119,162 @@ class TaskStack(_LayoutLayer):
     (2, 6)
     """
 
-    def _in_order(self, inputs, is_one):
-        if isinstance(inputs, dict):
-            if set(inputs) != set(self.task_names):
-                raise ValueError(
-                    f"{self._owner()}: expected one input for each of the tasks "
-                    f"{list(self.task_names)}. Received: {sorted(inputs)}."
-                )
-            return [inputs[name] for name in self.task_names]
-        inputs = [inputs] if is_one(inputs) else list(inputs)
-        if len(inputs) != self.tasks:
-            raise ValueError(
-                f"{self._owner()}: expected {self.tasks} inputs, one for each task. "
-                f"Received: {len(inputs)}."
-            )
-        return inputs
+    def call(self, inputs):
+        inputs = self._in_order(inputs, lambda x: not isinstance(x, (list, tuple)))
+        return ops.concatenate(inputs, axis=self._axis(inputs[0].shape))
+
+    def compute_output_shape(self, input_shape):
+        output = list(self._one_shape(input_shape))
+        output[self._axis(output)] *= self.tasks
+        return tuple(output)
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TaskBatch(_OfOneTensorPerTask):
+    """The examples of all tasks as one batch, those of one task after another.
+
+    It lets an ordinary layer serve all tasks: one that they share, or one that looks
+    across the channels of one task. `TaskGroup` is the inverse.
+
+    Args:
+        tasks: positive int T, or the list of task names.
+        data_format: `"channels_last"` or `"channels_first"`, Keras's setting by default.
+        **kwargs: `name`, `dtype`.
+
+    Input shape:
+        A grouped tensor `(batch, ..., T * C)`; or one tensor `(batch, ..., C)` per task, in
+        a list or a dict by task name.
+
+    Output shape:
+        `(T * batch, ..., C)`; example `t * batch + b` is example `b` of task `t`.
+
+    Raises:
+        ValueError: if channels don't divide by T, on another number of tensors, on
+            wrong or missing names, on different shapes.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TaskBatch
+    >>> tuple(TaskBatch(3)(np.zeros((2, 4, 4, 6))).shape)
+    (6, 4, 4, 2)
+    """
+
+    def call(self, inputs):
+        if isinstance(inputs, (dict, list, tuple)):
+            return ops.concatenate(self._in_order(inputs, lambda x: False), axis=0)
+        return _channels_last(self, inputs, lambda x: fold(x, self.tasks))
+
+    def compute_output_shape(self, input_shape):
+        if _is_shape(input_shape):
+            shape = list(input_shape)
+            shape[self._axis(shape)] = self._channels(input_shape)
+        else:
+            shape = list(self._one_shape(input_shape))
+        if shape[0] is not None:
+            shape[0] *= self.tasks
+        return tuple(shape)
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TaskGroup(_LayoutLayer):
+    """A batch of the examples of all tasks to a grouped tensor: `TaskBatch` undone.
+
+    Args:
+        tasks: positive int T, or the list of task names.
+        data_format: `"channels_last"` or `"channels_first"`, Keras's setting by default.
+        **kwargs: `name`, `dtype`.
+
+    Input shape:
+        `(T * batch, ..., C)`, the examples of one task after another.
+
+    Output shape:
+        `(batch, ..., T * C)`.
+
+    Raises:
+        ValueError: if a known batch does not divide by T, or the channels are unknown.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TaskGroup
+    >>> tuple(TaskGroup(3)(np.zeros((6, 4, 4, 2))).shape)
+    (2, 4, 4, 6)
+    """
 
     def build(self, input_shape):
         self.compute_output_shape(input_shape)
         self.built = True
 
     def call(self, inputs):
-        inputs = self._in_order(inputs, lambda x: not isinstance(x, (list, tuple)))
-        return ops.concatenate(inputs, axis=self._axis(inputs[0].shape))
+        return _channels_last(self, inputs, lambda x: unfold_tasks(x, self.tasks))
 
     def compute_output_shape(self, input_shape):
-        shapes = [tuple(s) for s in self._in_order(input_shape, _is_shape)]
-        first = shapes[0]
-        axis = self._axis(first)
-        compatible = all(
-            len(shape) == len(first)
-            and all(a == b or None in (a, b) for a, b in zip(shape, first))
-            for shape in shapes
-        )
-        if not compatible or first[axis] is None:
-            raise ValueError(
-                f"{self._owner()}: expected inputs of one shape with known channels. "
-                f"Received: {shapes}."
-            )
-        output = list(first)
-        output[axis] = self.tasks * first[axis]
-        return tuple(output)
+        shape = list(input_shape)
+        axis = self._axis(shape)
+        channels_per_task(shape[axis], 1, self._owner(), input_shape)
+        if shape[0] is not None:
+            if shape[0] % self.tasks:
+                raise ValueError(
+                    f"{self._owner()}: expected a batch that divides by "
+                    f"tasks={self.tasks}. Received: input shape {tuple(input_shape)}."
+                )
+            shape[0] //= self.tasks
+        shape[axis] *= self.tasks
+        return tuple(shape)
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TaskRepeat(_LayoutLayer):
+    """Features that all tasks have in common to a grouped tensor, once for each task.
+
+    A layer with T kernels needs no such copies (`shared_input=True`). They are for what
+    has no kernel, such as adding common to task-specific features.
+
+    Args:
+        tasks: positive int T, or the list of task names.
+        data_format: `"channels_last"` or `"channels_first"`, Keras's setting by default.
+        **kwargs: `name`, `dtype`.
+
+    Input shape:
+        `(batch, ..., C)`.
+
+    Output shape:
+        `(batch, ..., T * C)`.
+
+    Raises:
+        ValueError: if the channels are unknown.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TaskRepeat
+    >>> tuple(TaskRepeat(3)(np.zeros((2, 4))).shape)
+    (2, 12)
+    """
+
+    def build(self, input_shape):
+        self.compute_output_shape(input_shape)
+        self.built = True
+
+    def call(self, inputs):
+        return ops.concatenate([inputs] * self.tasks, axis=self._axis(inputs.shape))
+
+    def compute_output_shape(self, input_shape):
+        shape = list(input_shape)
+        axis = self._axis(shape)
+        channels_per_task(shape[axis], 1, self._owner(), input_shape)
+        shape[axis] *= self.tasks
+        return tuple(shape)
+
+
+def _channels_last(layer, x, function):
+    """A function of channels-last activations, on activations of any format."""
+    axes = len(x.shape)
+    if layer._axis(x.shape) == axes - 1:
+        return function(x)
+    x = function(ops.transpose(x, (0, *range(2, axes), 1)))
+    return ops.transpose(x, (0, axes - 1, *range(1, axes - 1)))
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")

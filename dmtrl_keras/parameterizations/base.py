@@ -4,6 +4,7 @@ import math
 import numbers
 
 import keras
+import numpy as np
 from keras import ops
 
 from dmtrl_keras import decomposition
@@ -88,6 +89,18 @@ class Parameterization:
             A dict of NumPy arrays by factor name, in a fixed order.
         """
         raise NotImplementedError
+
+    def replicate(self, kernel, tasks):
+        """Factors of T equal kernels, such as pretrained ones, to train on from.
+
+        Args:
+            kernel: NumPy array of shape `(*window, in, out)`.
+            tasks: int, T.
+
+        Returns:
+            A dict of NumPy arrays by factor name, as from `decompose`.
+        """
+        return self.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
 
     def compose(self, factors, tasks):
         """The kernels as one tensor `(T, *window, in, out)`.
@@ -174,6 +187,50 @@ class FactorizedParameterization(Parameterization):
         self.tolerance = tolerance
         self.implementation = implementation
         self.threshold = threshold
+
+    # Largest possible ranks of a stacked kernel, a function of its shape.
+    _bounds = None
+
+    def _task_axis(self, names):
+        """Where the latent kernels are counted.
+
+        Returns:
+            `(latent, matrix, axis)`: the names of the factor whose last axis counts them
+            and of the task matrix, and the axis of the latter that counts them.
+        """
+        raise NotImplementedError
+
+    def replicate(self, kernel, tasks):
+        """Factors of T equal kernels, whose tasks can still become different.
+
+        Equal kernels have task rank 1, whatever the tolerance; so that a tolerance, or
+        a rank, is applied to the one kernel that they are (where an int is a cap at
+        any size). The task rank is that of `rank`, and T if a tolerance is given:
+        latent kernels beyond the first start at zero, while their rows of the task
+        matrix, cosines of increasing frequency, are orthogonal with norm `sqrt(T)`
+        as always. Thus every task starts from `kernel`, and gradients reach them all.
+        """
+        shape = (*kernel.shape, tasks)
+        rank, one, latents = self._rank, self._rank, tasks
+        if isinstance(rank, tuple):
+            one = (*rank[:-1], 1)
+        elif isinstance(rank, numbers.Integral):
+            rank = min(rank, max(self._bounds(shape)))
+            one = min(rank, max(self._bounds((*kernel.shape, 1))))
+        if rank is not None:
+            latents = decomposition.resolve_rank(rank, self._bounds(shape))[-1]
+        single = type(self)(one, self.tolerance, self.implementation, self.threshold)
+        factors = single.decompose(kernel[..., None])
+        latent, matrix, axis = self._task_axis(list(factors))
+        start = factors[latent]
+        latents = min(latents, math.prod(start.shape[:-1]))
+        unused = [(0, 0)] * (start.ndim - 1) + [(0, latents - 1)]
+        factors[latent] = np.pad(start, unused)
+        angles = np.outer(np.arange(latents), np.arange(tasks) + 0.5) * np.pi / tasks
+        rows = math.sqrt(2) * np.cos(angles)
+        rows[0] = factors[matrix].item()
+        factors[matrix] = rows if axis == 0 else rows.T
+        return factors
 
     def with_rank(self, rank):
         return type(self)(rank, None, self.implementation, self.threshold)

@@ -30,6 +30,11 @@ class LAF(FactorizedParameterization):
 
     name = "laf"
 
+    _bounds = staticmethod(decomposition.laf_bounds)
+
+    def _task_axis(self, names):
+        return "latent", "task_matrix", 0
+
     def decompose(self, kernel):
         latent, task_matrix = decomposition.laf(kernel, **self._choice())
         return {"latent": latent, "task_matrix": task_matrix}

@@ -32,6 +32,11 @@ class TT(FactorizedParameterization):
 
     name = "tt"
 
+    _bounds = staticmethod(decomposition.tt_bounds)
+
+    def _task_axis(self, names):
+        return names[-2], names[-1], 0
+
     def decompose(self, kernel):
         cores = decomposition.tt(kernel, **self._choice())
         return {f"core_{n}": core for n, core in enumerate(cores, start=1)}

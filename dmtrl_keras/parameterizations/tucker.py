@@ -34,6 +34,11 @@ class Tucker(FactorizedParameterization):
 
     name = "tucker"
 
+    _bounds = staticmethod(decomposition.tucker_bounds)
+
+    def _task_axis(self, names):
+        return "core", names[-1], 1
+
     def decompose(self, kernel):
         core, factors = decomposition.tucker(kernel, **self._choice())
         named = {f"factor_{n}": factor for n, factor in enumerate(factors, start=1)}

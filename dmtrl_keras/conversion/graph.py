@@ -1,0 +1,52 @@
+"""Walking through a functional or Sequential model, call by call."""
+
+import inspect
+
+import keras
+
+
+def as_functional(model):
+    """The functional model behind a functional or built Sequential model, or None."""
+    if isinstance(model, keras.Sequential):
+        # A Sequential model that knows its input shape runs as a functional one.
+        return getattr(model, "_functional", None)
+    return model if hasattr(model, "_run_through_graph") else None
+
+
+def run(model, inputs, visit, leave=None):
+    """Visit every call of an operation in a model, in topological order.
+
+    Nested models are entered. The values that go along the edges may be anything.
+    Keras offers this for cloning only; its `clone_model` rests on the same method.
+
+    Args:
+        model: a functional or Sequential model.
+        inputs: one value for each input tensor, in the structure of `model.input`.
+        visit: function `(operation, args, kwargs, path)`, `args` and `kwargs` those of
+            the call with values in place of tensors, `path` the tuple of the names of
+            the nested models that the operation is in; returns the output values.
+        leave: function `(model, outputs)`, told when a nested model has been run.
+
+    Returns:
+        The output values, in the structure of `model.output`.
+    """
+    return _run(model, inputs, visit, leave, (), None)
+
+
+def _run(model, inputs, visit, leave, path, training):
+    def call(operation, *args, **kwargs):
+        given = kwargs.pop("training", None)
+        given = training if given is None else given
+        if as_functional(operation) is not None:
+            kwargs.pop("mask", None)
+            nested = (*path, operation.name)
+            outputs = _run(operation, args[0], visit, leave, nested, given)
+            if leave is not None:
+                leave(operation, outputs)
+            return outputs
+        # A nested model that was called with `training=False` hands it on.
+        if given is not None and "training" in inspect.signature(operation.call).parameters:
+            kwargs["training"] = given
+        return visit(operation, args, kwargs, path)
+
+    return as_functional(model)._run_through_graph(inputs, call_fn=call)

@@ -1,0 +1,556 @@
+"""What becomes of each kind of Keras layer in a network of T tasks, and the way back.
+
+A layer can meet features in several forms: those that all tasks have in common, the
+grouped layout, and the batch of the examples of all tasks. On features in common, and
+on the batch of all tasks, every Keras layer runs as it is. A rule says how it runs on
+the grouped layout, if it can, and which layer one task alone would have.
+"""
+
+import dataclasses
+import inspect
+
+import keras
+import numpy as np
+from keras import layers as kl
+
+from dmtrl_keras.layers import (
+    TaskConcatenate,
+    TaskConv1D,
+    TaskConv2D,
+    TaskConv3D,
+    TaskDense,
+    TaskDepthwiseConv1D,
+    TaskDepthwiseConv2D,
+    TaskFlatten,
+    TaskLayer,
+    TaskLayerNormalization,
+)
+
+_RULES = {}
+
+# Activations that take every number for itself.
+_ELEMENTWISE_ACTIVATIONS = {
+    getattr(keras.activations, name)
+    for name in (
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh "
+        "leaky_relu linear log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink "
+        "softplus softsign sparse_plus sparse_sigmoid squareplus tanh tanh_shrink "
+        "threshold"
+    ).split()
+    if hasattr(keras.activations, name)
+}
+
+# Operations of `keras.ops` that do so, by the names of their classes.
+_ELEMENTWISE_OPERATIONS = set(
+    "Absolute Add Clip Divide Elu Exp Expm1 Gelu HardSigmoid HardSilu LeakyRelu Log Log1p "
+    "LogSigmoid Maximum Minimum Multiply Negative Power Reciprocal Relu Relu6 Rsqrt Selu "
+    "Sigmoid Sign Silu Softplus Softsign Sqrt Square Subtract Tanh TrueDivide".split()
+)
+
+
+def register_rule(*classes, rule=None):
+    """Say what `multitask` and `single_task` shall do with a Keras layer class.
+
+    Args:
+        *classes: layer classes. A subclass needs a registration of its own, since it may
+            compute something else.
+        rule: a `Rule`. None: `Rule()`, for layers without weights that treat every
+            channel by itself.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras.conversion import register_rule
+    >>> @keras.saving.register_keras_serializable("example")
+    ... class Halve(keras.layers.Layer):
+    ...     def call(self, inputs):
+    ...         return inputs / 2
+    >>> register_rule(Halve)
+    """
+    for cls in classes:
+        _RULES[cls] = rule or Rule()
+
+
+def rule_of(operation):
+    """The rule of a layer or operation, or None if there is none."""
+    if isinstance(operation, TaskLayer):
+        return _TASK_LAYER
+    rule = _RULES.get(type(operation))
+    if rule is not None or isinstance(operation, kl.Layer):
+        return rule
+    kind = type(operation)
+    known = kind.__name__ in _ELEMENTWISE_OPERATIONS
+    return _OPERATION if known and kind.__module__.startswith("keras.src.ops") else None
+
+
+def is_elementwise(activation):
+    """Whether an activation function takes every number for itself."""
+    return activation is None or activation in _ELEMENTWISE_ACTIVATIONS
+
+
+def copy_of(operation):
+    """A new, unbuilt operation with the same configuration."""
+    return type(operation).from_config(operation.get_config())
+
+
+def load_weights(layer, weights):
+    """Give a built layer its weights."""
+    layer.set_weights(weights)
+    if isinstance(layer, kl.Normalization):
+        # What it computes with is derived from its weights.
+        layer.finalize_state()
+
+
+def _edited(layer, cls=None, **entries):
+    cls = cls or type(layer)
+    return cls.from_config({**layer.get_config(), **entries})
+
+
+class Rule:
+    """The rule of layers that treat every channel by itself and have no weights.
+
+    They run on grouped channels as they are. Subclasses are for the others.
+
+    Attributes:
+        has_weights: bool, whether every task gets weights of its own.
+        mixes_channels: bool, whether on a grouped tensor the Keras layer itself would mix
+            the features of the tasks.
+    """
+
+    has_weights = False
+    mixes_channels = False
+
+    def problem(self, layer, shapes):
+        """Why this layer can't be converted, a string, or None.
+
+        Args:
+            layer: the Keras layer.
+            shapes: list of the shapes of its inputs.
+        """
+        return None
+
+    def grouped(self, layer, tasks, shapes):
+        """The layer on the grouped layout, unbuilt; None if it can't run there.
+
+        Args:
+            layer: the Keras layer.
+            tasks: int, T.
+            shapes: list of the shapes that one task's inputs have.
+        """
+        return copy_of(layer)
+
+    def single(self, layer, tasks, task):
+        """The layer of one task, unbuilt, from the one on the grouped layout.
+
+        Args:
+            layer: the layer on the grouped layout.
+            tasks: int, T.
+            task: int, which.
+        """
+        return copy_of(layer)
+
+    def grouped_weights(self, layer, tasks):
+        """Weights of the layer on the grouped layout, every task's those of `layer`."""
+        return layer.get_weights()
+
+    def single_weights(self, layer, tasks, task):
+        """Weights of one task's layer."""
+        return layer.get_weights()
+
+
+class _OnlyIf(Rule):
+    """Layers that run on grouped channels under a condition, else on one task's."""
+
+    def __init__(self, condition):
+        self.condition = condition
+
+    def grouped(self, layer, tasks, shapes):
+        return copy_of(layer) if self.condition(layer, shapes) else None
+
+
+class _Flatten(Rule):
+    def grouped(self, layer, tasks, shapes):
+        return TaskFlatten(tasks, name=layer.name, dtype=layer.dtype_policy)
+
+    def single(self, layer, tasks, task):
+        return kl.Flatten(name=layer.name, dtype=layer.dtype_policy)
+
+
+class _Concatenate(Rule):
+    def grouped(self, layer, tasks, shapes):
+        if layer.axis in (-1, len(shapes[0]) - 1):
+            return TaskConcatenate(tasks, name=layer.name, dtype=layer.dtype_policy)
+        return copy_of(layer)
+
+    def single(self, layer, tasks, task):
+        if isinstance(layer, TaskConcatenate):
+            return kl.Concatenate(name=layer.name, dtype=layer.dtype_policy)
+        return copy_of(layer)
+
+
+class _Reshape(Rule):
+    # As squeeze-excite uses it: the channels stay what they are.
+    def grouped(self, layer, tasks, shapes):
+        *rest, last = layer.target_shape
+        if last != shapes[0][-1]:
+            return None
+        return _edited(layer, target_shape=(*rest, last * tasks))
+
+    def single(self, layer, tasks, task):
+        *rest, last = layer.target_shape
+        if last == -1 or last % tasks:
+            raise ValueError(f"target shape {layer.target_shape} mixes the tasks")
+        return _edited(layer, target_shape=(*rest, last // tasks))
+
+
+class _Channels(Rule):
+    """Layers whose weights, or settings, hold one entry for each channel.
+
+    Args:
+        counts: names of settings that count channels, or groups of them.
+        values: dict from a setting that may hold a value for each channel to the
+            attribute that has it.
+        task_class: class of the layer on the grouped layout, if it is another one.
+        fixed: bool; the weights are settings, the same for all tasks.
+    """
+
+    def __init__(self, counts=(), values=None, task_class=None, fixed=False):
+        self.counts = counts
+        self.values = values or {}
+        self.task_class = task_class
+        self.has_weights = not fixed
+
+    def problem(self, layer, shapes):
+        last = len(shapes[0]) - 1
+        axes = getattr(layer, "axis", -1)
+        # Without an axis there is one value for all numbers.
+        axes = -1 if axes is None else axes
+        for axis in axes if isinstance(axes, (list, tuple)) else [axes]:
+            if axis not in (-1, last):
+                return f"axis={axes}, not the last"
+        shared = getattr(layer, "shared_axes", None) or ()
+        if last in shared:
+            return f"shared_axes={tuple(shared)} include the channels"
+        return "rms_scaling=True" if getattr(layer, "rms_scaling", False) else None
+
+    def grouped(self, layer, tasks, shapes):
+        entries = {}
+        for name in self.counts:
+            count = getattr(layer, name)
+            entries[name] = count * tasks if count > 0 else count
+        for name, attribute in self.values.items():
+            value = getattr(layer, attribute)
+            if np.ndim(value):
+                entries[name] = np.tile(value, tasks).tolist()
+        if layer.get_config().get("axis") is not None:
+            entries["axis"] = -1
+        if self.task_class is None:
+            return _edited(layer, **entries)
+        config = layer.get_config()
+        config.pop("rms_scaling", None)
+        return self.task_class.from_config({**config, **entries, "tasks": tasks})
+
+    def single(self, layer, tasks, task):
+        config = layer.get_config()
+        config.pop("tasks", None)
+        for name in self.counts:
+            count = getattr(layer, name)
+            config[name] = count // tasks if count > 0 else count
+        for name, attribute in self.values.items():
+            value = getattr(layer, attribute)
+            if np.ndim(value):
+                config[name] = _part(np.asarray(value), tasks, task).tolist()
+        cls = type(layer)
+        if cls is TaskLayerNormalization:
+            cls = kl.LayerNormalization
+        return cls.from_config(config)
+
+    def grouped_weights(self, layer, tasks):
+        weights = layer.get_weights()
+        return [np.tile(w, tasks) if np.ndim(w) else w for w in weights]
+
+    def single_weights(self, layer, tasks, task):
+        return [_part(w, tasks, task) for w in layer.get_weights()]
+
+
+def _part(values, tasks, task):
+    """One task's part of the last axis; scalars are everyone's."""
+    if not np.ndim(values):
+        return values
+    return np.split(values, tasks, axis=-1)[task]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One layer with T kernels that a Keras layer becomes.
+
+    Attributes:
+        cls: the class of the layer.
+        config: its configuration, without what all such layers have.
+        kernel: array, the kernel of every task.
+        bias: array, the bias of every task, or None.
+    """
+
+    cls: type
+    config: dict
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+class Kernels(Rule):
+    """Layers with kernels, each of which becomes a layer with T kernels."""
+
+    has_weights = True
+    mixes_channels = True
+
+    def __init__(self, task_class):
+        self.task_class = task_class
+
+    def problem(self, layer, shapes):
+        if getattr(layer, "quantization_mode", None) is not None:
+            return f"quantized to {layer.quantization_mode}"
+        if isinstance(layer.activation, kl.Layer) and layer.activation.weights:
+            return "an activation with weights"
+        return None
+
+    def parts(self, layer, shapes):
+        """The layers with T kernels that do, one after another, what `layer` does."""
+        return [self._part(layer, self.task_class, layer.kernel)]
+
+    def activation(self, layer):
+        """The activation as a layer of its own if it looks across channels, else None."""
+        if is_elementwise(layer.activation):
+            return None
+        name = f"{layer.name}_activation"
+        if isinstance(layer.activation, kl.Layer):
+            return _edited(layer.activation, name=name)
+        return kl.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
+
+    def _part(self, layer, cls, kernel, bias=True, **entries):
+        accepted = inspect.signature(cls.__init__).parameters
+        config = layer.get_config()
+        config = {name: value for name, value in config.items() if name in accepted}
+        if not is_elementwise(layer.activation):
+            config["activation"] = None
+        for name in ("name", "trainable", "dtype"):
+            config[name] = layer.get_config()[name]
+        config.update(entries)
+        bias = layer.bias if bias and layer.use_bias else None
+        if bias is not None:
+            bias = keras.ops.convert_to_numpy(bias)
+        kernel = keras.ops.convert_to_numpy(kernel)
+        return Part(cls, config, kernel, bias)
+
+    def single(self, layer, tasks, task):
+        raise ValueError("it mixes the features of the tasks")
+
+
+class _Convolution(Kernels):
+    """Convolutions; with one channel in each group they are depthwise ones."""
+
+    _depthwise = {TaskConv1D: TaskDepthwiseConv1D, TaskConv2D: TaskDepthwiseConv2D}
+
+    def parts(self, layer, shapes):
+        channels = shapes[0][-1]
+        depthwise = self._depthwise.get(self.task_class)
+        # One depthwise convolution runs all groups of all tasks at once.
+        possible = (
+            layer.groups == channels > 1
+            and depthwise is not None
+            and layer.padding != "causal"
+            and len(set(layer.strides)) == 1
+        )
+        if not possible:
+            return super().parts(layer, shapes)
+        kernel = keras.ops.convert_to_numpy(layer.kernel)
+        multiplier = layer.filters // channels
+        kernel = kernel.reshape(*layer.kernel_size, channels, multiplier)
+        config = layer.get_config()
+        entries = {
+            f"depthwise_{name}": config[f"kernel_{name}"]
+            for name in ("initializer", "regularizer", "constraint")
+        }
+        entries["depth_multiplier"] = multiplier
+        return [self._part(layer, depthwise, kernel, **entries)]
+
+
+class _Depthwise(Kernels):
+    # Keras's own depthwise convolution keeps grouped channels apart.
+    mixes_channels = False
+
+    def single(self, layer, tasks, task):
+        return copy_of(layer)
+
+    def single_weights(self, layer, tasks, task):
+        kernel, *bias = layer.get_weights()
+        kernel = np.split(kernel, tasks, axis=-2)[task]
+        return [kernel, *(_part(b, tasks, task) for b in bias)]
+
+
+class _Separable(Kernels):
+    """A depthwise convolution, and a pointwise one after it."""
+
+    _depthwise = {TaskConv1D: TaskDepthwiseConv1D, TaskConv2D: TaskDepthwiseConv2D}
+
+    def parts(self, layer, shapes):
+        config = layer.get_config()
+        pointwise = {
+            f"kernel_{name}": config[f"pointwise_{name}"]
+            for name in ("initializer", "regularizer", "constraint")
+        }
+        return [
+            self._part(
+                layer,
+                self._depthwise[self.task_class],
+                layer.depthwise_kernel,
+                bias=False,
+                name=f"{layer.name}_depthwise",
+                activation=None,
+                use_bias=False,
+                bias_regularizer=None,
+                activity_regularizer=None,
+            ),
+            self._part(
+                layer,
+                self.task_class,
+                layer.pointwise_kernel,
+                kernel_size=1,
+                strides=1,
+                dilation_rate=1,
+                padding="valid",
+                **pointwise,
+            ),
+        ]
+
+
+class _TaskLayer(Rule):
+    """The layers with T kernels themselves, on the way back to one task."""
+
+    has_weights = True
+
+    def problem(self, layer, shapes):
+        return "it holds the kernels of several tasks already"
+
+    def single(self, layer, tasks, task):
+        return layer.task_twin()
+
+    def single_weights(self, layer, tasks, task):
+        weights = [keras.ops.convert_to_numpy(layer.task_kernel(task))]
+        if layer.use_bias:
+            weights.append(keras.ops.convert_to_numpy(layer.bias)[:, task])
+        return weights
+
+
+class _Operation(Rule):
+    """Operations of `keras.ops` that take every number for itself."""
+
+    def grouped(self, operation, tasks, shapes):
+        return copy_of(operation) if _same_channels(operation, shapes) else None
+
+
+def _same_channels(layer, shapes):
+    return len({(len(shape), shape[-1]) for shape in shapes}) == 1
+
+
+def _never(layer, shapes):
+    return False
+
+
+_TASK_LAYER = _TaskLayer()
+_OPERATION = _Operation()
+
+
+def _register_keras():
+    numbers = (1, 2, 3)
+
+    def ranks(*names):
+        found = [f"{name}{n}D" for name in names for n in numbers]
+        return [getattr(kl, name) for name in found if hasattr(kl, name)]
+
+    register_rule(
+        *ranks(
+            "MaxPooling",
+            "AveragePooling",
+            "AdaptiveMaxPooling",
+            "AdaptiveAveragePooling",
+            "GlobalMaxPooling",
+            "GlobalAveragePooling",
+            "ZeroPadding",
+            "Cropping",
+            "UpSampling",
+            "SpatialDropout",
+        ),
+        kl.ReLU,
+        kl.LeakyReLU,
+        kl.ELU,
+        kl.Identity,
+        kl.ActivityRegularization,
+        kl.GaussianDropout,
+        kl.GaussianNoise,
+        kl.AlphaDropout,
+        kl.Resizing,
+        kl.CenterCrop,
+    )
+    # One draw for all channels of a task, as in stochastic depth, is one for each task.
+    register_rule(
+        kl.Dropout,
+        rule=_OnlyIf(lambda layer, _: (layer.noise_shape or (None,))[-1] is None),
+    )
+    register_rule(
+        kl.Activation, rule=_OnlyIf(lambda layer, _: is_elementwise(layer.activation))
+    )
+    register_rule(
+        kl.Permute,
+        rule=_OnlyIf(lambda layer, shapes: layer.dims[-1] == len(shapes[0]) - 1),
+    )
+    register_rule(
+        kl.Add,
+        kl.Subtract,
+        kl.Multiply,
+        kl.Average,
+        kl.Maximum,
+        kl.Minimum,
+        rule=_OnlyIf(_same_channels),
+    )
+    register_rule(
+        kl.Softmax,
+        kl.UnitNormalization,
+        kl.RepeatVector,
+        kl.RandomFlip,
+        kl.RandomRotation,
+        kl.RandomTranslation,
+        kl.RandomZoom,
+        kl.RandomContrast,
+        kl.RandomBrightness,
+        kl.RandomCrop,
+        rule=_OnlyIf(_never),
+    )
+    register_rule(kl.Flatten, TaskFlatten, rule=_Flatten())
+    register_rule(kl.Concatenate, TaskConcatenate, rule=_Concatenate())
+    register_rule(kl.Reshape, rule=_Reshape())
+    register_rule(kl.BatchNormalization, kl.PReLU, rule=_Channels())
+    register_rule(kl.GroupNormalization, rule=_Channels(counts=("groups",)))
+    register_rule(
+        kl.LayerNormalization,
+        TaskLayerNormalization,
+        rule=_Channels(task_class=TaskLayerNormalization),
+    )
+    scale = {"scale": "scale", "offset": "offset"}
+    register_rule(kl.Rescaling, rule=_Channels(values=scale, fixed=True))
+    moments = {"mean": "input_mean", "variance": "input_variance"}
+    register_rule(kl.Normalization, rule=_Channels(values=moments, fixed=True))
+    register_rule(kl.Dense, rule=Kernels(TaskDense))
+    for n, cls in zip(numbers, (TaskConv1D, TaskConv2D, TaskConv3D)):
+        register_rule(getattr(kl, f"Conv{n}D"), rule=_Convolution(cls))
+    for n, cls in zip(numbers, (TaskDepthwiseConv1D, TaskDepthwiseConv2D)):
+        register_rule(getattr(kl, f"DepthwiseConv{n}D"), rule=_Depthwise(cls))
+    for n, cls in zip(numbers, (TaskConv1D, TaskConv2D)):
+        register_rule(getattr(kl, f"SeparableConv{n}D"), rule=_Separable(cls))
+    # Layers that Keras's ConvNeXt brings along; they are not public by themselves.
+    from keras.src.applications import convnext
+
+    register_rule(convnext.LayerScale, rule=_Channels(counts=("projection_dim",)))
+    register_rule(convnext.StochasticDepth, rule=_OnlyIf(_never))
+
+
+_register_keras()

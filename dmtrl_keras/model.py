@@ -1,0 +1,183 @@
+"""The functional model whose outputs are a dict by task name."""
+
+import keras
+from keras import tree
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class MultiTaskModel(keras.Model):
+    """A functional Keras model with one output for each task, in a dict by task name.
+
+    It trains, saves and exports like any functional model. What is more: everything that
+    is given by task is checked for wrong names, some of which Keras takes in silence, and
+    lists are refused, since Keras would assign them in the alphabetical order of the
+    tasks.
+
+    Args:
+        inputs: input tensor, or a list or dict of them.
+        outputs: dict from task name to output tensor.
+        name: name of the model.
+        **kwargs: `trainable`.
+
+    Raises:
+        ValueError: if the outputs are no dict of single tensors by name.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras import MultiTaskModel
+    >>> inputs = keras.Input((4,))
+    >>> outputs = {name: keras.layers.Dense(1)(inputs) for name in ("age", "income")}
+    >>> model = MultiTaskModel(inputs, outputs)
+    >>> model.compile("sgd", loss="mse", loss_weights={"age": 1.0, "wealth": 2.0})
+    Traceback (most recent call last):
+    ...
+    ValueError: MultiTaskModel 'multi_task_model': unknown tasks in `loss_weights`: ...
+    """
+
+    def __init__(self, inputs, outputs, name=None, **kwargs):
+        single = isinstance(outputs, dict) and all(
+            isinstance(key, str) and not tree.is_nested(value)
+            for key, value in outputs.items()
+        )
+        if not single or not outputs:
+            raise ValueError(
+                f"{type(self).__name__}: `outputs` must be a dict from task name to one "
+                f"output tensor. Received: outputs={outputs!r}."
+            )
+        super().__init__(inputs, outputs, name=name, **kwargs)
+
+    @property
+    def task_names(self):
+        """The names of the tasks, a tuple of T strings."""
+        return tuple(self._outputs_struct)
+
+    @property
+    def tasks(self):
+        """The number of tasks, T."""
+        return len(self.task_names)
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        loss_weights=None,
+        metrics=None,
+        weighted_metrics=None,
+        **kwargs,
+    ):
+        """Configure the model for training; arguments as in `keras.Model.compile`.
+
+        Args:
+            optimizer: as in Keras.
+            loss: a dict by task name, in which tasks may be left out; or one loss for all.
+            loss_weights: a dict of floats by task name; tasks left out have 1.
+            metrics: a dict by task name; or a list of names or functions for all tasks.
+            weighted_metrics: likewise.
+            **kwargs: the others, as in Keras.
+
+        Raises:
+            ValueError: on unknown tasks, on weights of tasks without a loss, on lists of
+                one entry per task.
+        """
+        self._check_tasks("loss", loss)
+        self._check_tasks("loss_weights", loss_weights)
+        if loss_weights is not None:
+            if not isinstance(loss_weights, dict):
+                raise ValueError(
+                    f"{self._owner()}: `loss_weights` must be a dict by task name. "
+                    f"Received: {loss_weights!r}."
+                )
+            if loss is not None and not isinstance(loss, dict):
+                loss = dict.fromkeys(self.task_names, loss)
+            without = sorted(set(loss_weights) - set(loss or {}))
+            if without:
+                raise ValueError(
+                    f"{self._owner()}: `loss_weights` for tasks without a loss: {without}. "
+                    f"Received: loss for {sorted(loss or {})}."
+                )
+            loss_weights = {task: loss_weights.get(task, 1.0) for task in loss}
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            loss_weights=loss_weights,
+            metrics=self._metrics_by_task("metrics", metrics),
+            weighted_metrics=self._metrics_by_task("weighted_metrics", weighted_metrics),
+            **kwargs,
+        )
+        self._tasks_with_loss = set(loss) if isinstance(loss, dict) else None
+
+    def _owner(self):
+        return f"{type(self).__name__} {self.name!r}"
+
+    def _check_tasks(self, argument, value):
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"{self._owner()}: `{argument}` must be a dict by task name, since a list "
+                f"has no order that is sure to be that of the tasks. Received: {value!r}."
+            )
+        unknown = set(value) - set(self.task_names) if isinstance(value, dict) else ()
+        if unknown:
+            raise ValueError(
+                f"{self._owner()}: unknown tasks in `{argument}`: "
+                f"{sorted(map(str, unknown))}. The tasks are {list(self.task_names)}."
+            )
+
+    def _metrics_by_task(self, argument, metrics):
+        if metrics is None or isinstance(metrics, dict):
+            self._check_tasks(argument, metrics)
+            return metrics
+        entries = metrics if isinstance(metrics, (list, tuple)) else [metrics]
+        if any(isinstance(m, (list, tuple, dict)) for m in entries):
+            self._check_tasks(argument, metrics)
+        if any(isinstance(m, keras.metrics.Metric) for m in entries) and self.tasks > 1:
+            raise ValueError(
+                f"{self._owner()}: a metric object in `{argument}` would be one for all "
+                f"tasks. Give its name, or a dict by task name. Received: {metrics!r}."
+            )
+        return {task: list(entries) for task in self.task_names}
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The total loss, as in Keras, after a check of the names in the labels.
+
+        Raises:
+            ValueError: on labels or weights of unknown tasks, on a list of labels, on a
+                task that has a loss and no labels.
+        """
+        for argument, value in (("y", y), ("sample_weight", sample_weight)):
+            self._check_tasks(argument, value)
+        if isinstance(y, dict):
+            expected = self._tasks_with_loss
+            expected = set(self.task_names) if expected is None else expected
+            absent = sorted(expected - set(y))
+            if absent:
+                raise ValueError(
+                    f"{self._owner()}: no labels for the tasks {absent}, which have a loss. "
+                    f"Received: labels for {sorted(y)}."
+                )
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def export(self, filepath, format="tf_saved_model", **kwargs):
+        """Export for inference, as `keras.Model.export`; outputs keep the task names.
+
+        In an ONNX file inputs and outputs can't have the same name. With one input for
+        each task they are therefore named `<task>_input` there.
+
+        Args:
+            filepath: where to.
+            format: `"tf_saved_model"`, `"litert"`, `"onnx"`, or another of Keras's.
+            **kwargs: as in Keras.
+        """
+        model = self
+        if format == "onnx" and isinstance(self.input, dict):
+            inputs = tree.map_structure(
+                lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=f"{x.name}_input"),
+                self.input,
+            )
+            flat = tree.flatten(inputs)
+            model = keras.Model(flat, self(inputs))
+            # Keras exports no model that was never called.
+            model(flat)
+        if model is self:
+            return super().export(filepath, format=format, **kwargs)
+        return model.export(filepath, format=format, **kwargs)

@@ -10,6 +10,7 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.conversion import multitask, single_task
 from dmtrl_keras.data import zip_tasks
+from dmtrl_keras.export import export_tasks
 from dmtrl_keras.factorization import (
     Factorization,
     factorization_report,
@@ -22,14 +23,17 @@ from dmtrl_keras.sharing import (
     sharing_strength,
     sharing_strength_of,
 )
+from dmtrl_keras.summary import LayerSummary, task_summary
 from dmtrl_keras.version import __version__
 
 __all__ = [
     "Factorization",
+    "LayerSummary",
     "MultiTaskModel",
     "__version__",
     "conversion",
     "decomposition",
+    "export_tasks",
     "factorization_report",
     "factorize",
     "layers",
@@ -42,5 +46,6 @@ __all__ = [
     "sharing_strength_of",
     "single_task",
     "task_layers",
+    "task_summary",
     "zip_tasks",
 ]

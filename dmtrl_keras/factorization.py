@@ -208,11 +208,13 @@ def factorization_report(model):
 def print_report(model):
     """Print the report of `factorize` as a table, with the totals."""
     # Keras itself depends on rich, for `model.summary()`.
-    from rich.console import Console
     from rich.table import Table
 
     report = factorization_report(model)
-    table = Table("Layer", "Method", "Kernel", "Rank", title=f"Factorised: {model.name}")
+    table = Table(title=f"Factorised: {model.name}")
+    table.add_column("Layer", overflow="fold", min_width=30)
+    for column in ("Method", "Kernel", "Rank"):
+        table.add_column(column)
     for column in ("Before", "After", "Ratio", "Error"):
         table.add_column(column, justify="right")
     before = sum(entry.parameters_before for entry in report)
@@ -230,4 +232,12 @@ def print_report(model):
         )
     ratio = f"{after / before:.3f}" if before else "-"
     table.add_row("Total", "", "", "", f"{before:,}", f"{after:,}", ratio, "")
-    Console().print(table)
+    print_table(table)
+
+
+def print_table(table):
+    """Print a table of `rich`, in full where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)

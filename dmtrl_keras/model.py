@@ -152,8 +152,8 @@ class MultiTaskModel(keras.Model):
             absent = sorted(expected - set(y))
             if absent:
                 raise ValueError(
-                    f"{self._owner()}: no labels for the tasks {absent}, which have a loss. "
-                    f"Received: labels for {sorted(y)}."
+                    f"{self._owner()}: expected labels for every task with a loss, also "
+                    f"for {absent}. Received: labels for {sorted(y)}."
                 )
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 

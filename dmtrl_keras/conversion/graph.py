@@ -4,6 +4,15 @@ import inspect
 
 import keras
 
+from dmtrl_keras.layers import (
+    TaskBatch,
+    TaskGroup,
+    TaskLayer,
+    TaskRepeat,
+    TaskSplit,
+    TaskStack,
+)
+
 
 def as_functional(model):
     """The functional model behind a functional or built Sequential model, or None."""
@@ -50,3 +59,41 @@ def _run(model, inputs, visit, leave, path, training):
         return visit(operation, args, kwargs, path)
 
     return as_functional(model)._run_through_graph(inputs, call_fn=call)
+
+
+def form_of(operation, forms):
+    """The form of what an operation returns, from those of what it takes.
+
+    Args:
+        operation: a layer or operation of a network of T tasks.
+        forms: list of the forms of its inputs: `"grouped"` channels; `"batched"`, the batch
+            of all tasks' examples; `"plain"`, of one task or the same for all.
+
+    Returns:
+        One of these; of `TaskSplit`, that of each part.
+    """
+    if isinstance(operation, (TaskLayer, TaskStack, TaskGroup, TaskRepeat)):
+        return "grouped"
+    if isinstance(operation, TaskBatch):
+        return "batched"
+    if isinstance(operation, TaskSplit):
+        return "plain"
+    return next((form for form in ("grouped", "batched") if form in forms), "plain")
+
+
+def number_of_tasks(model):
+    """T of a network, as its layers and outputs say it.
+
+    Raises:
+        ValueError: if they say nothing, or different numbers.
+    """
+    layers = model._flatten_layers(include_self=False)
+    counts = {layer.tasks for layer in layers if hasattr(layer, "tasks")}
+    if isinstance(model.output, dict):
+        counts.add(len(model.output))
+    if len(counts) != 1:
+        raise ValueError(
+            f"Model {model.name!r} is not one of a known number of tasks: its layers and "
+            f"outputs have {sorted(counts)}."
+        )
+    return counts.pop()

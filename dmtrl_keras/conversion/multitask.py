@@ -51,14 +51,14 @@ def multitask(
         backbone: a built functional or Sequential Keras model with one output, such as
             `keras.applications.ResNet50(include_top=False, pooling="avg")`.
         tasks: list of T distinct names, or int T for `task_0`, `task_1`, ...
-        sharing: what becomes of the kernels: `"independent"`, `"hard"`, `"laf"`, `"tucker"`,
-            `"tt"`, another registered name, or a `Parameterization`; or a dict of them by
-            layer name or name pattern such as `"conv5_*"`, of which the first that fits
-            holds, and layers that none fits are independent.
+        sharing: what becomes of the kernels: `"independent"`, `"hard"`, `"laf"`,
+            `"tucker"`, `"tt"`, another registered name, or a `Parameterization`; or a dict
+            of them by layer name or name pattern such as `"conv5_*"`, of which the first
+            that fits holds, and layers that none fits are independent.
         rank: for the factorisations that are given by name: int (a cap), float in (0, 1] (a
             fraction), or a tuple with one of them for each rank.
-        tolerance: instead of the rank, a number in (0, 1): the error of each kernel relative
-            to its Frobenius norm. Without both: 0.1.
+        tolerance: instead of the rank, a number in (0, 1): the error of each kernel
+            relative to its Frobenius norm. Without both: 0.1.
         share_until: name of a layer (or nested model) of the backbone. It and everything
             that it depends on is shared by all tasks and computed once: ordinary
             layers, with one input for each task on the batch of all tasks' inputs.

@@ -113,12 +113,9 @@ class Rule:
 
     Attributes:
         has_weights: bool, whether every task gets weights of its own.
-        mixes_channels: bool, whether on a grouped tensor the Keras layer itself would mix
-            the features of the tasks.
     """
 
     has_weights = False
-    mixes_channels = False
 
     def problem(self, layer, shapes):
         """Why this layer can't be converted, a string, or None.
@@ -301,7 +298,6 @@ class Kernels(Rule):
     """Layers with kernels, each of which becomes a layer with T kernels."""
 
     has_weights = True
-    mixes_channels = True
 
     def __init__(self, task_class):
         self.task_class = task_class
@@ -375,9 +371,7 @@ class _Convolution(Kernels):
 
 
 class _Depthwise(Kernels):
-    # Keras's own depthwise convolution keeps grouped channels apart.
-    mixes_channels = False
-
+    # On a grouped tensor Keras's own depthwise convolution keeps the tasks apart.
     def single(self, layer, tasks, task):
         return copy_of(layer)
 

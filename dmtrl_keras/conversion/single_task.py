@@ -6,7 +6,7 @@ import keras
 from keras import tree
 
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import as_functional, run
+from dmtrl_keras.conversion.graph import as_functional, form_of, number_of_tasks, run
 from dmtrl_keras.layers import (
     TaskBatch,
     TaskGroup,
@@ -57,7 +57,8 @@ def single_task(model, task, name=None):
             "single_task: expected a functional or built Sequential Keras model. "
             f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
         )
-    names, tasks = _tasks(model)
+    tasks = number_of_tasks(model)
+    names = _names(model)
     index = _index(task, names, tasks, model)
     outputs = model.output
     if isinstance(outputs, dict) and names and set(outputs) == set(names):
@@ -68,7 +69,7 @@ def single_task(model, task, name=None):
     inputs = tree.map_structure(
         lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=x.name), model.input
     )
-    values = tree.map_structure(lambda x: _One(x, False), inputs)
+    values = tree.map_structure(lambda x: _One(x, "plain"), inputs)
     outputs = run(part, values, taker.visit)
     if taker.problems:
         lines = "\n".join(f"- {line}" for line in taker.problems.values())
@@ -85,30 +86,15 @@ def single_task(model, task, name=None):
     )
 
 
-def _tasks(model):
-    """`(names, T)` of a network; no names where no layer says them."""
-    found, counts = [], set()
-    for layer in model._flatten_layers(include_self=False):
-        if isinstance(layer, (TaskLayer, rules.TaskLayerNormalization)):
-            counts.add(layer.tasks)
-        elif hasattr(layer, "task_names") and hasattr(layer, "tasks"):
-            counts.add(layer.tasks)
-            if isinstance(layer._tasks_argument, list):
-                found.append(layer.task_names)
-    outputs = model.output
-    if isinstance(outputs, dict):
-        # The order is that of the channels, where a layer says it.
-        ordered = [names for names in found if set(names) == set(outputs)]
-        names = ordered[0] if ordered else tuple(outputs)
-        counts.add(len(names))
-    else:
-        names = found[0] if found else ()
-    if len(counts) > 1 or (not counts):
-        raise ValueError(
-            f"single_task: model {model.name!r} is not one of a known number of tasks. "
-            f"Its layers and outputs have: {sorted(counts)}."
-        )
-    return names, counts.pop()
+def _names(model):
+    """The task names in the order of the channels; none where nothing says them."""
+    layers = model._flatten_layers(include_self=False)
+    named = [layer.task_names for layer in layers if hasattr(layer, "task_names")]
+    if isinstance(model.output, dict):
+        # A layer knows the order; the dict need not have it.
+        named = [names for names in named if set(names) == set(model.output)]
+        named.append(tuple(model.output))
+    return named[0] if named else ()
 
 
 def _index(task, names, tasks, model):
@@ -135,15 +121,12 @@ class _One:
 
     Attributes:
         tensor: the symbolic tensor; None: features of other tasks.
-        grouped: bool; whether the network of all tasks has them as grouped channels.
+        form: the form in which the network of all tasks has them, see `form_of`.
     """
 
-    def __init__(self, tensor, grouped):
+    def __init__(self, tensor, form):
         self.tensor = tensor
-        self.grouped = grouped
-
-
-_ABSENT = _One(None, False)
+        self.form = form
 
 
 class _Taker:
@@ -158,69 +141,60 @@ class _Taker:
     def visit(self, operation, args, kwargs, path):
         """What a call of the network becomes for this task; takes and returns `_One`."""
         values = [v for v in tree.flatten((args, kwargs)) if isinstance(v, _One)]
-        layout = self._layout(operation, args[0] if args else None, values)
-        if layout is not None:
-            return layout
-        grouped = any(value.grouped for value in values)
-        outputs = isinstance(operation, TaskLayer) or grouped
+        form = form_of(operation, [value.form for value in values])
+        if isinstance(operation, (TaskStack, TaskBatch, TaskGroup, TaskRepeat)):
+            own = values[0]
+            if not isinstance(args[0], _One):
+                own = operation._in_order(args[0], lambda x: False)[self._index]
+            return _One(own.tensor, form)
+        if isinstance(operation, TaskSplit):
+            parts = {name: _One(None, form) for name in operation.task_names}
+            parts[operation.task_names[self._index]] = _One(values[0].tensor, form)
+            return parts
         try:
-            layer = self._layer(operation, values, grouped)
+            layer = self._layer(operation, values)
         except ValueError as error:
             place = "/".join((*path, operation.name))
             self.problems[id(operation)] = f"{type(operation).__name__} {place!r}: {error}"
-            layer = None
-        if layer is None:
-            return _One(values[0].tensor, grouped)
+            return _One(values[0].tensor, form)
         args, kwargs = tree.map_structure(
             lambda v: v.tensor if isinstance(v, _One) else v, (args, kwargs)
         )
         fresh = not getattr(layer, "built", True)
-        result = layer(*args, **kwargs)
-        if fresh:
-            rules.load_weights(layer, self._weights(operation, grouped))
-        return tree.map_structure(lambda x: _One(x, outputs), result)
+        outputs = layer(*args, **kwargs)
+        if fresh and layer.weights:
+            rules.load_weights(layer, self._weights(operation, form))
+        return tree.map_structure(lambda x: _One(x, form), outputs)
 
-    def _layout(self, operation, first, values):
-        """What a layer of the layout lets through, or None for other operations."""
-        if isinstance(operation, (TaskStack, TaskBatch)) and not isinstance(first, _One):
-            apart = operation._in_order(first, lambda x: False)
-            return _One(apart[self._index].tensor, isinstance(operation, TaskStack))
-        if isinstance(operation, (TaskStack, TaskGroup, TaskRepeat)):
-            return _One(values[0].tensor, True)
-        if isinstance(operation, TaskBatch):
-            return _One(values[0].tensor, False)
-        if isinstance(operation, TaskSplit):
-            parts = dict.fromkeys(operation.task_names, _ABSENT)
-            parts[operation.task_names[self._index]] = _One(values[0].tensor, False)
-            return parts
-        return None
-
-    def _layer(self, operation, values, grouped):
-        layer = self._made.get(id(operation))
-        if layer is not None:
-            return layer
+    def _layer(self, operation, values):
+        """The layer of one task; a ValueError says why there is none."""
         if any(value.tensor is None for value in values):
             raise ValueError("it needs the features of other tasks")
+        if id(operation) in self._made:
+            return self._made[id(operation)]
+        grouped = {value.form == "grouped" for value in values}
         rule = rules.rule_of(operation)
-        if isinstance(operation, TaskLayer) or (grouped and rule is not None):
-            if not isinstance(operation, TaskLayer) and not _all_grouped(values):
-                raise ValueError("it mixes grouped features and others")
+        if isinstance(operation, TaskLayer):
+            if grouped == {operation.shared_input}:
+                raise ValueError(
+                    "with `shared_input=True` it mixes the tasks"
+                    if operation.shared_input
+                    else "its input is grouped, but not by a layer such as TaskStack"
+                )
             layer = rule.single(operation, self._tasks, self._index)
-        elif grouped:
-            raise ValueError("how it treats grouped channels is not known")
-        else:
+        elif grouped == {False}:
             layer = rules.copy_of(operation)
+        elif rule is None:
+            raise ValueError("how it treats grouped channels is not known")
+        elif len(grouped) > 1:
+            raise ValueError("it takes grouped features and others together")
+        else:
+            layer = rule.single(operation, self._tasks, self._index)
         self._made[id(operation)] = layer
         return layer
 
-    def _weights(self, operation, grouped):
-        if not isinstance(operation, keras.layers.Layer):
-            return []
-        if isinstance(operation, TaskLayer) or grouped:
+    def _weights(self, operation, form):
+        if form == "grouped":
             rule = rules.rule_of(operation)
             return rule.single_weights(operation, self._tasks, self._index)
         return operation.get_weights()
-
-
-def _all_grouped(values):
-    return all(value.grouped for value in values)

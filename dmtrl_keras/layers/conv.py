@@ -72,6 +72,10 @@ class TaskConv(TaskLayer):
         self.padding = twin.padding
         self.dilation_rate = twin.dilation_rate
         self.groups = twin.groups
+        if self.groups == 1 and {*self.kernel_size, *self.strides} == {1}:
+            # A matrix product is several times faster than a pointwise convolution on
+            # TensorFlow and a CPU where maps are small (measured: 4 x 4, 1.3 to 4 times).
+            self._convolve = None
 
     @property
     def _minimum_ndim(self):

@@ -210,20 +210,24 @@ class FactorizedParameterization(Parameterization):
         matrix, cosines of increasing frequency, are orthogonal with norm `sqrt(T)`
         as always. Thus every task starts from `kernel`, and gradients reach them all.
         """
-        shape = (*kernel.shape, tasks)
-        rank, one, latents = self._rank, self._rank, tasks
-        if isinstance(rank, tuple):
-            one = (*rank[:-1], 1)
-        elif isinstance(rank, numbers.Integral):
-            rank = min(rank, max(self._bounds(shape)))
-            one = min(rank, max(self._bounds((*kernel.shape, 1))))
-        if rank is not None:
-            latents = decomposition.resolve_rank(rank, self._bounds(shape))[-1]
+        one = self._rank
+        if isinstance(one, tuple):
+            one = (*one[:-1], 1)
+        elif isinstance(one, numbers.Integral):
+            one = min(one, max(self._bounds((*kernel.shape, 1))))
         single = type(self)(one, self.tolerance, self.implementation, self.threshold)
         factors = single.decompose(kernel[..., None])
         latent, matrix, axis = self._task_axis(list(factors))
         start = factors[latent]
-        latents = min(latents, math.prod(start.shape[:-1]))
+        latents = self._latents(kernel, tasks)
+        if latents > math.prod(start.shape[:-1]):
+            # One kernel alone, say with a single output, needs ranks too small for so
+            # many latent kernels to differ. What the wider ranks add is zero at first.
+            wide = self
+            if not isinstance(self._rank, tuple):
+                ranks = single.rank({name: f.shape for name, f in factors.items()})
+                wide = self.with_rank(self._widened((*ranks[:-1], latents), kernel.shape))
+            return wide.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
         unused = [(0, 0)] * (start.ndim - 1) + [(0, latents - 1)]
         factors[latent] = np.pad(start, unused)
         angles = np.outer(np.arange(latents), np.arange(tasks) + 0.5) * np.pi / tasks
@@ -231,6 +235,25 @@ class FactorizedParameterization(Parameterization):
         rows[0] = factors[matrix].item()
         factors[matrix] = rows if axis == 0 else rows.T
         return factors
+
+    def _widened(self, ranks, shape):
+        """Ranks for the last of them, the task rank, to be possible.
+
+        Args:
+            ranks: tuple of ints.
+            shape: tuple, the shape of one task's kernel.
+        """
+        return ranks
+
+    def _latents(self, kernel, tasks):
+        """The task rank that T equal kernels are to have."""
+        bounds = self._bounds((*kernel.shape, tasks))
+        if self._rank is None:
+            return bounds[-1]
+        rank = self._rank
+        if isinstance(rank, numbers.Integral):
+            rank = min(rank, max(bounds))
+        return decomposition.resolve_rank(rank, bounds)[-1]
 
     def with_rank(self, rank):
         return type(self)(rank, None, self.implementation, self.threshold)

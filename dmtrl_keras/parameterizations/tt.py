@@ -41,6 +41,12 @@ class TT(FactorizedParameterization):
         cores = decomposition.tt(kernel, **self._choice())
         return {f"core_{n}": core for n, core in enumerate(cores, start=1)}
 
+    def _widened(self, ranks, shape):
+        ranks = list(ranks)
+        for n in range(len(ranks) - 1, 0, -1):
+            ranks[n - 1] = max(ranks[n - 1], math.ceil(ranks[n] / shape[n]))
+        return tuple(ranks)
+
     def compose(self, factors, tasks):
         modes = len(factors)
         shapes = {name: tuple(factor.shape) for name, factor in factors.items()}

@@ -44,6 +44,14 @@ class Tucker(FactorizedParameterization):
         named = {f"factor_{n}": factor for n, factor in enumerate(factors, start=1)}
         return {"core": core, **named}
 
+    def _widened(self, ranks, shape):
+        *ranks, latents = ranks
+        for mode in sorted(range(len(ranks)), key=lambda n: shape[n], reverse=True):
+            others = math.prod(ranks) // ranks[mode]
+            wanted = math.ceil(latents / others)
+            ranks[mode] = min(shape[mode], max(ranks[mode], wanted))
+        return (*ranks, latents)
+
     def compose(self, factors, tasks):
         modes = len(factors) - 1
         return _mode_products(factors, (modes, *range(1, modes)))

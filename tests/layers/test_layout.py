@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from keras import ops
 
-from dmtrl_keras.layers import TaskConcatenate, TaskFlatten, TaskSplit, TaskStack
+from dmtrl_keras.layers import (
+    TaskBatch,
+    TaskConcatenate,
+    TaskFlatten,
+    TaskGroup,
+    TaskRepeat,
+    TaskSplit,
+    TaskStack,
+)
 from dmtrl_keras.testing import check_layer
 
 NAMES = ["age", "gender", "pose"]
@@ -56,6 +64,31 @@ def test_concatenate(data_format, rng):
         np.testing.assert_array_equal(ours, np.concatenate(pair, axis))
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_batch_and_group(data_format, rng):
+    """The tasks' examples one task after another; `TaskGroup` undoes `TaskBatch`."""
+    axis = -1 if data_format == "channels_last" else 1
+    parts = {name: rng.normal(size=(2, 4, 5, 6)).astype("float32") for name in NAMES}
+    expected = np.concatenate([parts[name] for name in NAMES])
+    batch = TaskBatch(NAMES, data_format=data_format)
+    np.testing.assert_array_equal(batch(parts), expected)
+    grouped = TaskStack(NAMES, data_format=data_format)(parts)
+    np.testing.assert_array_equal(batch(grouped), expected)
+    back = TaskGroup(NAMES, data_format=data_format)(expected)
+    np.testing.assert_array_equal(back, grouped)
+    for part, name in zip(tasks_of(back, 3, axis), NAMES):
+        np.testing.assert_array_equal(part, parts[name])
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_repeat(data_format, rng):
+    """Every task's part is the input."""
+    axis = -1 if data_format == "channels_last" else 1
+    x = rng.normal(size=(2, 4, 5, 6)).astype("float32")
+    for part in tasks_of(TaskRepeat(3, data_format=data_format)(x), 3, axis):
+        np.testing.assert_array_equal(part, x)
+
+
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_promises(tasks, rng):
     """`check_layer` for all of them, T = 1 included."""
@@ -64,6 +97,29 @@ def test_promises(tasks, rng):
     check_layer(lambda **k: TaskFlatten(tasks, **k), x)
     check_layer(lambda **k: TaskStack(tasks, **k), [x] * tasks, export=tasks == 1)
     check_layer(lambda **k: TaskConcatenate(tasks, **k), [x, x[..., :3]], export=False)
+    check_layer(lambda **k: TaskRepeat(tasks, **k), x)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_promises_of_batches(tasks, rng):
+    """Batch and group change the batch axis, so that they are checked together."""
+    x = rng.normal(size=(2, 4, 6)).astype("float32")
+
+    def both(**kwargs):
+        inner = [TaskBatch(tasks, **kwargs), TaskGroup(tasks, **kwargs)]
+        return keras.Sequential(inner)
+
+    np.testing.assert_array_equal(both()(x), x)
+    inputs = keras.Input((4, 6))
+    model = keras.Model(inputs, both()(inputs))
+    np.testing.assert_array_equal(model.predict(x, verbose=0), x)
+    assert TaskBatch(tasks).compute_output_shape((None, 4, 6)) == (None, 4, 6 // tasks)
+    assert TaskBatch(tasks).compute_output_shape((2, 6)) == (2 * tasks, 6 // tasks)
+    assert TaskGroup(tasks).compute_output_shape((6, 4)) == (6 // tasks, 4 * tasks)
+    for layer in both(dtype="mixed_bfloat16").layers:
+        copy = type(layer).from_config(layer.get_config())
+        assert copy.get_config() == layer.get_config()
+    assert str(both(dtype="mixed_bfloat16")(x).dtype).endswith("bfloat16'>")
 
 
 def test_one_tensor_is_a_list_of_one(rng):
@@ -113,6 +169,12 @@ def test_unknown_middle_axes(rng):
             lambda: TaskConcatenate(2)([np.zeros((1, 5, 4)), np.zeros((1, 6, 4))]),
             "must agree",
         ),
+        (lambda: TaskBatch(4)(np.zeros((2, 6))), "tasks=4.*6 channels"),
+        (lambda: TaskBatch(2)([np.zeros((1, 2))] * 3), "expected 2 inputs.*3"),
+        (lambda: TaskBatch(["a", "b"])({"a": np.zeros((1, 2))}), r"'a', 'b'.*\['a'\]"),
+        (lambda: TaskGroup(2)(np.zeros((3, 4))), r"divides by tasks=2.*\(3, 4\)"),
+        (lambda: TaskGroup(2)(keras.Input((3, None))), "known size"),
+        (lambda: TaskRepeat(2)(keras.Input((3, None))), "known size"),
     ],
 )
 def test_errors(call, message):

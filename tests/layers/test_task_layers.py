@@ -12,6 +12,7 @@ from dmtrl_keras.layers import (
     TaskConv2D,
     TaskConv3D,
     TaskDense,
+    TaskDepthwiseConv1D,
     TaskDepthwiseConv2D,
 )
 from dmtrl_keras.testing import check_layer
@@ -52,6 +53,12 @@ CASES = {
     "depthwise": (
         TaskDepthwiseConv2D,
         {"kernel_size": 3, "depth_multiplier": 2, "padding": "same"},
+        (7, 6, 4),
+    ),
+    "depthwise1d": (TaskDepthwiseConv1D, {"kernel_size": 3, "strides": 2}, (7, 4)),
+    "conv2d-pointwise-strided": (
+        TaskConv2D,
+        {"filters": 5, "kernel_size": 1, "strides": 2, "activation": "relu"},
         (7, 6, 4),
     ),
 }

@@ -197,3 +197,83 @@ def test_registry_errors():
         parameterizations.register(LAF)
     assert parameterizations.get(None).name == "independent"
     assert Tucker().get_config()["rank"] == 0.5
+
+
+@pytest.mark.parametrize("name", parameterizations.names())
+@pytest.mark.parametrize("shape", [(6, 5), (3, 2, 4, 5), (3, 4, 5), (1, 1, 2, 1)])
+def test_replicate_gives_equal_kernels(name, shape, rng):
+    """Every task's kernel is the given one, at full rank; the task rank is full too."""
+    tasks, kernel = 4, rng.normal(size=shape)
+    sharing = parameterizations.get(name)
+    if name not in ("independent", "hard"):
+        sharing = type(sharing)(rank=1.0)
+    values = sharing.replicate(kernel, tasks)
+    composed = ops.convert_to_numpy(sharing.compose(tensors(values), tasks))
+    np.testing.assert_allclose(composed, np.stack([kernel] * tasks), atol=1e-5)
+    if name in ("independent", "hard"):
+        return
+    matrix = ops.convert_to_numpy(sharing.task_matrix(tensors(values), tasks))
+    size = kernel.size
+    assert matrix.shape == (min(tasks, size), tasks)
+    gram = tasks * np.eye(len(matrix))
+    np.testing.assert_allclose(matrix @ matrix.T, gram, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FACTORIZED)
+@pytest.mark.parametrize("tolerance", [0.05, 0.3])
+def test_replicate_keeps_the_tolerance(kind, tolerance, rng):
+    """The error of one kernel is within the tolerance, with fewer ranks; T tasks remain."""
+    tasks, kernel = 3, rng.normal(size=(3, 3, 8, 2)) @ rng.normal(size=(2, 12))
+    sharing = kind(tolerance=tolerance)
+    values = sharing.replicate(kernel, tasks)
+    composed = ops.convert_to_numpy(sharing.compose(tensors(values), tasks))
+    error = np.linalg.norm(composed - kernel) / np.linalg.norm(kernel) / np.sqrt(tasks)
+    assert error <= tolerance + 1e-6
+    rank = sharing.rank(shapes_of(values))
+    assert rank[-1] == tasks
+    assert np.prod(rank) < 9 * 8 * 12 * tasks
+    # A saved layer comes back with these ranks, from a draw of the same shape.
+    again = sharing.with_rank(rank).decompose(rng.normal(size=(*kernel.shape, tasks)))
+    assert shapes_of(again) == shapes_of(values)
+
+
+@pytest.mark.parametrize("kind", FACTORIZED)
+def test_replicate_takes_every_kind_of_rank(kind, rng):
+    """An int is a cap at any size; a fraction and a tuple are of one kernel's ranks."""
+    kernel, tasks = rng.normal(size=(3, 3, 8, 12)), 4
+    ranks = {
+        rank: kind(rank=rank).rank(shapes_of(kind(rank=rank).replicate(kernel, tasks)))
+        for rank in (2, 1000, 0.5)
+    }
+    assert max(ranks[2]) == 2 and ranks[2][-1] == 2
+    assert ranks[1000][-1] == tasks
+    assert ranks[0.5][-1] == 2
+    exact = {1: (3,), 5: (2, 3, 4, 5, 3), 4: (2, 3, 4, 3)}[len(ranks[2])]
+    values = kind(rank=exact).replicate(kernel, tasks)
+    assert kind(rank=exact).rank(shapes_of(values)) == exact
+    if kind is not LAF:
+        with pytest.raises(ValueError, match="rank"):
+            kind(rank=(*exact[:-2], 500, 3)).replicate(kernel, tasks)
+
+
+@pytest.mark.parametrize("kind", FACTORIZED)
+@pytest.mark.parametrize("units", [5, 1])
+def test_replicated_tasks_can_differ(kind, units, rng):
+    """The first gradient step already takes the tasks apart, other than by scale."""
+    from dmtrl_keras.layers.factorized import with_sharing
+
+    tasks, kernel = 3, rng.normal(size=(6, units))
+    sharing = kind(tolerance=0.5)
+    values = sharing.replicate(kernel, tasks)
+    sharing = sharing.with_rank(sharing.rank(shapes_of(values)))
+    layer = with_sharing(TaskDense(units, tasks, shared_input=True), sharing)
+    layer.start_from(values)
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, layer(inputs))
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    x, y = rng.normal(size=(32, 6)), rng.normal(size=(32, 3 * units))
+    model.fit(x, y, verbose=0)
+    kernels = ops.convert_to_numpy(layer.kernel).reshape(-1, tasks)
+    unit = kernels / np.linalg.norm(kernels, axis=0)
+    cosines = (unit.T @ unit)[np.triu_indices(tasks, 1)]
+    assert np.all(cosines < 0.9999), cosines

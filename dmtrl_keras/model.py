@@ -107,6 +107,12 @@ class MultiTaskModel(keras.Model):
         )
         self._tasks_with_loss = set(loss) if isinstance(loss, dict) else None
 
+    def compile_from_config(self, config):
+        """Compile as a saved model was; Keras leaves it to classes with a `compile`."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def _owner(self):
         return f"{type(self).__name__} {self.name!r}"
 

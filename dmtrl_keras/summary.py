@@ -6,7 +6,12 @@ import math
 import keras
 from keras import tree
 
-from dmtrl_keras.conversion.graph import as_functional, form_of, number_of_tasks, run
+from dmtrl_keras.conversion.graph import (
+    checked_functional,
+    form_of,
+    number_of_tasks,
+    run,
+)
 from dmtrl_keras.conversion.rules import Kernels, rule_of
 from dmtrl_keras.factorization import print_table
 from dmtrl_keras.layers import TaskLayer, TaskSplit
@@ -66,11 +71,7 @@ def task_summary(model, verbose=True):
     >>> row.sharing, row.rank, row.parameters, row.parameters_if_independent
     ('tucker', (2, 2, 2), 128, 576)
     """
-    if not isinstance(model, keras.Model) or as_functional(model) is None:
-        raise ValueError(
-            "task_summary: expected a functional or built Sequential Keras model. "
-            f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
-        )
+    model = checked_functional(model, "task_summary")
     tasks = number_of_tasks(model)
     rows = {}
 

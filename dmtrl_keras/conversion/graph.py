@@ -1,7 +1,5 @@
 """Walking through a functional or Sequential model, call by call."""
 
-import inspect
-
 import keras
 
 from dmtrl_keras.layers import (
@@ -22,6 +20,21 @@ def as_functional(model):
     return model if hasattr(model, "_run_through_graph") else None
 
 
+def checked_functional(model, owner):
+    """The functional model behind a model.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    graph = as_functional(model) if isinstance(model, keras.Model) else None
+    if graph is None:
+        raise ValueError(
+            f"{owner}: expected a functional or built Sequential Keras model. "
+            f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
+        )
+    return graph
+
+
 def run(model, inputs, visit, leave=None):
     """Visit every call of an operation in a model, in topological order.
 
@@ -39,24 +52,17 @@ def run(model, inputs, visit, leave=None):
     Returns:
         The output values, in the structure of `model.output`.
     """
-    return _run(model, inputs, visit, leave, (), None)
+    return _run(model, inputs, visit, leave, ())
 
 
-def _run(model, inputs, visit, leave, path, training):
+def _run(model, inputs, visit, leave, path):
     def call(operation, *args, **kwargs):
-        given = kwargs.pop("training", None)
-        given = training if given is None else given
-        if as_functional(operation) is not None:
-            kwargs.pop("mask", None)
-            nested = (*path, operation.name)
-            outputs = _run(operation, args[0], visit, leave, nested, given)
-            if leave is not None:
-                leave(operation, outputs)
-            return outputs
-        # A nested model that was called with `training=False` hands it on.
-        if given is not None and "training" in inspect.signature(operation.call).parameters:
-            kwargs["training"] = given
-        return visit(operation, args, kwargs, path)
+        if as_functional(operation) is None:
+            return visit(operation, args, kwargs, path)
+        outputs = _run(operation, args[0], visit, leave, (*path, operation.name))
+        if leave is not None:
+            leave(operation, outputs)
+        return outputs
 
     return as_functional(model)._run_through_graph(inputs, call_fn=call)
 

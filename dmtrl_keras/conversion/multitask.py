@@ -12,7 +12,7 @@ from keras import tree
 
 from dmtrl_keras import parameterizations
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import as_functional, run
+from dmtrl_keras.conversion.graph import checked_functional, run
 from dmtrl_keras.factorization import Factorization, factorization_report, print_report
 from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.layers.factorized import with_sharing
@@ -104,11 +104,7 @@ def multitask(
     {'age': (None, 8), 'gender': (None, 2)}
     """
     names = task_names(tasks, "multitask")
-    if not isinstance(backbone, keras.Model) or as_functional(backbone) is None:
-        raise ValueError(
-            "multitask: expected a functional or built Sequential Keras model. "
-            f"Received: {type(backbone).__name__} {getattr(backbone, 'name', '')!r}."
-        )
+    backbone = checked_functional(backbone, "multitask")
     survey = _survey(backbone, share_until)
     choose = _sharing_of(
         sharing, survey.with_weights, rank, tolerance, implementation, threshold

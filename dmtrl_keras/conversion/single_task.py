@@ -6,7 +6,12 @@ import keras
 from keras import tree
 
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import as_functional, form_of, number_of_tasks, run
+from dmtrl_keras.conversion.graph import (
+    checked_functional,
+    form_of,
+    number_of_tasks,
+    run,
+)
 from dmtrl_keras.layers import (
     TaskBatch,
     TaskGroup,
@@ -52,11 +57,7 @@ def single_task(model, task, name=None):
     >>> np.allclose(alone(x), model(x)["gender"], atol=1e-5)
     True
     """
-    if not isinstance(model, keras.Model) or as_functional(model) is None:
-        raise ValueError(
-            "single_task: expected a functional or built Sequential Keras model. "
-            f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
-        )
+    model = checked_functional(model, "single_task")
     tasks = number_of_tasks(model)
     names = _names(model)
     index = _index(task, names, tasks, model)
@@ -66,9 +67,7 @@ def single_task(model, task, name=None):
     # Of the other tasks' layers only those remain that this task depends on.
     part = keras.Model(model.input, outputs)
     taker = _Taker(tasks, index)
-    inputs = tree.map_structure(
-        lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=x.name), model.input
-    )
+    inputs = _inputs(model.input, names)
     values = tree.map_structure(lambda x: _One(x, "plain"), inputs)
     outputs = run(part, values, taker.visit)
     if taker.problems:
@@ -78,12 +77,31 @@ def single_task(model, task, name=None):
             f"task {task!r} can't have alone:\n{lines}"
         )
     outputs = tree.map_structure(lambda value: value.tensor, outputs)
+    if _is_by_task(inputs, names):
+        inputs = inputs[names[index]]
     label = names[index] if names else f"task_{index}"
-    return keras.Model(
-        _needed(inputs, outputs, names, index),
-        outputs,
-        name=name or f"{model.name}_{label}",
-    )
+    return keras.Model(inputs, outputs, name=name or f"{model.name}_{label}")
+
+
+def _is_by_task(inputs, names):
+    return isinstance(inputs, dict) and set(inputs) == set(names)
+
+
+def _inputs(inputs, names):
+    """New inputs in the same structure."""
+
+    def like(x, name=None):
+        return keras.Input(x.shape[1:], dtype=x.dtype, name=name or x.name)
+
+    if not _is_by_task(inputs, names):
+        return tree.map_structure(like, inputs)
+    # In a dict of one task's inputs each has the name that it has there.
+    return {
+        task: {key: like(x, key) for key, x in own.items()}
+        if isinstance(own, dict)
+        else tree.map_structure(like, own)
+        for task, own in inputs.items()
+    }
 
 
 def _names(model):
@@ -107,13 +125,6 @@ def _index(task, names, tasks, model):
         f"single_task: model {model.name!r} has the tasks {list(names) or tasks}. "
         f"Received: task={task!r}."
     )
-
-
-def _needed(inputs, outputs, names, index):
-    """The inputs that this task depends on, in the simplest structure."""
-    if isinstance(inputs, dict) and names and set(inputs) == set(names):
-        return inputs[names[index]]
-    return inputs
 
 
 class _One:

@@ -122,11 +122,12 @@ def _shared(x, form, kernel, tasks, convolve):
     return convolve(x, kernel), form
 
 
-def _prefers_loop(kernel):
+def _prefers_loop(x, kernel):
     # TensorFlow's batched product on a CPU takes 1.3 times as long as T products of
-    # matrices this large (measured at T = 10, 64 rows, 3136 x 128 and 1024 x 512).
+    # matrices this large (measured at T = 10, 64 rows, 3136 x 128 and 1024 x 512), and
+    # up to twice as long on maps, whose tasks would have to be moved in front.
     return (
-        math.prod(kernel.shape[1:]) >= 2**14
+        (len(x.shape) > 2 or math.prod(kernel.shape[1:]) >= 2**14)
         and keras.config.backend() == "tensorflow"
         and not keras.distribution.list_devices("gpu")
     )
@@ -144,7 +145,7 @@ def _stacked(x, form, kernel, tasks, convolve):
         return convolve(x, merged), "grouped"
     if convolve is None:
         kernel = ops.reshape(kernel, (tasks, *kernel.shape[-2:]))
-        if form == "grouped" and _prefers_loop(kernel):
+        if form == "grouped" and _prefers_loop(x, kernel):
             parts = zip(ops.split(x, tasks, axis=-1), ops.unstack(kernel, axis=0))
             parts = [ops.matmul(part, own) for part, own in parts]
             return ops.concatenate(parts, axis=-1), "grouped"

@@ -9,6 +9,9 @@ Training steps of the paper's LeNet with T tasks:
   the activations contracted, and with the choice left to the library (`auto`),
 - (e) the bare convolutions and matrix products of the same size, forward and backward.
 
+And those of a backbone of `keras.applications`, T copies of it in one model against
+`multitask` of it, with the seconds that building takes.
+
     python -m applications.benchmark
     python -m applications.benchmark --readme README.md
 """
@@ -25,9 +28,9 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from dmtrl_keras import factorization_report, factorize
+from dmtrl_keras import factorization_report, factorize, multitask
 from dmtrl_keras.backend import tensorflow
-from dmtrl_keras.layers import TaskDense, TaskFlatten
+from dmtrl_keras.layers import FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 
 from .experiment import markdown_table, rich_table, write_block
@@ -97,9 +100,88 @@ def bare_step(tasks, batch, padding, fc):
     return step
 
 
-def training_step(model, images, labels):
+def backbone_of(name, size, copy=""):
+    """A backbone of keras.applications with random weights, a vector its output."""
+    return getattr(keras.applications, name)(
+        weights=None,
+        input_shape=(size, size, 3),
+        include_top=False,
+        pooling="avg",
+        name=f"{name}{copy}",
+    )
+
+
+def plain_backbones(name, tasks, size, classes, shared_input):
+    """T backbones in one model, each with its head, by task name."""
+    names = [f"task_{t}" for t in range(tasks)]
+    if shared_input:
+        inputs = keras.Input((size, size, 3))
+        own = dict.fromkeys(names, inputs)
+    else:
+        inputs = own = {task: keras.Input((size, size, 3), name=task) for task in names}
+    outputs = {
+        task: keras.layers.Dense(classes, "softmax")(
+            backbone_of(name, size, f"_{task}")(own[task])
+        )
+        for task in names
+    }
+    return keras.Model(inputs, outputs)
+
+
+def backbone_table(options):
+    """Building and training of T backbones: plain, and by `multitask`."""
+    name, size, tasks = options.backbone, options.image_size, options.backbone_tasks
+    rng = np.random.default_rng(0)
+    shape = (options.backbone_batch, size, size, 3)
+    images = rng.normal(size=shape).astype("float32")
+    labels = {f"task_{t}": rng.integers(10, size=len(images)) for t in range(tasks)}
+    rows = []
+    for shared_input in (True, False):
+        given = images if shared_input else dict.fromkeys(labels, images)
+        variants = {
+            f"{tasks} plain networks": lambda shared_input=shared_input: plain_backbones(
+                name, tasks, size, 10, shared_input
+            ),
+            "multitask, independent": lambda shared_input=shared_input: multitask(
+                backbone_of(name, size), tasks, heads=10, shared_input=shared_input
+            ),
+        }
+        if shared_input:
+            variants["multitask, Tucker, rank 0.25"] = lambda: multitask(
+                backbone_of(name, size),
+                tasks,
+                sharing="tucker",
+                rank=0.25,
+                heads=10,
+                verbose=False,
+            )
+        steps, seconds, sizes = {}, {}, {}
+        for variant, build in variants.items():
+            start = time.perf_counter()
+            model = build()
+            seconds[variant] = time.perf_counter() - start
+            sizes[variant] = model.count_params()
+            loss = "sparse_categorical_crossentropy"
+            steps[variant] = training_step(model, given, labels, loss)
+        times = in_turn(steps, options.repeats)
+        first = next(iter(times))
+        for variant, value in times.items():
+            rows.append(
+                {
+                    "Training step": variant,
+                    "Input": "shared" if shared_input else "one per task",
+                    "Parameters": f"{sizes[variant]:,}",
+                    "Build s": f"{seconds[variant]:.1f}",
+                    "ms": f"{value * 1e3:.0f}",
+                    "Ratio to plain": f"{value / times[first]:.2f}",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def training_step(model, images, labels, loss=None):
     """A function that makes one training step of a model with Adam."""
-    model.compile("adam", TaskHinge())
+    model.compile("adam", loss or TaskHinge())
 
     def step():
         model.train_on_batch(images, labels)
@@ -146,6 +228,21 @@ def trained_networks(options):
     return trainer.half_trained()[0]
 
 
+def _with_implementation(model, implementation):
+    def clone(layer):
+        config = layer.get_config()
+        if not isinstance(layer, FactorizedLayer):
+            return type(layer).from_config(config)
+        copy = type(layer).from_config({**config, "implementation": implementation})
+        factors = layer.factors.items()
+        copy.start_from({n: keras.ops.convert_to_numpy(f) for n, f in factors})
+        return copy
+
+    new = keras.models.clone_model(model, clone_function=clone)
+    new.set_weights(model.get_weights())
+    return new
+
+
 def factorized_variants(source, method, rank, tolerance):
     """The same factors in the three implementations.
 
@@ -153,18 +250,8 @@ def factorized_variants(source, method, rank, tolerance):
         `(models, weights)`: a dict of models by implementation, and the number of kernel
         weights relative to the independent kernels.
     """
-    models = {}
-    for implementation in IMPLEMENTATIONS:
-        keras.utils.set_random_seed(0)
-        model = factorize(
-            source,
-            method,
-            rank=rank,
-            tolerance=tolerance,
-            implementation=implementation,
-            verbose=False,
-        )
-        models[implementation] = model
+    model = factorize(source, method, rank=rank, tolerance=tolerance, verbose=False)
+    models = {name: _with_implementation(model, name) for name in IMPLEMENTATIONS}
     report = factorization_report(model)
     after = sum(entry.parameters_after for entry in report)
     return models, after / sum(entry.parameters_before for entry in report)
@@ -193,6 +280,12 @@ def parser():
     )
     p.add_argument("--methods", nargs="+", choices=FACTORIZATIONS, default=FACTORIZATIONS)
     p.add_argument("--skip-grouped", action="store_true", help="leave out (b)")
+    p.add_argument("--backbone", default="ResNet50", help="of keras.applications")
+    p.add_argument("--backbone-tasks", type=int, default=4)
+    p.add_argument("--backbone-batch", type=int, default=16)
+    p.add_argument("--image-size", type=int, default=64, help="of the backbone")
+    p.add_argument("--skip-backbone", action="store_true", help="LeNet only")
+    p.add_argument("--skip-lenet", action="store_true", help="the backbone only")
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")
     p.add_argument(
         "--readme",
@@ -202,10 +295,8 @@ def parser():
     return p
 
 
-def main(arguments=None):
-    """Run the benchmark; returns both tables as data frames."""
-    options = parser().parse_args(arguments)
-    console = Console()
+def lenet_tables(options, console):
+    """(a) to (e): the training steps, and the orders of work of each method."""
     tasks, batch = 10, options.batch_size
     rng = np.random.default_rng(0)
     images = rng.uniform(0, 255, size=(batch, 28, 28, 1)).astype("float32")
@@ -263,17 +354,43 @@ def main(arguments=None):
         )
     second = pd.DataFrame(rows)
     console.print(rich_table(second, "(d) ours, factorised: ratio to (a)"))
-    device = f"{platform.machine()}, {keras.config.backend()} backend"
-    text = (
-        f"LeNet, T = {tasks}, batch {batch}, padding {sizes[0]}, FC {sizes[1]}, medians of "
-        f"{options.repeats} steps with Adam, {device}.\n\n{markdown_table(first)}\n"
-        f"{markdown_table(second)}"
-    )
-    options.output.mkdir(parents=True, exist_ok=True)
-    options.output.joinpath("tables.md").write_text(text)
-    if options.readme is not None:
-        write_block(options.readme, "benchmark", text)
     return first, second
+
+
+def main(arguments=None):
+    """Run the benchmark; returns its tables as data frames, None for those left out."""
+    options = parser().parse_args(arguments)
+    if not hasattr(keras.applications, options.backbone):
+        parser().error(f"--backbone: keras.applications has no {options.backbone!r}")
+    console = Console()
+    device = f"{platform.machine()}, {keras.config.backend()} backend"
+    steps = f"medians of {options.repeats} steps with Adam, {device}."
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    def write(name, text):
+        # Each as it comes: the other may take minutes more.
+        options.output.joinpath(f"{name}.md").write_text(text)
+        if options.readme is not None:
+            write_block(options.readme, name, text)
+
+    first = second = third = None
+    if not options.skip_lenet:
+        first, second = lenet_tables(options, console)
+        title = (
+            f"LeNet, T = 10, batch {options.batch_size}, padding {options.padding}, "
+            f"FC {options.fc}"
+        )
+        tables = f"{markdown_table(first)}\n{markdown_table(second)}"
+        write("benchmark", f"{title}, {steps}\n\n{tables}")
+    if not options.skip_backbone:
+        third = backbone_table(options)
+        title = (
+            f"{options.backbone}, T = {options.backbone_tasks}, images "
+            f"{options.image_size} x {options.image_size}, batch {options.backbone_batch}"
+        )
+        console.print(rich_table(third, title))
+        write("backbone", f"{title}, {steps}\n\n{markdown_table(third)}")
+    return first, second, third
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Data sets of several tasks as one stream of batches."""
 
 import math
-import numbers
 
 from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.validation import check_positive
 
 
 def zip_tasks(
@@ -56,7 +56,7 @@ def zip_tasks(
             "`datasets` must be a dict from task name to data, with at least one task. "
             f"Received: {type(datasets).__name__}."
         )
-    _check_positive("batch_size", batch_size)
+    check_positive("batch_size", batch_size, "zip_tasks")
     parts, sizes, weighted = {}, {}, {}
     for name, data in datasets.items():
         part, size = _examples(tf, name, data)
@@ -67,7 +67,7 @@ def zip_tasks(
     elif epoch == "shortest":
         steps = math.ceil(min(sizes.values()) / batch_size)
     else:
-        _check_positive("epoch", epoch, ' or one of "longest" and "shortest"')
+        check_positive("epoch", epoch, "zip_tasks", ' or one of "longest" and "shortest"')
         steps = int(epoch)
     for index, (name, part) in enumerate(parts.items()):
         if shuffle:
@@ -84,13 +84,6 @@ def zip_tasks(
     stream = tf.data.Dataset.zip(parts).map(regroup).take(steps)
     stream = stream.apply(tf.data.experimental.assert_cardinality(steps))
     return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
-
-
-def _check_positive(name, value, alternative=""):
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"`{name}` must be a positive int{alternative}. Received: {value!r}."
-        )
 
 
 def _examples(tf, name, data):

@@ -7,12 +7,11 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.missing import (
+    Masked,
     align,
-    check_missing,
-    config_of_missing,
-    is_elementwise,
     same_shape,
     split_missing,
+    weights_for,
 )
 
 
@@ -84,9 +83,8 @@ class TaskHinge(keras.losses.Loss):
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         if sample_weight is not None:
-            sample_weight = ops.convert_to_tensor(sample_weight)
-            if len(sample_weight.shape) == 1:
-                sample_weight = ops.expand_dims(sample_weight, -1)
+            values = ops.convert_to_tensor(y_pred, dtype=self.dtype)
+            sample_weight = weights_for(values, sample_weight)
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true, y_pred):
@@ -100,7 +98,7 @@ class TaskHinge(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class MaskedLoss(keras.losses.Loss):
+class MaskedLoss(Masked, keras.losses.Loss):
     """Any Keras loss, with missing labels left out.
 
     The loss is the mean over what is present (its weighted mean, with
@@ -138,6 +136,8 @@ class MaskedLoss(keras.losses.Loss):
     8.5
     """
 
+    _wraps = "loss"
+
     def __init__(
         self,
         loss,
@@ -151,28 +151,19 @@ class MaskedLoss(keras.losses.Loss):
         name = name or f"masked_{loss.name}"
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.loss = loss
-        self.missing = check_missing(
-            math.nan if missing is None else missing, type(self).__name__
-        )
-        self.elementwise = elementwise
+        self._set_missing(missing, elementwise)
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        owner = f"{type(self).__name__} {self.name!r}"
         y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
         y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-        y_true = align(y_true, y_pred, self._elementwise(), owner)
+        y_true = align(y_true, y_pred, self._takes_each_label(), self._owner())
         values, present = self._values(y_true, y_pred)
         weights = ops.cast(present, values.dtype)
         # A value at a missing label may be anything; 0 * inf would be NaN.
         values = ops.where(present, values, ops.zeros_like(values))
         count = ops.sum(weights)
         if sample_weight is not None:
-            sample_weight = ops.convert_to_tensor(sample_weight, dtype=values.dtype)
-            while len(sample_weight.shape) < len(values.shape):
-                sample_weight = ops.expand_dims(sample_weight, -1)
-            if len(sample_weight.shape) > len(values.shape):
-                sample_weight = ops.squeeze(sample_weight, axis=-1)
-            weights = weights * sample_weight
+            weights = weights * weights_for(values, sample_weight)
         values = values * weights
         if self.reduction in (None, "none"):
             return values
@@ -183,15 +174,10 @@ class MaskedLoss(keras.losses.Loss):
             count = ops.sum(weights)
         return ops.divide_no_nan(total, count)
 
-    def _elementwise(self):
-        if self.elementwise is None:
-            return is_elementwise(self.loss)
-        return self.elementwise
-
     def _values(self, y_true, y_pred):
         """One loss value for each label, and whether it is present."""
         shared = same_shape(y_true.shape, y_pred.shape)
-        elementwise = self._elementwise()
+        elementwise = self._takes_each_label()
         # Sparse class labels have no last axis of their own.
         labels, present = split_missing(y_true, self.missing, elementwise or not shared)
         if not elementwise:
@@ -208,20 +194,7 @@ class MaskedLoss(keras.losses.Loss):
         return self._values(y_true, y_pred)[0]
 
     def get_config(self):
-        return {
-            "loss": keras.saving.serialize_keras_object(self.loss),
-            "missing": config_of_missing(self.missing),
-            "elementwise": self.elementwise,
-            "reduction": self.reduction,
-            "name": self.name,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        if isinstance(config["loss"], dict):
-            config["loss"] = keras.saving.deserialize_keras_object(config["loss"])
-        return cls(**config)
+        return {**super().get_config(), "reduction": self.reduction}
 
 
 def _as_loss(loss):

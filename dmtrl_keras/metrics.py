@@ -6,12 +6,11 @@ import keras
 from keras import ops
 
 from dmtrl_keras.missing import (
+    Masked,
     align,
-    check_missing,
-    config_of_missing,
-    is_elementwise,
     same_shape,
     split_missing,
+    weights_for,
 )
 
 
@@ -42,12 +41,7 @@ class _MeanError(keras.metrics.Metric):
         errors = ops.cast(errors, self.dtype)
         weights = ops.ones_like(errors)
         if sample_weight is not None:
-            sample_weight = ops.cast(ops.convert_to_tensor(sample_weight), self.dtype)
-            while len(sample_weight.shape) < len(errors.shape):
-                sample_weight = ops.expand_dims(sample_weight, -1)
-            if len(sample_weight.shape) > len(errors.shape):
-                sample_weight = ops.squeeze(sample_weight, axis=-1)
-            weights = weights * sample_weight
+            weights = weights * weights_for(errors, sample_weight)
         self.total.assign_add(ops.sum(errors * weights))
         self.count.assign_add(ops.sum(weights))
 
@@ -138,7 +132,7 @@ class MulticlassError(_MeanError):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class MaskedMetric(keras.metrics.Metric):
+class MaskedMetric(Masked, keras.metrics.Metric):
     """Any Keras metric, with missing labels left out.
 
     Args:
@@ -168,24 +162,20 @@ class MaskedMetric(keras.metrics.Metric):
     3.0
     """
 
+    _wraps = "metric"
+
     def __init__(self, metric, missing=math.nan, elementwise=None, name=None, dtype=None):
         metric = _as_metric(metric)
         super().__init__(name=name or metric.name, dtype=dtype)
         self.metric = metric
-        self.missing = check_missing(
-            math.nan if missing is None else missing, type(self).__name__
-        )
-        self.elementwise = elementwise
+        self._set_missing(missing, elementwise)
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         """Add a batch."""
         y_pred = ops.convert_to_tensor(y_pred)
         y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
-        elementwise = self.elementwise
-        if elementwise is None:
-            elementwise = is_elementwise(self.metric)
-        owner = f"{type(self).__name__} {self.name!r}"
-        y_true = align(y_true, y_pred, elementwise, owner)
+        elementwise = self._takes_each_label()
+        y_true = align(y_true, y_pred, elementwise, self._owner())
         shared = same_shape(y_true.shape, y_pred.shape)
         labels, present = split_missing(y_true, self.missing, elementwise or not shared)
         if len(present.shape) > 1 and not shared:
@@ -193,10 +183,7 @@ class MaskedMetric(keras.metrics.Metric):
             present = ops.squeeze(present, axis=-1)
         weights = ops.cast(present, self.dtype)
         if sample_weight is not None:
-            sample_weight = ops.cast(ops.convert_to_tensor(sample_weight), self.dtype)
-            while len(sample_weight.shape) < len(weights.shape):
-                sample_weight = ops.expand_dims(sample_weight, -1)
-            weights = weights * sample_weight
+            weights = weights * weights_for(weights, sample_weight)
         own = getattr(self.metric, "elementwise", False)
         if elementwise and not own:
             # Each label as a sample by itself, so that it has a weight of its own.
@@ -213,20 +200,7 @@ class MaskedMetric(keras.metrics.Metric):
         self.metric.reset_state()
 
     def get_config(self):
-        return {
-            "metric": keras.saving.serialize_keras_object(self.metric),
-            "missing": config_of_missing(self.missing),
-            "elementwise": self.elementwise,
-            "name": self.name,
-            "dtype": self.dtype,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        if isinstance(config["metric"], dict):
-            config["metric"] = keras.saving.deserialize_keras_object(config["metric"])
-        return cls(**config)
+        return {**super().get_config(), "dtype": self.dtype}
 
 
 def _as_metric(metric):

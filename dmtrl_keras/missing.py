@@ -48,23 +48,61 @@ def is_elementwise(wrapped):
     return bool(getattr(wrapped, "elementwise", False))
 
 
-def check_missing(missing, owner):
-    """The sentinel as a float.
+class Masked:
+    """Mixin of a loss or metric that wraps another one and leaves missing labels out.
 
-    Raises:
-        ValueError: if it is not a number.
+    `_wraps` is the name of the argument and attribute that holds the wrapped one.
     """
-    if not isinstance(missing, numbers.Real) or isinstance(missing, bool):
-        raise ValueError(
-            f"{owner}: `missing` must be NaN or a number that marks a missing label. "
-            f"Received: missing={missing!r}."
-        )
-    return float(missing)
+
+    _wraps = None
+
+    def _set_missing(self, missing, elementwise):
+        # A config has None for NaN, which JSON lacks.
+        missing = math.nan if missing is None else missing
+        if not isinstance(missing, numbers.Real) or isinstance(missing, bool):
+            raise ValueError(
+                f"{type(self).__name__}: `missing` must be NaN or a number that marks a "
+                f"missing label. Received: missing={missing!r}."
+            )
+        self.missing = float(missing)
+        self.elementwise = elementwise
+
+    def _owner(self):
+        return f"{type(self).__name__} {self.name!r}"
+
+    def _takes_each_label(self):
+        if self.elementwise is None:
+            return is_elementwise(getattr(self, self._wraps))
+        return self.elementwise
+
+    def get_config(self):
+        """Everything but what is special to losses or metrics."""
+        wrapped = getattr(self, self._wraps)
+        return {
+            self._wraps: keras.saving.serialize_keras_object(wrapped),
+            "missing": None if math.isnan(self.missing) else self.missing,
+            "elementwise": self.elementwise,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """From the dict of `get_config`."""
+        config = dict(config)
+        if isinstance(config[cls._wraps], dict):
+            wrapped = keras.saving.deserialize_keras_object(config[cls._wraps])
+            config[cls._wraps] = wrapped
+        return cls(**config)
 
 
-def config_of_missing(missing):
-    """The sentinel for a config: JSON has no NaN, hence None."""
-    return None if math.isnan(missing) else missing
+def weights_for(values, sample_weight):
+    """Sample weights as a tensor of the dtype and number of axes of some values."""
+    weights = ops.cast(ops.convert_to_tensor(sample_weight), values.dtype)
+    while len(weights.shape) < len(values.shape):
+        weights = ops.expand_dims(weights, -1)
+    if len(weights.shape) > len(values.shape):
+        weights = ops.squeeze(weights, axis=-1)
+    return weights
 
 
 def split_missing(y_true, missing, elementwise):

@@ -18,12 +18,30 @@ def check_tasks(tasks, owner):
     Raises:
         ValueError: if it is not a positive int.
     """
-    if not isinstance(tasks, numbers.Integral) or isinstance(tasks, bool) or tasks < 1:
+    return check_positive("tasks", tasks, owner, ", the number of tasks")
+
+
+def check_positive(name, value, owner, alternative=""):
+    """A positive int.
+
+    Args:
+        name: str, the argument's name.
+        value: what was given.
+        owner: str, the class, layer or function to name in the error.
+        alternative: str, what else is allowed, or what the number means.
+
+    Returns:
+        An int, at least 1.
+
+    Raises:
+        ValueError: if it is not a positive int.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(
-            f"{owner}: `tasks` must be a positive int, the number of tasks. "
-            f"Received: tasks={tasks!r}."
+            f"{owner}: `{name}` must be a positive int{alternative}. "
+            f"Received: {name}={value!r}."
         )
-    return int(tasks)
+    return int(value)
 
 
 def task_names(tasks, owner):

@@ -19,7 +19,7 @@ def test_tour(tmp_path, monkeypatch):
     assert set(model.output) == {"parity", "size"}
 
 
-@pytest.mark.parametrize("name", ["mnist", "benchmark"])
+@pytest.mark.parametrize("name", ["mnist", "benchmark", "backbone"])
 def test_tables(name):
     """Measured tables, not empty marks."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -133,11 +133,13 @@ class _One:
     Attributes:
         tensor: the symbolic tensor; None: features of other tasks.
         form: the form in which the network of all tasks has them, see `form_of`.
+        lost: bool; they come from a layer that this task can't have alone.
     """
 
-    def __init__(self, tensor, form):
+    def __init__(self, tensor, form, lost=False):
         self.tensor = tensor
         self.form = form
+        self.lost = lost
 
 
 class _Taker:
@@ -153,6 +155,10 @@ class _Taker:
         """What a call of the network becomes for this task; takes and returns `_One`."""
         values = [v for v in tree.flatten((args, kwargs)) if isinstance(v, _One)]
         form = form_of(operation, [value.form for value in values])
+        if any(value.lost for value in values):
+            lost = _One(None, form, lost=True)
+            split = isinstance(operation, TaskSplit)
+            return dict.fromkeys(operation.task_names, lost) if split else lost
         if isinstance(operation, (TaskStack, TaskBatch, TaskGroup, TaskRepeat)):
             own = values[0]
             if not isinstance(args[0], _One):
@@ -167,7 +173,7 @@ class _Taker:
         except ValueError as error:
             place = "/".join((*path, operation.name))
             self.problems[id(operation)] = f"{type(operation).__name__} {place!r}: {error}"
-            return _One(values[0].tensor, form)
+            return _One(None, form, lost=True)
         args, kwargs = tree.map_structure(
             lambda v: v.tensor if isinstance(v, _One) else v, (args, kwargs)
         )

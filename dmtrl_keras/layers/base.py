@@ -162,7 +162,7 @@ class TaskLayer(keras.layers.Layer):
         Args:
             factors: dict of arrays, as the parameterization's `decompose` returns.
         """
-        self._start = lambda: factors
+        self._start = factors
 
     def _draw_factors(self, shape):
         with eager_scope():
@@ -181,7 +181,7 @@ class TaskLayer(keras.layers.Layer):
             ) from error
 
     def _make_factors(self, shape):
-        values = self._draw_factors(shape) if self._start is None else self._start()
+        values = self._draw_factors(shape) if self._start is None else self._start
         self._start = None
         self._stacked_shape = (*shape, self.tasks)
         direct = self.sharing.is_stacked_kernel

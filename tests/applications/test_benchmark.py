@@ -20,6 +20,28 @@ def test_networks_are_of_one_size():
     assert {network.output_shape for network in networks} == {(None, 10)}
 
 
+@pytest.mark.parametrize("shared_input", [True, False])
+def test_backbones_are_of_one_size(shared_input):
+    """Plain copies and `multitask` have equally many weights and equal outputs."""
+    from dmtrl_keras import multitask
+
+    plain = benchmark.plain_backbones("MobileNet", 2, 32, 10, shared_input)
+    ours = multitask(
+        benchmark.backbone_of("MobileNet", 32), 2, heads=10, shared_input=shared_input
+    )
+    assert plain.count_params() == ours.count_params()
+    assert {k: v.shape for k, v in plain.output.items()} == {
+        k: v.shape for k, v in ours.output.items()
+    }
+
+
+def test_unknown_backbone(capsys):
+    """A name that keras.applications does not have is an error of the command."""
+    with pytest.raises(SystemExit):
+        benchmark.main(["--backbone", "LeNet5"])
+    assert "LeNet5" in capsys.readouterr().err
+
+
 def test_bare_step_is_of_the_same_size():
     """(e) has a gradient for each kernel of the three large layers, and each input."""
     gradients = benchmark.bare_step(2, 3, *SIZES)()
@@ -57,16 +79,19 @@ def test_variants_are_one_function(method, rng):
 def test_command(tmp_path):
     """A small run writes both tables, also into a README."""
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- benchmark:begin -->\n<!-- benchmark:end -->\n")
+    marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("benchmark", "backbone")]
+    readme.write_text("\n".join(marks))
     arguments = (
         "--batch-size 2 --fc 4 --repeats 1 --ranks 0.5 --stl-epochs 1 --skip-grouped"
     )
-    first, second = benchmark.main(
+    first, second, third = benchmark.main(
         [
             *arguments.split(),
             "--skip-grouped",
             "--methods",
             "tt",
+            *"--backbone MobileNet --backbone-batch 2 --image-size 32".split(),
+            *"--backbone-tasks 2".split(),
             "--output",
             str(tmp_path / "out"),
             "--readme",
@@ -75,5 +100,8 @@ def test_command(tmp_path):
     )
     assert len(first) == 3
     assert list(second["Rank"]) == ["10% error", "0.5"]
-    assert (tmp_path / "out" / "tables.md").read_text().strip() in readme.read_text()
+    assert len(third) == 5 and "MobileNet, T = 2" in readme.read_text()
+    for name in ("benchmark", "backbone"):
+        text = (tmp_path / "out" / f"{name}.md").read_text().strip()
+        assert text in readme.read_text()
     assert keras.config.backend() in readme.read_text()

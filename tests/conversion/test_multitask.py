@@ -624,3 +624,44 @@ def test_errors_of_models():
         multitask(two, 2)
     model = multitask(two, 2, heads=lambda xs: kl.Concatenate()(xs))
     assert model.output["task_1"].shape == (None, 5)
+
+
+@pytest.mark.parametrize("shared_input", [True, False])
+def test_images_of_any_size(shared_input, rng):
+    """A backbone without a fixed input size gives a network without one."""
+    backbone = keras.applications.MobileNetV2(
+        include_top=False, weights=None, pooling="avg", alpha=0.35
+    )
+    assert backbone.input_shape == (None, None, None, 3)
+    model = multitask(
+        backbone, ["a", "b"], share_until="block_2_add", shared_input=shared_input
+    )
+    for size in ((32, 32), (64, 48)):
+        x = rng.normal(size=(2, *size, 3)).astype("float32")
+        outputs = model.predict(x if shared_input else {"a": x, "b": x}, verbose=0)
+        expected = ops.convert_to_numpy(backbone(x))
+        np.testing.assert_allclose(outputs["b"], expected, atol=1e-4)
+        np.testing.assert_allclose(single_task(model, "b")(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "stochastic-depth"])
+def test_tasks_drop_by_themselves(kind, rng):
+    """What is dropped in training is drawn for each task."""
+    inputs = keras.Input((1, 1, 4))
+    if kind == "dropout":
+        drop = kl.Dropout(0.5, noise_shape=(None, 1, 1, 1))
+    else:
+        from keras.src.applications.convnext import StochasticDepth
+
+        drop = StochasticDepth(0.5)
+    conv = kl.Conv2D(4, 1, kernel_initializer="ones", bias_initializer="ones")
+    model = multitask(keras.Model(inputs, drop(conv(inputs))), NAMES)
+    x = np.ones((64, 1, 1, 4), "float32")
+    dropped = [
+        ops.convert_to_numpy(output)[:, 0, 0] == 0
+        for output in model(x, training=True).values()
+    ]
+    for own in dropped:
+        assert np.all(own == own[:, :1]) and 8 < own[:, 0].sum() < 56
+    assert not np.array_equal(dropped[0], dropped[1])
+    assert not np.array_equal(dropped[1], dropped[2])

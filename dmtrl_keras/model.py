@@ -29,10 +29,11 @@ class MultiTaskModel(keras.Model):
     >>> inputs = keras.Input((4,))
     >>> outputs = {name: keras.layers.Dense(1)(inputs) for name in ("age", "income")}
     >>> model = MultiTaskModel(inputs, outputs)
-    >>> model.compile("sgd", loss="mse", loss_weights={"age": 1.0, "wealth": 2.0})
-    Traceback (most recent call last):
-    ...
-    ValueError: MultiTaskModel 'multi_task_model': unknown tasks in `loss_weights`: ...
+    >>> try:
+    ...     model.compile("sgd", loss="mse", loss_weights={"age": 1.0, "wealth": 2.0})
+    ... except ValueError as error:
+    ...     print(str(error).split(": ", 1)[1])
+    unknown tasks in `loss_weights`: ['wealth']. The tasks are ['age', 'income'].
     """
 
     def __init__(self, inputs, outputs, name=None, **kwargs):

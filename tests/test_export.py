@@ -150,6 +150,21 @@ def test_backbones(name, rng, tmp_path):
     assert_close(dict(zip(names, session.run(names, {input_name: x}))), expected)
 
 
+def test_names_that_tensorflow_refuses(rng, tmp_path):
+    """Layers that start with an underscore, tasks with blanks; all can be exported."""
+    inputs = keras.Input((4,), name="x")
+    x = kl.BatchNormalization(name="_norm")(kl.Dense(3, name="_a dense")(inputs))
+    model = multitask(keras.Model(inputs, x), ["my age", "_b"], heads=2)
+    assert {"norm", "a_dense", "my_age_head"} <= {layer.name for layer in model.layers}
+    data = rng.normal(size=(3, 4)).astype("float32")
+    expected = {k: ops.convert_to_numpy(v) for k, v in model(data).items()}
+    export_tasks(model, tmp_path / "saved", verbose=False)
+    loaded = tensorflow().saved_model.load(str(tmp_path / "saved"))
+    assert_close(loaded.serve(data), expected)
+    output = getattr(loaded, "my age")(data)
+    np.testing.assert_allclose(output, expected["my age"], atol=1e-5)
+
+
 def test_errors(tmp_path):
     """No MultiTaskModel; a task with the name of the joint endpoint."""
     inputs = keras.Input((4,))

@@ -1,5 +1,7 @@
 """Walking through a functional or Sequential model, call by call."""
 
+import re
+
 import keras
 
 from dmtrl_keras.layers import (
@@ -18,6 +20,18 @@ def as_functional(model):
         # A Sequential model that knows its input shape runs as a functional one.
         return getattr(model, "_functional", None)
     return model if hasattr(model, "_run_through_graph") else None
+
+
+def exportable(name):
+    """A layer name that TensorFlow takes for variables in a SavedModel.
+
+    Example:
+
+    >>> exportable("_blocks.0.conv"), exportable("my head")
+    ('blocks.0.conv', 'my_head')
+    """
+    name = re.sub(r"[^A-Za-z0-9_.>-]", "_", name)
+    return name.lstrip("_>-") or "layer"
 
 
 def checked_functional(model, owner):

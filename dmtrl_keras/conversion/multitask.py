@@ -12,7 +12,7 @@ from keras import tree
 
 from dmtrl_keras import parameterizations
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import checked_functional, run
+from dmtrl_keras.conversion.graph import checked_functional, exportable, run
 from dmtrl_keras.factorization import Factorization, factorization_report, print_report
 from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.layers.factorized import with_sharing
@@ -75,7 +75,9 @@ def multitask(
             are any: ranks, errors and parameters, as from `factorization_report`.
 
     Returns:
-        A `MultiTaskModel`, whose outputs are a dict by task name; not compiled.
+        A `MultiTaskModel`, whose outputs are a dict by task name; not compiled. Layers
+        keep their names, but for what a SavedModel can't have, such as an underscore
+        at the start.
 
     Raises:
         ValueError: if the backbone has layers that can't be converted (all of them are
@@ -114,7 +116,8 @@ def multitask(
     inputs = _inputs(backbone, names, shared_input)
     outputs = run(backbone, builder.enter(backbone, inputs), builder.visit)
     outputs = _outputs(builder, outputs, heads, names)
-    model = MultiTaskModel(inputs, outputs, name=name or f"{backbone.name}_multitask")
+    name = name or exportable(f"{backbone.name}_multitask")
+    model = MultiTaskModel(inputs, outputs, name=name)
     if verbose and factorization_report(model):
         print_report(model)
     return model
@@ -348,7 +351,10 @@ class _Builder:
 
     def new_name(self, name, path=()):
         """A name that no other layer of the network has, from one and where it was."""
-        candidates = ["_".join((*path[start:], name)) for start in range(len(path), -1, -1)]
+        candidates = [
+            exportable("_".join((*path[start:], name)))
+            for start in range(len(path), -1, -1)
+        ]
         numbered = (f"{candidates[-1]}_{n}" for n in itertools.count(1))
         for candidate in itertools.chain(candidates, numbered):
             if candidate not in self._taken:

@@ -8,6 +8,7 @@ from keras import tree
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     checked_functional,
+    exportable,
     form_of,
     number_of_tasks,
     run,
@@ -80,7 +81,8 @@ def single_task(model, task, name=None):
     if _is_by_task(inputs, names):
         inputs = inputs[names[index]]
     label = names[index] if names else f"task_{index}"
-    return keras.Model(inputs, outputs, name=name or f"{model.name}_{label}")
+    name = name or exportable(f"{model.name}_{label}")
+    return keras.Model(inputs, outputs, name=name)
 
 
 def _is_by_task(inputs, names):
@@ -178,6 +180,7 @@ class _Taker:
             lambda v: v.tensor if isinstance(v, _One) else v, (args, kwargs)
         )
         fresh = not getattr(layer, "built", True)
+        layer.name = exportable(layer.name)
         outputs = layer(*args, **kwargs)
         if fresh and layer.weights:
             rules.load_weights(layer, self._weights(operation, form))

@@ -36,6 +36,9 @@ class MultiTaskModel(keras.Model):
     unknown tasks in `loss_weights`: ['wealth']. The tasks are ['age', 'income'].
     """
 
+    # None: all of them.
+    _tasks_with_loss = None
+
     def __init__(self, inputs, outputs, name=None, **kwargs):
         single = isinstance(outputs, dict) and all(
             isinstance(key, str) and not tree.is_nested(value)

@@ -9,9 +9,26 @@ import pytest
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
+def scripts():
+    """The Python scripts of the README, in order."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_backbone(tmp_path, monkeypatch, capsys):
+    """The script on backbones runs, here without the pretrained weights."""
+    script = scripts()[1]
+    assert script.count("include_top=False") == 1 and len(scripts()) == 2
+    script = script.replace("include_top=False", "include_top=False, weights=None")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "README.md", "exec"), {})
+    alone = keras.saving.load_model("age.keras")
+    assert alone.output_shape == (None, 8)
+    assert "conv5_block3_3_conv" in capsys.readouterr().out
+
+
 def test_tour(tmp_path, monkeypatch):
     """The script of the tour, of at most 25 lines, trains and saves a model."""
-    (script,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    script = scripts()[0]
     assert len(script.splitlines()) < 25
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "README.md", "exec"), {})

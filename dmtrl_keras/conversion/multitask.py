@@ -114,7 +114,8 @@ def multitask(
     heads = _heads(heads, names)
     builder = _Builder(names, survey, choose)
     inputs = _inputs(backbone, names, shared_input)
-    outputs = run(backbone, builder.enter(backbone, inputs), builder.visit)
+    features = builder.enter(backbone, inputs, shared_input)
+    outputs = run(backbone, features, builder.visit)
     outputs = _outputs(builder, outputs, heads, names)
     name = name or exportable(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
@@ -256,7 +257,7 @@ def _heads(heads, names):
         if set(heads) != set(names):
             raise ValueError(
                 f"multitask: `heads` must have one entry for each of the tasks "
-                f"{list(names)}. Received: {sorted(heads)}."
+                f"{list(names)}. Received: {sorted(map(str, heads))}."
             )
     elif isinstance(heads, keras.layers.Layer) and len(names) > 1:
         raise ValueError(
@@ -361,17 +362,19 @@ class _Builder:
                 self._taken.add(candidate)
                 return candidate
 
-    def enter(self, backbone, inputs):
+    def enter(self, backbone, inputs, shared_input):
         """The features that the inputs of the network are."""
         self._taken.update(x.name for x in tree.flatten(inputs))
-        if isinstance(inputs, dict) and set(inputs) == set(self.names):
-            apart = zip(*(tree.flatten(inputs[task]) for task in self.names))
-            features = [
-                _Features(self, "apart", dict(zip(self.names, parts)), x.name)
-                for x, parts in zip(tree.flatten(backbone.input), apart)
-            ]
-            return tree.pack_sequence_as(backbone.input, features)
-        return tree.map_structure(lambda x: _Features(self, "shared", x, x.name), inputs)
+        if shared_input:
+            return tree.map_structure(
+                lambda x: _Features(self, "shared", x, x.name), inputs
+            )
+        apart = zip(*(tree.flatten(inputs[task]) for task in self.names))
+        features = [
+            _Features(self, "apart", dict(zip(self.names, parts)), x.name)
+            for x, parts in zip(tree.flatten(backbone.input), apart)
+        ]
+        return tree.pack_sequence_as(backbone.input, features)
 
     def visit(self, operation, args, kwargs, path):
         """What a call of the backbone becomes; takes and returns `_Features`."""

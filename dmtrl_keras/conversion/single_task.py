@@ -78,7 +78,7 @@ def single_task(model, task, name=None):
             f"task {task!r} can't have alone:\n{lines}"
         )
     outputs = tree.map_structure(lambda value: value.tensor, outputs)
-    if _is_by_task(inputs, names):
+    if taker.apart and _is_by_task(inputs, names):
         inputs = inputs[names[index]]
     label = names[index] if names else f"task_{index}"
     name = name or exportable(f"{model.name}_{label}")
@@ -152,6 +152,8 @@ class _Taker:
         self._index = index
         self._made = {}
         self.problems = {}
+        # Whether every task has inputs of its own.
+        self.apart = False
 
     def visit(self, operation, args, kwargs, path):
         """What a call of the network becomes for this task; takes and returns `_One`."""
@@ -165,6 +167,7 @@ class _Taker:
             own = values[0]
             if not isinstance(args[0], _One):
                 own = operation._in_order(args[0], lambda x: False)[self._index]
+                self.apart = True
             return _One(own.tensor, form)
         if isinstance(operation, TaskSplit):
             parts = {name: _One(None, form) for name in operation.task_names}

@@ -415,6 +415,17 @@ def test_several_inputs(rng):
     np.testing.assert_allclose(alone(data), backbone(data), atol=1e-5)
 
 
+def test_inputs_named_as_the_tasks(rng):
+    """A shared dict of inputs that happen to have the tasks' names stays shared."""
+    inputs = {name: keras.Input((4,), name=name) for name in ("a", "b")}
+    x = kl.Concatenate()([inputs["a"], kl.Dense(3)(inputs["b"])])
+    backbone = keras.Model(inputs, kl.Dense(2)(x))
+    model = multitask(backbone, ["a", "b"])
+    data = {name: rng.normal(size=(3, 4)).astype("float32") for name in inputs}
+    np.testing.assert_allclose(model(data)["b"], backbone(data), atol=1e-5)
+    np.testing.assert_allclose(single_task(model, "a")(data), backbone(data), atol=1e-5)
+
+
 def test_heads(rng):
     """Classes, a function, a layer; probabilities; features that are images."""
     backbone = small(heads=False)

@@ -7,6 +7,7 @@ from dmtrl_keras import (
     losses,
     metrics,
     parameterizations,
+    tensor_normal,
 )
 from dmtrl_keras.conversion import multitask, single_task
 from dmtrl_keras.data import zip_tasks
@@ -47,5 +48,6 @@ __all__ = [
     "single_task",
     "task_layers",
     "task_summary",
+    "tensor_normal",
     "zip_tasks",
 ]

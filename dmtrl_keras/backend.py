@@ -7,6 +7,7 @@ JAX and PyTorch.
 import contextlib
 
 import keras
+import numpy as np
 
 
 def tensorflow():
@@ -14,6 +15,39 @@ def tensorflow():
     import tensorflow as tf
 
     return tf
+
+
+def teach_tf2onnx():
+    """Let tf2onnx convert the exact GELU, which Keras computes with `erfc`.
+
+    tf2onnx 1.17 knows `Erf` but copies `Erfc`, which ONNX lacks, into a file that no
+    runtime loads.
+    """
+    import tf2onnx
+    from tf2onnx.handler import tf_op
+
+    opsets = tf_op.get_opsets().get("", [])
+    if any("Erfc" in opset for opset in opsets if opset):
+        return
+
+    class Complement:
+        """`erfc(x) = 1 - erf(x)`."""
+
+        @classmethod
+        def version_9(cls, ctx, node, **kwargs):
+            (source,), output = node.input, node.output[0]
+            shape, dtype = ctx.get_shape(output), ctx.get_dtype(output)
+            outputs, name = node.output, node.name
+            ctx.remove_node(name)
+            erf = ctx.make_node("Erf", [source], shapes=[shape], dtypes=[dtype])
+            one = np.ones((), tf2onnx.utils.map_onnx_to_numpy_type(dtype))
+            one = ctx.make_const(tf2onnx.utils.make_name("one"), one)
+            operands = [one.output[0], erf.output[0]]
+            ctx.make_node(
+                "Sub", operands, name=name, outputs=outputs, shapes=[shape], dtypes=[dtype]
+            )
+
+    tf_op("Erfc")(Complement)
 
 
 def eager_scope():

@@ -3,6 +3,8 @@
 import keras
 from keras import tree
 
+from dmtrl_keras.backend import teach_tf2onnx
+
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class MultiTaskModel(keras.Model):
@@ -179,6 +181,8 @@ class MultiTaskModel(keras.Model):
             **kwargs: as in Keras.
         """
         model = self
+        if format == "onnx" and keras.config.backend() == "tensorflow":
+            teach_tf2onnx()
         if format == "onnx" and isinstance(self.input, dict):
             inputs = tree.map_structure(
                 lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=f"{x.name}_input"),

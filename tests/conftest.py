@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 import pathlib
 
@@ -11,6 +12,14 @@ import pytest
 @pytest.fixture(autouse=True)
 def _seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_memory():
+    """Models and traced functions of one module are not carried through the others."""
+    yield
+    keras.utils.clear_session()
+    gc.collect()
 
 
 @pytest.fixture

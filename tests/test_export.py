@@ -124,16 +124,15 @@ def test_onnx(case, tmp_path):
         assert_close(dict(zip(names, outputs)), few)
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2", "ConvNeXtTiny"])
-def test_backbones(name, rng, tmp_path):
+def test_backbone(rng, tmp_path):
     """A backbone of keras.applications in all three formats."""
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
     runtime = pytest.importorskip("onnxruntime")
-    backbone = getattr(keras.applications, name)(
+    backbone = keras.applications.MobileNetV2(
         input_shape=(32, 32, 3), include_top=False, weights=None, pooling="avg"
     )
     model = multitask(backbone, NAMES, heads=3)
-    x = rng.uniform(0, 255, size=(2, 32, 32, 3)).astype("float32")
+    x = rng.uniform(0, 1, size=(2, 32, 32, 3)).astype("float32")
     expected = {k: ops.convert_to_numpy(v) for k, v in model(x).items()}
     input_name = model.input.name
     model.export(tmp_path / "saved", verbose=False)
@@ -143,11 +142,30 @@ def test_backbones(name, rng, tmp_path):
     model.export(path, format="litert", verbose=False)
     runner = interpreter.Interpreter(path).get_signature_runner()
     assert_close(runner(**{input_name: x}), expected)
-    path = str(tmp_path / "model.onnx")
+    assert_close(through_onnx(runtime, model, tmp_path, {input_name: x}), expected)
+
+
+def through_onnx(runtime, model, folder, inputs):
+    """Outputs by name of an exported ONNX file."""
+    path = str(folder / "model.onnx")
     model.export(path, format="onnx", verbose=False)
     session = runtime.InferenceSession(path)
     names = [output.name for output in session.get_outputs()]
-    assert_close(dict(zip(names, session.run(names, {input_name: x}))), expected)
+    return dict(zip(names, session.run(names, inputs)))
+
+
+@pytest.mark.parametrize(
+    "activation", ["gelu", "silu", "hard_silu", "elu", "tanh", "relu6", "softplus", "mish"]
+)
+def test_activations_in_onnx(activation, rng, tmp_path):
+    """The activations of backbones, the exact GELU of ConvNeXt among them."""
+    runtime = pytest.importorskip("onnxruntime")
+    inputs = keras.Input((4,), name="x")
+    backbone = keras.Model(inputs, kl.Dense(3, activation)(kl.Dense(4)(inputs)))
+    model = multitask(backbone, NAMES)
+    x = rng.normal(size=(5, 4)).astype("float32")
+    expected = {k: ops.convert_to_numpy(v) for k, v in model(x).items()}
+    assert_close(through_onnx(runtime, model, tmp_path, {"x": x}), expected)
 
 
 def test_names_that_tensorflow_refuses(rng, tmp_path):

@@ -1,6 +1,7 @@
 """The functional model whose outputs are a dict by task name."""
 
 import keras
+import numpy as np
 from keras import tree
 
 from dmtrl_keras.backend import teach_tf2onnx
@@ -180,18 +181,46 @@ class MultiTaskModel(keras.Model):
             format: `"tf_saved_model"`, `"litert"`, `"onnx"`, or another of Keras's.
             **kwargs: as in Keras.
         """
-        model = self
-        if format == "onnx" and keras.config.backend() == "tensorflow":
+        if format != "onnx":
+            return super().export(filepath, format=format, **kwargs)
+        if keras.config.backend() == "tensorflow":
             teach_tf2onnx()
-        if format == "onnx" and isinstance(self.input, dict):
+        model = keras.models.clone_model(self, clone_function=_for_onnx, recursive=True)
+        inputs = self.input
+        if isinstance(inputs, dict):
             inputs = tree.map_structure(
                 lambda x: keras.Input(x.shape[1:], dtype=x.dtype, name=f"{x.name}_input"),
-                self.input,
+                inputs,
             )
-            flat = tree.flatten(inputs)
-            model = keras.Model(flat, self(inputs))
-            # Keras exports no model that was never called.
-            model(flat)
-        if model is self:
-            return super().export(filepath, format=format, **kwargs)
-        return model.export(filepath, format=format, **kwargs)
+            model = keras.Model(tree.flatten(inputs), model(inputs))
+            inputs = tree.flatten(inputs)
+        # Keras exports no model that was never called.
+        model(inputs)
+        return keras.Model.export(model, filepath, format=format, **kwargs)
+
+
+def _for_onnx(layer):
+    """The layer itself, or an equal one that tf2onnx converts.
+
+    The statistics of `Normalization` are no variables of the graph: in an ONNX file they
+    would be inputs, which every caller had to give.
+    """
+    if type(layer) is not keras.layers.Normalization:
+        return layer
+    mean, deviation = (
+        np.atleast_1d(keras.ops.convert_to_numpy(value)).astype("float64")
+        for value in (layer.mean, keras.ops.sqrt(layer.variance))
+    )
+    deviation = np.maximum(deviation, keras.config.epsilon())
+    if mean.size != mean.shape[-1]:
+        # Statistics of other axes than the last have no such equal.
+        return layer
+    scale, offset = 1 / deviation, -mean / deviation
+    if layer.invert:
+        scale, offset = deviation, mean
+    return keras.layers.Rescaling(
+        scale.ravel().tolist(),
+        offset.ravel().tolist(),
+        name=layer.name,
+        dtype=layer.dtype_policy,
+    )

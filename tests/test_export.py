@@ -168,6 +168,32 @@ def test_activations_in_onnx(activation, rng, tmp_path):
     assert_close(through_onnx(runtime, model, tmp_path, {"x": x}), expected)
 
 
+@pytest.mark.parametrize("shared_input", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+def test_normalization_in_onnx(shared_input, after, rng, tmp_path):
+    """Statistics of an input normalization are constants of the file, not its inputs."""
+    runtime = pytest.importorskip("onnxruntime")
+    data = rng.normal(3, 5, size=(50, 4)).astype("float32")
+    adapted = kl.Normalization()
+    adapted.adapt(data)
+    inputs = keras.Input((4,), name="x")
+    fixed = kl.Normalization(mean=[1.0, 2, 3, 4], variance=[4.0, 1, 4, 1])
+    adapted_to_all = kl.Normalization(axis=None, mean=2.0, variance=9.0, invert=True)
+    x = adapted_to_all(inputs)
+    x = fixed(adapted(kl.Dense(4)(x) if after else x))
+    model = multitask(keras.Model(inputs, kl.Dense(2)(x)), NAMES, shared_input=shared_input)
+    given = data if shared_input else dict.fromkeys(NAMES, data)
+    expected = {k: ops.convert_to_numpy(v) for k, v in model(given).items()}
+    named = {"x": data} if shared_input else {f"{name}_input": data for name in NAMES}
+    assert_close(through_onnx(runtime, model, tmp_path, named), expected)
+    # The model is what it was.
+    for name, value in model(given).items():
+        np.testing.assert_array_equal(value, expected[name])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert_close({k: np.array(v) for k, v in loaded(given).items()}, expected)
+
+
 def test_names_that_tensorflow_refuses(rng, tmp_path):
     """Layers that start with an underscore, tasks with blanks; all can be exported."""
     inputs = keras.Input((4,), name="x")

@@ -67,8 +67,8 @@ def zip_tasks(
     elif epoch == "shortest":
         steps = math.ceil(min(sizes.values()) / batch_size)
     else:
-        check_positive("epoch", epoch, "zip_tasks", ' or one of "longest" and "shortest"')
-        steps = int(epoch)
+        other = ' or one of "longest" and "shortest"'
+        steps = check_positive("epoch", epoch, "zip_tasks", other)
     for index, (name, part) in enumerate(parts.items()):
         if shuffle:
             own = None if seed is None else seed + index

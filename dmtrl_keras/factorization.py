@@ -108,24 +108,21 @@ def factorize(
     copies = []
 
     def clone(layer):
-        report = None
         if id(layer) in chosen:
             own = rank if ranks is None else ranks[layer.name]
             sharing = kind(own, tolerance, implementation, threshold)
-            copy, report = _factorized(layer, sharing)
+            copy = _factorized(layer, sharing)
         else:
             copy = type(layer).from_config(layer.get_config())
-        copies.append((copy, layer, report))
+        copies.append((copy, layer))
         return copy
 
     new = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    for copy, layer, report in copies:
-        if report is None:
+    for copy, layer in copies:
+        if id(layer) not in chosen:
             copy.set_weights(layer.get_weights())
-            continue
-        if layer.use_bias:
+        elif layer.use_bias:
             copy.bias.assign(layer.bias)
-        copy.factorization = report
     if verbose:
         print_report(new)
     return new
@@ -160,7 +157,7 @@ def _chosen(model, layers):
 
 
 def _factorized(layer, sharing):
-    """An unbuilt factorised copy of a layer, and the report on it."""
+    """An unbuilt factorised copy of a layer."""
     kernel = keras.ops.convert_to_numpy(layer.kernel).astype("float64")
     try:
         values = sharing.decompose(kernel)
@@ -168,24 +165,42 @@ def _factorized(layer, sharing):
         raise ValueError(
             f"{type(layer).__name__} {layer.name!r}, stacked kernel {kernel.shape}: {error}"
         ) from error
-    shapes = {name: value.shape for name, value in values.items()}
-    rank = sharing.rank(shapes)
-    tensors = {name: keras.ops.convert_to_tensor(v) for name, v in values.items()}
-    composed = keras.ops.convert_to_numpy(sharing.compose(tensors, layer.tasks))
-    norm = np.linalg.norm(kernel)
-    error = np.linalg.norm(np.moveaxis(composed, 0, -1) - kernel)
-    report = Factorization(
-        layer=layer.name,
-        method=sharing.name,
-        shape=kernel.shape,
-        rank=rank,
-        parameters_before=kernel.size,
-        parameters_after=sum(value.size for value in values.values()),
-        error=float(error / norm) if norm else 0.0,
-    )
-    new = with_sharing(layer, sharing.with_rank(rank))
-    new.start_from(values)
-    return new, report
+    return with_factors(layer, sharing, kernel, values)
+
+
+def with_factors(layer, sharing, kernel, factors):
+    """An unbuilt copy of a layer that starts from factors.
+
+    Args:
+        layer: a layer with T kernels.
+        sharing: the parameterization that made the factors.
+        kernel: float64 array, the stacked kernel that they stand for.
+        factors: dict of arrays.
+
+    Returns:
+        The layer; its `factorization` says what became of the kernel, None without ranks.
+    """
+    rank = sharing.rank({name: value.shape for name, value in factors.items()})
+    report = None
+    if rank is not None:
+        sharing = sharing.with_rank(rank)
+        tensors = {n: keras.ops.convert_to_tensor(v) for n, v in factors.items()}
+        composed = keras.ops.convert_to_numpy(sharing.compose(tensors, layer.tasks))
+        norm = np.linalg.norm(kernel)
+        error = np.linalg.norm(np.moveaxis(composed, 0, -1) - kernel)
+        report = Factorization(
+            layer=layer.name,
+            method=sharing.name,
+            shape=kernel.shape,
+            rank=rank,
+            parameters_before=kernel.size,
+            parameters_after=sum(value.size for value in factors.values()),
+            error=float(error / norm) if norm else 0.0,
+        )
+    new = with_sharing(layer, sharing)
+    new.start_from(factors)
+    new.factorization = report
+    return new
 
 
 def factorization_report(model):

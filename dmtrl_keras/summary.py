@@ -10,12 +10,15 @@ from dmtrl_keras.conversion.graph import (
     checked_functional,
     form_of,
     number_of_tasks,
+    output_spec,
+    replaced,
     run,
+    values_in,
 )
 from dmtrl_keras.conversion.rules import Kernels, rule_of
 from dmtrl_keras.factorization import print_table
 from dmtrl_keras.layers import TaskLayer, TaskSplit
-from dmtrl_keras.layers.base import NOMINAL_BATCH, NOMINAL_LENGTH
+from dmtrl_keras.layers.base import NOMINAL_BATCH, positions_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +79,12 @@ def task_summary(model, verbose=True):
     rows = {}
 
     def visit(operation, args, kwargs, path):
-        values = [v for v in tree.flatten((args, kwargs)) if isinstance(v, _Value)]
+        values = values_in(_Value, args, kwargs)
         form = form_of(operation, [value.form for value in values])
         owners = {value.task for value in values if value.task is not None}
         owner = owners.pop() if len(owners) == 1 else None
-        args, kwargs = tree.map_structure(
-            lambda v: v.spec if isinstance(v, _Value) else v, (args, kwargs)
-        )
-        kwargs.pop("training", None)
-        outputs = operation.compute_output_spec(*args, **kwargs)
+        args, kwargs = replaced(_Value, args, kwargs, lambda value: value.spec)
+        outputs = output_spec(operation, args, kwargs)
         if isinstance(operation, keras.layers.Layer) and operation.weights:
             shape = tuple(values[0].spec.shape)
             row = _row(operation, form, owner, tasks, shape, outputs)
@@ -141,10 +141,8 @@ def _flops(layer, output):
     """Operations of an ordinary layer with kernels, for one example."""
     if not isinstance(rule_of(layer), Kernels):
         return 0
-    positions = list(output.shape[1:])
-    first = getattr(layer, "data_format", "channels_last") == "channels_first"
-    positions.pop(0 if first else -1)
-    positions = math.prod(NOMINAL_LENGTH if d is None else d for d in positions)
+    data_format = getattr(layer, "data_format", "channels_last")
+    positions = positions_of(output.shape, data_format)
     kernels = [w for w in layer.weights if len(w.shape) > 1]
     return 2 * positions * sum(math.prod(kernel.shape) for kernel in kernels)
 

@@ -19,6 +19,7 @@ import math
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.decomposition import mode_product
 from dmtrl_keras.validation import check_positive
 
 
@@ -165,8 +166,7 @@ def sample(covariances, mean=None, shape=None, samples=1, seed=None):
     x = np.random.default_rng(seed).normal(size=(samples, *shape))
     for mode, factor in enumerate(factors):
         if factor is not None:
-            factor = ops.convert_to_numpy(factor)
-            x = np.moveaxis(np.tensordot(factor, x, (1, mode + 1)), 0, mode + 1)
+            x = mode_product(x, ops.convert_to_numpy(factor), mode + 1)
     return x if mean is None else x + np.asarray(mean, "float64")
 
 

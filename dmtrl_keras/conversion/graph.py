@@ -3,6 +3,7 @@
 import re
 
 import keras
+from keras import tree
 
 from dmtrl_keras.layers import (
     TaskBatch,
@@ -79,6 +80,24 @@ def _run(model, inputs, visit, leave, path):
         return outputs
 
     return as_functional(model)._run_through_graph(inputs, call_fn=call)
+
+
+def values_in(kind, args, kwargs):
+    """The values of a class among the arguments of a call, a list."""
+    return [v for v in tree.flatten((args, kwargs)) if isinstance(v, kind)]
+
+
+def replaced(kind, args, kwargs, function):
+    """`(args, kwargs)` with a function of each value of a class in its place."""
+    return tree.map_structure(
+        lambda v: function(v) if isinstance(v, kind) else v, (args, kwargs)
+    )
+
+
+def output_spec(operation, args, kwargs):
+    """The symbolic outputs of a call with symbolic tensors, which is not made."""
+    kwargs = {name: value for name, value in kwargs.items() if name != "training"}
+    return operation.compute_output_spec(*args, **kwargs)
 
 
 def form_of(operation, forms):

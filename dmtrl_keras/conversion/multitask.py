@@ -12,10 +12,16 @@ from keras import tree
 
 from dmtrl_keras import parameterizations
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import checked_functional, exportable, run
-from dmtrl_keras.factorization import Factorization, factorization_report, print_report
+from dmtrl_keras.conversion.graph import (
+    checked_functional,
+    exportable,
+    output_spec,
+    replaced,
+    run,
+    values_in,
+)
+from dmtrl_keras.factorization import factorization_report, print_report, with_factors
 from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
-from dmtrl_keras.layers.factorized import with_sharing
 from dmtrl_keras.model import MultiTaskModel
 from dmtrl_keras.parameterizations import FactorizedParameterization
 from dmtrl_keras.validation import task_names
@@ -159,7 +165,7 @@ def _survey(backbone, share_until):
     problems, names, with_weights, calls = {}, {}, [], collections.Counter()
 
     def visit(operation, args, kwargs, path):
-        values = [v for v in tree.flatten((args, kwargs)) if isinstance(v, _Surveyed)]
+        values = values_in(_Surveyed, args, kwargs)
         shapes = [tuple(value.spec.shape) for value in values]
         problem = _problem(operation, args, kwargs, shapes)
         if problem is not None:
@@ -169,11 +175,8 @@ def _survey(backbone, share_until):
             with_weights.append(operation.name)
         calls[id(operation)] += 1
         ids = frozenset([id(operation)]).union(*(value.ids for value in values))
-        args, kwargs = tree.map_structure(
-            lambda v: v.spec if isinstance(v, _Surveyed) else v, (args, kwargs)
-        )
-        kwargs.pop("training", None)
-        outputs = operation.compute_output_spec(*args, **kwargs)
+        args, kwargs = replaced(_Surveyed, args, kwargs, lambda value: value.spec)
+        outputs = output_spec(operation, args, kwargs)
         outputs = tree.map_structure(lambda spec: _Surveyed(spec, ids), outputs)
         leave(operation, outputs)
         return outputs
@@ -413,7 +416,8 @@ class _Builder:
         if fresh:
             layer.name = self.new_name(call.operation.name, call.path)
             self._made[key] = layer
-        outputs = layer(*call.taking(form).args, **call.taking(form).kwargs)
+        args, kwargs = replaced(_Features, call.args, call.kwargs, lambda f: f.take(form))
+        outputs = layer(*args, **kwargs)
         if fresh and weights:
             rules.load_weights(layer, weights)
         return tree.map_structure(lambda x: _Features(self, form, x, layer.name), outputs)
@@ -453,16 +457,8 @@ class _Builder:
             raise ValueError(
                 f"multitask: layer {layer.name!r}, kernel {kernel.shape}: {error}"
             ) from error
-        rank = sharing.rank({name: value.shape for name, value in factors.items()})
-        report = None
-        if rank is not None:
-            sharing = sharing.with_rank(rank)
-            report = _report(layer.name, sharing, kernel, self.tasks, factors)
-        if sharing.name != "independent":
-            layer = with_sharing(layer, sharing)
-        layer.start_from(factors)
-        layer.factorization = report
-        return layer
+        stacked = np.broadcast_to(kernel[..., None], (*kernel.shape, self.tasks))
+        return with_factors(layer, sharing, stacked, factors)
 
 
 @dataclasses.dataclass
@@ -477,37 +473,11 @@ class _Call:
     @property
     def features(self):
         """All features among the arguments."""
-        values = tree.flatten((self.args, self.kwargs))
-        return [value for value in values if isinstance(value, _Features)]
-
-    def taking(self, form):
-        """The same call with the features' tensors in a given form."""
-        args, kwargs = tree.map_structure(
-            lambda v: v.take(form) if isinstance(v, _Features) else v,
-            (self.args, self.kwargs),
-        )
-        return _Call(self.operation, args, kwargs, self.path)
+        return values_in(_Features, self.args, self.kwargs)
 
 
 def _is_layer(operation):
     return isinstance(operation, keras.layers.Layer)
-
-
-def _report(name, sharing, kernel, tasks, factors):
-    tensors = {n: keras.ops.convert_to_tensor(v) for n, v in factors.items()}
-    composed = keras.ops.convert_to_numpy(sharing.compose(tensors, tasks))
-    # The kernels are equal: one task's error is that of all.
-    norm = np.linalg.norm(kernel)
-    error = np.linalg.norm(composed[0] - kernel)
-    return Factorization(
-        layer=name,
-        method=sharing.name,
-        shape=(*kernel.shape, tasks),
-        rank=sharing.rank({n: value.shape for n, value in factors.items()}),
-        parameters_before=kernel.size * tasks,
-        parameters_after=sum(value.size for value in factors.values()),
-        error=float(error / norm) if norm else 0.0,
-    )
 
 
 def _outputs(builder, outputs, heads, names):

@@ -28,6 +28,9 @@ from dmtrl_keras.layers import (
 
 _RULES = {}
 
+# The depthwise convolutions that there are, by the ordinary ones of the same rank.
+_DEPTHWISE = {TaskConv1D: TaskDepthwiseConv1D, TaskConv2D: TaskDepthwiseConv2D}
+
 # Activations that take every number for itself.
 _ELEMENTWISE_ACTIVATIONS = {
     getattr(keras.activations, name)
@@ -241,11 +244,9 @@ class _Channels(Rule):
                 entries[name] = np.tile(value, tasks).tolist()
         if layer.get_config().get("axis") is not None:
             entries["axis"] = -1
-        if self.task_class is None:
-            return _edited(layer, **entries)
-        config = layer.get_config()
-        config.pop("rms_scaling", None)
-        return self.task_class.from_config({**config, **entries, "tasks": tasks})
+        if self.task_class is not None:
+            entries["tasks"] = tasks
+        return _edited(layer, self.task_class, **entries)
 
     def single(self, layer, tasks, task):
         config = layer.get_config()
@@ -323,13 +324,15 @@ class Kernels(Rule):
         return kl.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
 
     def _part(self, layer, cls, kernel, bias=True, **entries):
-        accepted = inspect.signature(cls.__init__).parameters
-        config = layer.get_config()
-        config = {name: value for name, value in config.items() if name in accepted}
+        accepted = {
+            *inspect.signature(cls.__init__).parameters,
+            "name",
+            "trainable",
+            "dtype",
+        }
+        config = {n: value for n, value in layer.get_config().items() if n in accepted}
         if not is_elementwise(layer.activation):
             config["activation"] = None
-        for name in ("name", "trainable", "dtype"):
-            config[name] = layer.get_config()[name]
         config.update(entries)
         bias = layer.bias if bias and layer.use_bias else None
         if bias is not None:
@@ -344,11 +347,9 @@ class Kernels(Rule):
 class _Convolution(Kernels):
     """Convolutions; with one channel in each group they are depthwise ones."""
 
-    _depthwise = {TaskConv1D: TaskDepthwiseConv1D, TaskConv2D: TaskDepthwiseConv2D}
-
     def parts(self, layer, shapes):
         channels = shapes[0][-1]
-        depthwise = self._depthwise.get(self.task_class)
+        depthwise = _DEPTHWISE.get(self.task_class)
         # One depthwise convolution runs all groups of all tasks at once.
         possible = (
             layer.groups == channels > 1
@@ -384,8 +385,6 @@ class _Depthwise(Kernels):
 class _Separable(Kernels):
     """A depthwise convolution, and a pointwise one after it."""
 
-    _depthwise = {TaskConv1D: TaskDepthwiseConv1D, TaskConv2D: TaskDepthwiseConv2D}
-
     def parts(self, layer, shapes):
         config = layer.get_config()
         pointwise = {
@@ -395,7 +394,7 @@ class _Separable(Kernels):
         return [
             self._part(
                 layer,
-                self._depthwise[self.task_class],
+                _DEPTHWISE[self.task_class],
                 layer.depthwise_kernel,
                 bias=False,
                 name=f"{layer.name}_depthwise",
@@ -435,13 +434,6 @@ class _TaskLayer(Rule):
         return weights
 
 
-class _Operation(Rule):
-    """Operations of `keras.ops` that take every number for itself."""
-
-    def grouped(self, operation, tasks, shapes):
-        return copy_of(operation) if _same_channels(operation, shapes) else None
-
-
 def _same_channels(layer, shapes):
     return len({(len(shape), shape[-1]) for shape in shapes}) == 1
 
@@ -451,7 +443,8 @@ def _never(layer, shapes):
 
 
 _TASK_LAYER = _TaskLayer()
-_OPERATION = _Operation()
+# Operations of `keras.ops` that take every number for itself.
+_OPERATION = _OnlyIf(_same_channels)
 
 
 def _register_keras():

@@ -11,7 +11,9 @@ from dmtrl_keras.conversion.graph import (
     exportable,
     form_of,
     number_of_tasks,
+    replaced,
     run,
+    values_in,
 )
 from dmtrl_keras.layers import (
     TaskBatch,
@@ -157,7 +159,7 @@ class _Taker:
 
     def visit(self, operation, args, kwargs, path):
         """What a call of the network becomes for this task; takes and returns `_One`."""
-        values = [v for v in tree.flatten((args, kwargs)) if isinstance(v, _One)]
+        values = values_in(_One, args, kwargs)
         form = form_of(operation, [value.form for value in values])
         if any(value.lost for value in values):
             lost = _One(None, form, lost=True)
@@ -179,9 +181,7 @@ class _Taker:
             place = "/".join((*path, operation.name))
             self.problems[id(operation)] = f"{type(operation).__name__} {place!r}: {error}"
             return _One(None, form, lost=True)
-        args, kwargs = tree.map_structure(
-            lambda v: v.tensor if isinstance(v, _One) else v, (args, kwargs)
-        )
+        args, kwargs = replaced(_One, args, kwargs, lambda one: one.tensor)
         fresh = not getattr(layer, "built", True)
         layer.name = exportable(layer.name)
         outputs = layer(*args, **kwargs)

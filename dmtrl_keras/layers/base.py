@@ -50,6 +50,18 @@ def draw_stacked_kernel(initializer, shape, tasks, common, dtype="float32"):
     return np.repeat(np.stack(kernels, axis=-1), tasks // len(kernels), axis=-1)
 
 
+def positions_of(shape, data_format):
+    """The number of positions of a map, `NOMINAL_LENGTH` along each open axis.
+
+    Args:
+        shape: tuple, batch and channels included.
+        data_format: `"channels_last"` or `"channels_first"`.
+    """
+    middle = list(shape[1:])
+    middle.pop(0 if data_format == "channels_first" else -1)
+    return math.prod(NOMINAL_LENGTH if d is None else d for d in middle)
+
+
 class TaskLayer(keras.layers.Layer):
     """Base of the layers that run T kernels at once (not for direct use).
 
@@ -238,18 +250,13 @@ class TaskLayer(keras.layers.Layer):
         )
 
     def _flops(self, plan, input_shape, output_shape):
-        def positions(shape):
-            middle = list(shape[1:])
-            middle.pop(0 if self.data_format == "channels_first" else -1)
-            return math.prod(NOMINAL_LENGTH if d is None else d for d in middle)
-
         return plan_flops(
             plan,
             tasks=self.tasks,
             shared_input=self.shared_input,
             batch=input_shape[0] or NOMINAL_BATCH,
-            positions_in=positions(input_shape),
-            positions_out=positions(output_shape),
+            positions_in=positions_of(input_shape, self.data_format),
+            positions_out=positions_of(output_shape, self.data_format),
             window=math.prod(self._stacked_shape[:-3]),
         )
 

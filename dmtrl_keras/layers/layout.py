@@ -26,6 +26,10 @@ class _LayoutLayer(keras.layers.Layer):
         self.tasks = len(self.task_names)
         self.data_format = standardize_data_format(data_format, owner)
 
+    def build(self, input_shape):
+        self.compute_output_shape(input_shape)
+        self.built = True
+
     def _owner(self):
         return f"{type(self).__name__} {self.name!r}"
 
@@ -84,10 +88,6 @@ class _OfOneTensorPerTask(_LayoutLayer):
                 f"Received: {shapes}."
             )
         return first
-
-    def build(self, input_shape):
-        self.compute_output_shape(input_shape)
-        self.built = True
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -202,10 +202,6 @@ class TaskGroup(_LayoutLayer):
     (2, 4, 4, 6)
     """
 
-    def build(self, input_shape):
-        self.compute_output_shape(input_shape)
-        self.built = True
-
     def call(self, inputs):
         return _channels_last(self, inputs, lambda x: unfold_tasks(x, self.tasks))
 
@@ -252,10 +248,6 @@ class TaskRepeat(_LayoutLayer):
     >>> tuple(TaskRepeat(3)(np.zeros((2, 4))).shape)
     (2, 12)
     """
-
-    def build(self, input_shape):
-        self.compute_output_shape(input_shape)
-        self.built = True
 
     def call(self, inputs):
         return ops.concatenate([inputs] * self.tasks, axis=self._axis(inputs.shape))
@@ -308,10 +300,6 @@ class TaskSplit(_LayoutLayer):
         super().__init__(tasks, data_format, **kwargs)
         self.supports_masking = True
 
-    def build(self, input_shape):
-        self._channels(input_shape)
-        self.built = True
-
     def call(self, inputs):
         parts = ops.split(inputs, self.tasks, axis=self._axis(inputs.shape))
         return dict(zip(self.task_names, parts))
@@ -352,10 +340,6 @@ class TaskFlatten(_LayoutLayer):
     >>> tuple(TaskFlatten(3)(np.zeros((2, 4, 4, 6))).shape)
     (2, 96)
     """
-
-    def build(self, input_shape):
-        self.compute_output_shape(input_shape)
-        self.built = True
 
     def call(self, inputs):
         shape = tuple(inputs.shape)
@@ -405,10 +389,6 @@ class TaskConcatenate(_LayoutLayer):
     >>> tuple(TaskConcatenate(2)([np.zeros((3, 4)), np.zeros((3, 6))]).shape)
     (3, 10)
     """
-
-    def build(self, input_shape):
-        self.compute_output_shape(input_shape)
-        self.built = True
 
     def call(self, inputs):
         axis = self._axis(inputs[0].shape)

@@ -6,7 +6,9 @@ from dmtrl_keras import (
     layers,
     losses,
     metrics,
+    optimizers,
     parameterizations,
+    regularizers,
     tensor_normal,
 )
 from dmtrl_keras.conversion import multitask, single_task
@@ -19,6 +21,14 @@ from dmtrl_keras.factorization import (
 )
 from dmtrl_keras.layers import task_layers
 from dmtrl_keras.model import MultiTaskModel
+from dmtrl_keras.networks import relationship_network
+from dmtrl_keras.regularizers import ModeCovariance, TensorNormalRegularizer
+from dmtrl_keras.relations import (
+    plot_heat_map,
+    plot_hinton,
+    task_correlation,
+    task_covariance,
+)
 from dmtrl_keras.sharing import (
     plot_sharing_strength,
     sharing_strength,
@@ -30,7 +40,9 @@ from dmtrl_keras.version import __version__
 __all__ = [
     "Factorization",
     "LayerSummary",
+    "ModeCovariance",
     "MultiTaskModel",
+    "TensorNormalRegularizer",
     "__version__",
     "conversion",
     "decomposition",
@@ -41,11 +53,18 @@ __all__ = [
     "losses",
     "metrics",
     "multitask",
+    "optimizers",
     "parameterizations",
+    "plot_heat_map",
+    "plot_hinton",
     "plot_sharing_strength",
+    "regularizers",
+    "relationship_network",
     "sharing_strength",
     "sharing_strength_of",
     "single_task",
+    "task_correlation",
+    "task_covariance",
     "task_layers",
     "task_summary",
     "tensor_normal",

@@ -1,7 +1,7 @@
-"""The one place where the library speaks to a backend directly.
+"""The one place where the library speaks to a backend, or to Keras's insides.
 
-Everything else uses `keras.ops`, so that the same code runs on TensorFlow,
-JAX and PyTorch.
+Everything else uses `keras.ops` and Keras's public interface, so that the same code runs
+on TensorFlow, JAX and PyTorch.
 """
 
 import contextlib
@@ -48,6 +48,61 @@ def teach_tf2onnx():
             )
 
     tf_op("Erfc")(Complement)
+
+
+def assert_true(condition, message):
+    """Raise if a boolean tensor is false, wherever the backend can.
+
+    Args:
+        condition: boolean scalar tensor.
+        message: str.
+
+    Raises:
+        ValueError: or, on TensorFlow, `tf.errors.InvalidArgumentError`. Nothing is raised
+            in code that XLA compiles.
+    """
+    if keras.backend.backend() == "tensorflow":
+        tensorflow().debugging.Assert(condition, [message])
+        return
+    try:
+        failed = not bool(condition)
+    except Exception:  # A traced value: JAX has a type of its own for that.
+        return
+    if failed:
+        raise ValueError(message)
+
+
+@contextlib.contextmanager
+def sharing_scope():
+    """A context in which objects with one key are deserialized to one object.
+
+    `keras.saving.load_model` opens one itself. Keras's own keys don't reach
+    objects that are nested in configurations, so that `shared_object` has others.
+    """
+    from keras.src.saving import serialization_lib
+    from keras.src.saving.serialization_lib import global_state
+
+    if global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None:
+        yield
+        return
+    with serialization_lib.ObjectSharingScope():
+        yield
+
+
+def shared_object(key, make):
+    """The object with a key in the current sharing scope, made if there is none.
+
+    Args:
+        key: str.
+        make: function without arguments that returns the object.
+    """
+    from keras.src.saving import serialization_lib
+
+    found = serialization_lib.get_shared_object(key)
+    if found is None:
+        found = make()
+        serialization_lib.record_object_after_deserialization(found, key)
+    return found
 
 
 def eager_scope():

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from dmtrl_keras import parameterizations
+from dmtrl_keras.backend import sharing_scope
 from dmtrl_keras.layers.base import task_layers
 from dmtrl_keras.layers.factorized import with_sharing
 from dmtrl_keras.parameterizations import FactorizedParameterization
@@ -117,12 +118,16 @@ def factorize(
         copies.append((copy, layer))
         return copy
 
-    new = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    with sharing_scope():
+        new = keras.models.clone_model(model, clone_function=clone, recursive=True)
     for copy, layer in copies:
         if id(layer) not in chosen:
             copy.set_weights(layer.get_weights())
-        elif layer.use_bias:
+            continue
+        if layer.use_bias:
             copy.bias.assign(layer.bias)
+        if layer.prior is not None:
+            copy.prior.set_weights(layer.prior.get_weights())
     if verbose:
         print_report(new)
     return new

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from dmtrl_keras.backend import teach_tf2onnx
+from dmtrl_keras.backend import sharing_scope, teach_tf2onnx
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -119,6 +119,11 @@ class MultiTaskModel(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        with sharing_scope():
+            return super().from_config(config, custom_objects)
 
     def _owner(self):
         return f"{type(self).__name__} {self.name!r}"

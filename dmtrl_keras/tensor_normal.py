@@ -4,7 +4,7 @@ A tensor `X` of shape `(d_1, ..., d_K)` is tensor normal if
 `vec(X) ~ N(vec(M), S_1 (x) ... (x) S_K)` (DRN Eq. 1, 3), with one covariance `S_k`,
 `(d_k, d_k)`, for each mode. The Kronecker product of the covariances is never formed: with
 their Cholesky factors `S_k = L_k L_k^T`, the mode products `X x_k L_k^-1` turn `X` into
-independent standard normal numbers.
+independent standard normal numbers. `L_k^-1` is called the whitener of mode k.
 
 Wherever covariances are given, None stands for an identity. Arrays and tensors of the
 backend are taken alike; what is computed has the dtype of the samples.
@@ -23,58 +23,74 @@ from dmtrl_keras.decomposition import mode_product
 from dmtrl_keras.validation import check_positive
 
 
-def whiten(x, factors, skip=None):
-    """Mode products with the inverses of Cholesky factors, `X x_1 L_1^-1 ... x_K L_K^-1`.
+def whitener(covariance):
+    """The inverse `L^-1` of the Cholesky factor of a covariance `S = L L^T`.
+
+    Args:
+        covariance: tensor `(..., d, d)`, symmetric positive definite.
+
+    Returns:
+        A tensor of the same shape, lower triangular.
+    """
+    factor = ops.cholesky(covariance)
+    identity = ops.broadcast_to(ops.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+    return ops.solve_triangular(factor, identity, lower=True)
+
+
+def whiten(x, whiteners, skip=None):
+    """Mode products with whiteners, `X x_1 L_1^-1 ... x_K L_K^-1`.
 
     Args:
         x: tensor `(n, d_1, ..., d_K)`, n samples.
-        factors: list of K lower triangular matrices `(d_k, d_k)`, or None for identities.
+        whiteners: list of K matrices `(d_k, d_k)`, or `(n, d_k, d_k)` where each sample has
+            its own, or None for identities.
         skip: int, a mode to leave out; None: none.
 
     Returns:
         A tensor of the same shape.
     """
-    for mode, factor in enumerate(factors):
-        if factor is None or mode == skip:
+    for mode, matrix in enumerate(whiteners):
+        if matrix is None or mode == skip:
             continue
-        unfolded, shape = _unfold(x, mode + 1)
-        x = _fold(ops.solve_triangular(factor, unfolded, lower=True), shape, mode + 1)
+        unfolded, shape = _unfold(x, mode + 1, pooled=len(matrix.shape) == 2)
+        x = _fold(ops.matmul(matrix, unfolded), shape, mode + 1)
     return x
 
 
-def quadratic_form(x, factors):
+def quadratic_form(x, whiteners):
     """`vec(X)^T (S_1 (x) ... (x) S_K)^-1 vec(X)`, the exponent of DRN Eq. 2.
 
     Args:
         x: tensor `(n, d_1, ..., d_K)`.
-        factors: list of K Cholesky factors of the covariances, or None for identities.
+        whiteners: as for `whiten`.
 
     Returns:
         A tensor `(n,)`.
     """
-    z = whiten(x, factors)
+    z = whiten(x, whiteners)
     return ops.sum(ops.reshape(z * z, (-1, math.prod(z.shape[1:]))), axis=-1)
 
 
-def log_determinant(shape, factors):
+def log_determinant(shape, whiteners):
     """`ln|S_1 (x) ... (x) S_K| = sum_k (d / d_k) ln|S_k|`.
 
     Args:
         shape: tuple `(d_1, ..., d_K)`; d is its product.
-        factors: list of K Cholesky factors of the covariances, or None for identities.
+        whiteners: as for `whiten`.
 
     Returns:
-        A scalar; the float 0 if all are identities.
+        A scalar, or `(n,)` where every sample has its own covariances; the float 0 if all
+        are identities.
     """
     size, total = math.prod(shape), 0.0
-    for d, factor in zip(shape, factors):
-        if factor is not None:
-            diagonal = ops.diagonal(factor)
-            total = total + (size // d) * 2 * ops.sum(ops.log(diagonal))
+    for d, matrix in zip(shape, whiteners):
+        if matrix is not None:
+            diagonal = ops.diagonal(matrix, axis1=-2, axis2=-1)
+            total = total - (size // d) * 2 * ops.sum(ops.log(diagonal), axis=-1)
     return total
 
 
-def mode_covariance(x, factors, mode):
+def mode_covariance(x, whiteners, mode, pooled=True):
     """The covariance of one mode given those of the others (DRN Eq. 5).
 
     `S_k = 1 / (n prod_{j != k} d_j) sum_i Z_i(k) Z_i(k)^T`, where `Z_i` is sample i,
@@ -82,14 +98,16 @@ def mode_covariance(x, factors, mode):
 
     Args:
         x: tensor `(n, d_1, ..., d_K)`, samples of mean zero.
-        factors: list of K Cholesky factors; that of the mode itself is not used.
+        whiteners: as for `whiten`; that of the mode itself is not used.
         mode: int in [0, K).
+        pooled: bool; one covariance from all samples, or one for each of them.
 
     Returns:
-        A tensor `(d_k, d_k)`.
+        A tensor `(d_k, d_k)`; `(n, d_k, d_k)` if not pooled.
     """
-    unfolded, _ = _unfold(whiten(x, factors, skip=mode), mode + 1)
-    return ops.matmul(unfolded, ops.transpose(unfolded)) / unfolded.shape[1]
+    unfolded, _ = _unfold(whiten(x, whiteners, skip=mode), mode + 1, pooled)
+    scatter = ops.matmul(unfolded, ops.swapaxes(unfolded, -1, -2))
+    return scatter / unfolded.shape[-1]
 
 
 def log_density(x, covariances, mean=None):
@@ -119,12 +137,12 @@ def log_density(x, covariances, mean=None):
     one = len(x.shape) == len(covariances)
     x = x[None] if one else x
     shape = tuple(x.shape[1:])
-    factors = _cholesky_factors(shape, covariances, x.dtype)
+    whiteners = _whiteners(_checked(shape, covariances), x.dtype)
     if mean is not None:
         x = x - _mean(mean, shape, x.dtype)
     size = math.prod(shape)
-    constant = size * math.log(2 * math.pi) + log_determinant(shape, factors)
-    density = -0.5 * (constant + quadratic_form(x, factors))
+    constant = size * math.log(2 * math.pi) + log_determinant(shape, whiteners)
+    density = -0.5 * (constant + quadratic_form(x, whiteners))
     return density[0] if one else density
 
 
@@ -162,11 +180,10 @@ def sample(covariances, mean=None, shape=None, samples=1, seed=None):
                 f"Received: None for the modes {unknown}."
             )
         shape = tuple(len(matrix) for matrix in covariances)
-    factors = _cholesky_factors(tuple(shape), covariances, "float64")
     x = np.random.default_rng(seed).normal(size=(samples, *shape))
-    for mode, factor in enumerate(factors):
-        if factor is not None:
-            x = mode_product(x, ops.convert_to_numpy(factor), mode + 1)
+    for mode, matrix in enumerate(_checked(tuple(shape), covariances)):
+        if matrix is not None:
+            x = mode_product(x, np.linalg.cholesky(matrix), mode + 1)
     return x if mean is None else x + np.asarray(mean, "float64")
 
 
@@ -246,23 +263,22 @@ def flip_flop(
     centred = samples - ops.convert_to_numpy(_mean(mean, shape, "float64"))
     x = ops.convert_to_tensor(centred)
     start = [None] * len(shape) if start is None else start
-    factors = _cholesky_factors(shape, start, x.dtype)
-    covariances = [None if m is None else np.asarray(m, "float64") for m in start]
+    covariances = _checked(shape, start)
+    whiteners = _whiteners(covariances, x.dtype)
     converged, sweeps = False, 0
     while not converged and sweeps < max_sweeps:
         sweeps, change = sweeps + 1, 0.0
         for mode in modes:
-            new = ops.convert_to_numpy(mode_covariance(x, factors, mode))
+            new = ops.convert_to_numpy(mode_covariance(x, whiteners, mode))
             new = new + ridge * np.trace(new) / shape[mode] * np.eye(shape[mode])
-            factor, scale = _cholesky(new, mode, x.dtype), 1.0
+            check_covariance(new, f"mode {mode}")
             if mode != modes[-1]:
-                scale = shape[mode] / np.trace(new)
-            new = scale * new
+                new = new * shape[mode] / np.trace(new)
             old = covariances[mode]
             old = np.eye(shape[mode]) if old is None else old
             change = max(change, np.linalg.norm(new - old) / np.linalg.norm(old))
             covariances[mode] = new
-            factors[mode] = math.sqrt(scale) * factor
+            whiteners[mode] = whitener(ops.convert_to_tensor(new, x.dtype))
         converged = change < tolerance
     likelihood = np.mean(ops.convert_to_numpy(log_density(x, covariances)))
     return TensorNormal(
@@ -274,14 +290,19 @@ def flip_flop(
     )
 
 
-def _unfold(x, axis):
-    """An axis as rows, all others as columns; and the shape to fold it from."""
-    moved = x if axis == 0 else ops.moveaxis(x, axis, 0)
-    return ops.reshape(moved, (moved.shape[0], -1)), tuple(moved.shape)
+def _unfold(x, axis, pooled):
+    """An axis as rows and the others as columns; and the shape to fold it from.
+
+    Pooled, the samples are among the columns; else there is one matrix for each.
+    """
+    moved = ops.moveaxis(x, axis, 0 if pooled else 1)
+    shape = tuple(moved.shape)
+    return ops.reshape(moved, (*shape[: 1 if pooled else 2], -1)), (shape, pooled)
 
 
 def _fold(matrix, shape, axis):
-    return ops.moveaxis(ops.reshape(matrix, shape), 0, axis)
+    shape, pooled = shape
+    return ops.moveaxis(ops.reshape(matrix, shape), 0 if pooled else 1, axis)
 
 
 def _modes(modes, order):
@@ -305,33 +326,53 @@ def _mean(mean, shape, dtype):
     return mean
 
 
-def _cholesky_factors(shape, covariances, dtype):
+def _checked(shape, covariances):
+    """The covariances as float64 arrays, None for identities."""
     if len(covariances) != len(shape):
         raise ValueError(
             f"Expected {len(shape)} covariances, one for each mode of {tuple(shape)}. "
             f"Received: {len(covariances)}."
         )
-    factors = []
-    for mode, (d, matrix) in enumerate(zip(shape, covariances)):
-        if matrix is None:
-            factors.append(None)
-            continue
-        if tuple(np.shape(matrix)) != (d, d):
-            raise ValueError(
-                f"The covariance of mode {mode} must have shape {(d, d)}. "
-                f"Received: {tuple(np.shape(matrix))}."
-            )
-        factors.append(_cholesky(matrix, mode, dtype))
-    return factors
+    return [
+        None if matrix is None else check_covariance(matrix, f"mode {mode}", d)
+        for mode, (d, matrix) in enumerate(zip(shape, covariances))
+    ]
 
 
-def _cholesky(matrix, mode, dtype):
-    values = ops.convert_to_numpy(matrix).astype("float64")
+def _whiteners(covariances, dtype):
+    return [
+        None if matrix is None else whitener(ops.convert_to_tensor(matrix, dtype))
+        for matrix in covariances
+    ]
+
+
+def check_covariance(matrix, owner, size=None):
+    """A covariance as a float64 array.
+
+    Args:
+        matrix: array `(d, d)`.
+        owner: str, what it is the covariance of, for the error.
+        size: int, the d that is expected; None: any.
+
+    Returns:
+        A NumPy array.
+
+    Raises:
+        ValueError: if it is not finite, symmetric and positive definite, or of
+            another shape.
+    """
+    values = np.asarray(ops.convert_to_numpy(matrix), "float64")
+    size = (len(values) if values.ndim else 0) if size is None else size
+    if values.shape != (size, size):
+        raise ValueError(
+            f"The covariance of {owner} must have shape {(size, size)}. "
+            f"Received: {values.shape}."
+        )
     valid = np.all(np.isfinite(values)) and np.allclose(values, values.T)
     smallest = np.linalg.eigvalsh(values)[0] if valid else math.nan
     if not smallest > np.finfo("float64").eps * np.abs(values).max():
         raise ValueError(
-            f"The covariance of mode {mode} must be symmetric and positive definite. "
+            f"The covariance of {owner} must be symmetric and positive definite. "
             f"Received: smallest eigenvalue {smallest}. With few samples, add a ridge."
         )
-    return ops.cholesky(ops.cast(ops.convert_to_tensor(values), dtype))
+    return values

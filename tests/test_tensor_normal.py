@@ -75,7 +75,7 @@ def test_mode_covariance_is_the_formula(shape, rng):
     """Eq. 5 with inverses and Kronecker products written out, sample by sample."""
     _, covariances, _ = problem(shape, rng)
     x = rng.normal(size=(3, *shape))
-    factors = [np.linalg.cholesky(matrix) for matrix in covariances]
+    whiteners = [np.linalg.inv(np.linalg.cholesky(matrix)) for matrix in covariances]
     for mode, d in enumerate(shape):
         rest = [covariances[k] for k in range(len(shape)) if k != mode]
         inverse = np.linalg.inv(functools.reduce(np.kron, rest, np.eye(1)))
@@ -84,7 +84,7 @@ def test_mode_covariance_is_the_formula(shape, rng):
             unfolded = np.moveaxis(sample, mode, 0).reshape(d, -1)
             expected += unfolded @ inverse @ unfolded.T
         expected /= 3 * np.prod(shape) // d
-        found = tensor_normal.mode_covariance(ops.convert_to_tensor(x), factors, mode)
+        found = tensor_normal.mode_covariance(ops.convert_to_tensor(x), whiteners, mode)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -119,9 +119,11 @@ def test_flip_flop_is_a_maximum(rng):
     x = tensor_normal.sample(covariances, samples=30, seed=0)
     fitted = tensor_normal.flip_flop(x, tolerance=1e-9)
     centred = x - x.mean(axis=0)
-    factors = [np.linalg.cholesky(matrix) for matrix in fitted.covariances]
+    whiteners = [np.linalg.inv(np.linalg.cholesky(m)) for m in fitted.covariances]
     for mode, found in enumerate(fitted.covariances):
-        again = tensor_normal.mode_covariance(ops.convert_to_tensor(centred), factors, mode)
+        again = tensor_normal.mode_covariance(
+            ops.convert_to_tensor(centred), whiteners, mode
+        )
         np.testing.assert_allclose(again, found, rtol=1e-4, atol=1e-5)
     density = tensor_normal.log_density(centred, fitted.covariances)
     best = np.mean(ops.convert_to_numpy(density))
@@ -194,10 +196,10 @@ def test_quadratic_form_has_a_gradient(rng):
     tf = tensorflow()
     kernel, matrix = rng.normal(size=(5, 4, 3)), covariance(3, rng)
     x = tf.constant(kernel[None])
-    factor = tf.constant(np.linalg.cholesky(matrix))
+    matrix_root = tensor_normal.whitener(tf.constant(matrix))
     with tf.GradientTape() as tape:
         tape.watch(x)
-        value = tensor_normal.quadratic_form(x, [None, None, factor])
+        value = tensor_normal.quadratic_form(x, [None, None, matrix_root])
     expected = 2 * kernel @ np.linalg.inv(matrix)
     np.testing.assert_allclose(tape.gradient(value, x)[0], expected, rtol=1e-6)
 

@@ -24,6 +24,7 @@ from dmtrl_keras.factorization import factorization_report, print_report, with_f
 from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.model import MultiTaskModel
 from dmtrl_keras.parameterizations import FactorizedParameterization
+from dmtrl_keras.regularizers import TensorNormalRegularizer
 from dmtrl_keras.validation import task_names
 
 
@@ -36,6 +37,7 @@ def multitask(
     share_until=None,
     shared_input=True,
     heads=None,
+    prior=None,
     implementation="auto",
     threshold="frobenius",
     name=None,
@@ -74,6 +76,10 @@ def multitask(
             softmax, for 1 with sigmoid; images of features are averaged first); a
             function of the features that returns the output tensor, or a Keras
             layer; or a dict of these by task name. None: the backbone's output.
+        prior: a `TensorNormalRegularizer` for the stacked kernels, which learns how the
+            tasks are related (DRN, MRN); or a dict of them by layer name or pattern, as for
+            `sharing`. Each layer has covariances of its own. None: the regularizers
+            of the backbone.
         implementation: `"auto"`, `"compose"` or `"contract"`, as in `TuckerConv2D`.
         threshold: `"frobenius"` or `"singular_value"`, as in `TuckerConv2D`.
         name: name of the model. None: that of the backbone and `_multitask`.
@@ -118,7 +124,8 @@ def multitask(
         sharing, survey.with_weights, rank, tolerance, implementation, threshold
     )
     heads = _heads(heads, names)
-    builder = _Builder(names, survey, choose)
+    prior_of = _by_pattern("prior", prior, survey.with_weights, _check_prior)
+    builder = _Builder(names, survey, choose, prior_of)
     inputs = _inputs(backbone, names, shared_input)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
@@ -229,16 +236,7 @@ def _sharing_of(sharing, layers, rank, tolerance, implementation, threshold):
         default = 0.1 if rank is None and tolerance is None else tolerance
         return type(own)(rank, default, implementation, threshold)
 
-    if isinstance(sharing, dict):
-        patterns = {pattern: resolve(choice) for pattern, choice in sharing.items()}
-        for pattern in patterns:
-            if not fnmatch.filter(layers, pattern):
-                raise ValueError(
-                    "multitask: each key of `sharing` must fit the name of a layer with "
-                    f"weights. Received: {pattern!r}, which fits none of {layers}."
-                )
-    else:
-        patterns = {"*": resolve(sharing)}
+    choose = _by_pattern("sharing", sharing, layers, resolve)
     if (rank is not None or tolerance is not None) and not used:
         raise ValueError(
             "multitask: `rank` and `tolerance` are for factorisations given by name, such "
@@ -246,12 +244,36 @@ def _sharing_of(sharing, layers, rank, tolerance, implementation, threshold):
             f"tolerance={tolerance!r}."
         )
     independent = parameterizations.get("independent")
+    return lambda name: choose(name) or independent
+
+
+def _by_pattern(argument, value, layers, resolve):
+    """A function from a layer's name to what an argument gives it, or None."""
+    if not isinstance(value, dict):
+        only = resolve(value)
+        return lambda name: only
+    patterns = {pattern: resolve(choice) for pattern, choice in value.items()}
+    for pattern in patterns:
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(
+                f"multitask: each key of `{argument}` must fit the name of a layer with "
+                f"weights. Received: {pattern!r}, which fits none of {layers}."
+            )
 
     def choose(name):
         fitting = (own for p, own in patterns.items() if fnmatch.fnmatchcase(name, p))
-        return next(fitting, independent)
+        return next(fitting, None)
 
     return choose
+
+
+def _check_prior(prior):
+    if prior is not None and not isinstance(prior, TensorNormalRegularizer):
+        raise ValueError(
+            "multitask: `prior` must be a TensorNormalRegularizer, or a dict of them by "
+            f"layer name. Received: {prior!r}."
+        )
+    return prior
 
 
 def _heads(heads, names):
@@ -345,11 +367,12 @@ class _Features:
 class _Builder:
     """Makes the layers of all tasks, call by call of the backbone."""
 
-    def __init__(self, names, survey, choose):
+    def __init__(self, names, survey, choose, prior_of):
         self.names = names
         self.tasks = len(names)
         self._survey = survey
         self._choose = choose
+        self._prior_of = prior_of
         self._made = {}
         self._taken = set()
 
@@ -434,6 +457,9 @@ class _Builder:
             for part in rule.parts(operation, [features.shape]):
                 shared_input = not chain and once and features.form == "shared"
                 layer = self._task_layer(part, sharing, shared_input, call.path)
+                prior = self._prior_of(operation.name)
+                if prior is not None:
+                    layer.kernel_regularizer = prior
                 chain.append((layer, part.bias))
             self._made[id(operation), "tasks"] = chain
         for layer, bias in chain:

@@ -29,6 +29,7 @@ from dmtrl_keras.layers.layout import (
     TaskStack,
 )
 from dmtrl_keras.layers.normalization import TaskLayerNormalization
+from dmtrl_keras.layers.prior import TensorNormalPrior
 
 __all__ = [
     "FactorizedLayer",
@@ -55,6 +56,7 @@ __all__ = [
     "TaskRepeat",
     "TaskSplit",
     "TaskStack",
+    "TensorNormalPrior",
     "TuckerConv1D",
     "TuckerConv2D",
     "TuckerConv3D",

@@ -10,6 +10,11 @@ from keras import ops
 from dmtrl_keras import parameterizations
 from dmtrl_keras.backend import eager_scope
 from dmtrl_keras.parameterizations.stages import Stage, apply_plan, plan_flops
+from dmtrl_keras.regularizers import (
+    TensorNormalRegularizer,
+    TensorNormalState,
+    mode_names,
+)
 from dmtrl_keras.validation import (
     channel_axis,
     channels_per_task,
@@ -112,9 +117,13 @@ class TaskLayer(keras.layers.Layer):
         self.data_format = getattr(twin, "data_format", "channels_last")
         # A method, not an attribute: a layer held as an attribute would be tracked.
         self._twin_arguments = twin.get_config()
+        if isinstance(self.kernel_regularizer, TensorNormalRegularizer):
+            # One task alone has no relations; a twin needs nothing of this library.
+            self._twin_arguments[f"{prefix}_regularizer"] = None
         self._twin_class = type(twin)
         self.input_spec = keras.layers.InputSpec(min_ndim=self._minimum_ndim)
         self.bias = None
+        self.prior = None
         self._start = None
 
     def _twin(self):
@@ -197,12 +206,12 @@ class TaskLayer(keras.layers.Layer):
         self._start = None
         self._stacked_shape = (*shape, self.tasks)
         direct = self.sharing.is_stacked_kernel
-        regularizer = self.kernel_regularizer
-        if regularizer is not None and not direct:
+        penalty = regularizer = self._penalty()
+        if penalty is not None and not direct:
             # The penalty is of the composed kernel. It hangs on the first factor,
             # so that Keras counts it once, and not while the layer is frozen.
             def regularizer(_):
-                return self.kernel_regularizer(self.kernel)
+                return penalty(self.kernel)
 
         self._factors = {}
         for name, value in values.items():
@@ -215,6 +224,21 @@ class TaskLayer(keras.layers.Layer):
             )
             regularizer = None
         self._rank = self.sharing.rank(self._factor_shapes())
+
+    def _penalty(self):
+        """The regularizer as a function of the stacked kernel, or None."""
+        if not isinstance(self.kernel_regularizer, TensorNormalRegularizer):
+            return self.kernel_regularizer
+        self.prior = TensorNormalState(
+            self.kernel_regularizer,
+            kernel=lambda: self.kernel,
+            shape=self._stacked_shape,
+            names=mode_names(len(self._stacked_shape), task_axis=True),
+            owner=self._owner(),
+            dtype="float64" if self.variable_dtype == "float64" else "float32",
+        )
+        self.prior.build()
+        return self.prior.penalty
 
     def _factor_shapes(self):
         return {name: tuple(v.shape) for name, v in self._factors.items()}
@@ -383,7 +407,9 @@ class TaskLayer(keras.layers.Layer):
             convolve=self._convolve,
         )
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
+        if self.prior is not None:
+            self.prior(training=training)
         x = inputs
         first = self.data_format == "channels_first"
         if first:
@@ -425,6 +451,8 @@ class TaskLayer(keras.layers.Layer):
         for name, value in self._twin_arguments.items():
             if name not in self._dropped:
                 config[name] = value
+        name = f"{self._kernel_prefix}_regularizer"
+        config[name] = keras.regularizers.serialize(self.kernel_regularizer)
         config["tasks"] = self.tasks
         config["shared_input"] = self.shared_input
         config["common_draw"] = self._common_draw_argument

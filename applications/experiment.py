@@ -1,6 +1,8 @@
 """What experiments share: results that survive an interruption, tables, README blocks."""
 
+import argparse
 import json
+import math
 import pathlib
 
 import pandas as pd
@@ -108,3 +110,31 @@ def write_block(path, name, text):
     head, rest = content.split(begin)
     _, tail = rest.split(end)
     path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")
+
+
+def in_range(kind, low, high=math.inf):
+    """A converter for `argparse`: numbers above `low`, and `high` at most.
+
+    Args:
+        kind: int or float.
+        low: number.
+        high: number.
+
+    Returns:
+        A function from a string to a number.
+
+    Example:
+
+    >>> in_range(int, 0)("3")
+    3
+    """
+
+    def convert(text):
+        value = kind(text)
+        if not low < value <= high:
+            raise argparse.ArgumentTypeError(
+                f"expected more than {low:g} and at most {high:g}, got {text}"
+            )
+        return value
+
+    return convert

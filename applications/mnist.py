@@ -41,6 +41,7 @@ from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 from .digits import FULL_SIZE, load_digits
 from .experiment import (
     Results,
+    in_range,
     markdown_table,
     mean_and_spread,
     rich_table,
@@ -422,29 +423,29 @@ def parser():
     p.add_argument(
         "--fraction",
         nargs="+",
-        type=_in_range(float, 0, 1),
+        type=in_range(float, 0, 1),
         default=[0.01],
         help="of MNIST's 60,000 training images; several give curves",
     )
-    p.add_argument("--repeats", type=_in_range(int, 0), default=1)
+    p.add_argument("--repeats", type=in_range(int, 0), default=1)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--epochs",
-        type=_in_range(int, 1),
+        type=in_range(int, 1),
         default=12,
         help="the whole budget of every method, at least 2",
     )
-    p.add_argument("--batch-size", type=_in_range(int, 0), default=16)
-    p.add_argument("--learning-rate", type=_in_range(float, 0), default=2e-3)
+    p.add_argument("--batch-size", type=in_range(int, 0), default=16)
+    p.add_argument("--learning-rate", type=in_range(float, 0), default=2e-3)
     p.add_argument("--padding", choices=("same", "valid"), default="same")
     p.add_argument(
         "--fc",
-        type=_in_range(int, 0),
+        type=in_range(int, 0),
         default=128,
         help="units of the fully connected layer; 128 gives the paper's counts, 512 is "
         "in its text",
     )
-    p.add_argument("--dropout", type=_in_range(float, -1e-9, 0.99), default=0.0)
+    p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
     p.add_argument("--no-bias", action="store_true")
     p.add_argument(
         "--shared-layers",
@@ -453,10 +454,10 @@ def parser():
         default=3,
         help="N of UD-MTL; 'cv': by cross-validation on the training images",
     )
-    p.add_argument("--folds", type=_in_range(int, 1), default=5)
+    p.add_argument("--folds", type=in_range(int, 1), default=5)
     p.add_argument(
         "--tolerance",
-        type=_in_range(float, 0, 1),
+        type=in_range(float, 0, 1),
         default=0.1,
         help="relative error of the factorisations",
     )
@@ -467,18 +468,6 @@ def parser():
         help="also write the table between this file's marks 'mnist'",
     )
     return p
-
-
-def _in_range(kind, low, high=math.inf):
-    def convert(text):
-        value = kind(text)
-        if not low < value <= high:
-            raise argparse.ArgumentTypeError(
-                f"expected more than {low:g} and at most {high:g}, got {text}"
-            )
-        return value
-
-    return convert
 
 
 def main(arguments=None):

@@ -23,7 +23,7 @@ def relationship_network(
     strength=1e-3,
     shared_input=False,
     dropout=0.0,
-    common_draw=False,
+    common_draw=True,
     name=None,
 ):
     """A network of T tasks with the same classes, whose relations are learned (DRN, MRN).
@@ -62,8 +62,9 @@ def relationship_network(
         strength: float, of the prior, where that is given by name.
         shared_input: bool; one input for all tasks, or a dict of one input per task.
         dropout: float, rate before the classifier.
-        common_draw: bool; whether the tasks' own layers start from the same draw. They
-            then are fully correlated at first, and a prior holds them together.
+        common_draw: bool; whether the tasks' own layers start from the same draw. With
+            draws of their own the kernels of different tasks are as good as orthogonal, and
+            stay so where there is little data: the prior then finds no relations.
         name: str, the name of the model.
 
     Returns:
@@ -213,4 +214,4 @@ class _Features:
         self._group()
         if self.form == "shared":
             return dict.fromkeys(self.names, self._tensor)
-        return TaskSplit(self.names, name="tasks")(self._tensor)
+        return TaskSplit(self.names, name="classes_by_task")(self._tensor)

@@ -19,8 +19,8 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
     Args:
         optimizer: a Keras optimizer that was not used yet; it then belongs to this one.
         multipliers: dict from layer name, or pattern such as `"conv5_*"`, to a factor, not
-            negative. The first that fits a layer (or a nested model that it is
-            in) holds; layers that none fits have 1.
+            negative. The first that fits holds; layers that none fits have 1. Layers of a
+            nested model go by their own names.
         name: str.
 
     Raises:

@@ -1,0 +1,196 @@
+"""Data sets of several domains with the same classes: image folders, and features."""
+
+import pathlib
+import typing
+import zipfile
+
+import keras
+import numpy as np
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+
+
+class Domain(typing.NamedTuple):
+    """One domain, which is one task.
+
+    Attributes:
+        x: features `(n, d)` float32, or images `(n, height, width, 3)` uint8.
+        labels: ints `(n,)`, indices of the classes.
+    """
+
+    x: np.ndarray
+    labels: np.ndarray
+
+
+def load_images(folder, size, domains=None):
+    """Images in one folder for each domain and class, `domain/class/image.jpg`.
+
+    That is the layout of Office-31, Office-Caltech-10, Office-Home and ImageCLEF-DA.
+
+    Args:
+        folder: path.
+        size: int; images are scaled so that the shorter side has this many pixels, and
+            the centre is cut out.
+        domains: names of the domains to read; None: all folders.
+
+    Returns:
+        `(domains, classes)`: a dict from name to `Domain`, and the names of the classes.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, domain or image.
+        ValueError: if the domains have different classes, or an image can't be read.
+    """
+    folder = _existing(folder)
+    names = _chosen(folder, sorted(p.name for p in folder.iterdir() if p.is_dir()), domains)
+    classes = _common_classes(
+        folder,
+        {
+            name: sorted(p.name for p in (folder / name).iterdir() if p.is_dir())
+            for name in names
+        },
+    )
+    found = {}
+    for name in names:
+        images, labels = [], []
+        for label, kind in enumerate(classes):
+            paths = sorted((folder / name / kind).rglob("*"))
+            for path in (p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES):
+                images.append(_image(path, size))
+                labels.append(label)
+        if not images:
+            raise FileNotFoundError(
+                f"Domain {name!r} of {folder} has no images ({', '.join(IMAGE_SUFFIXES)})."
+            )
+        found[name] = Domain(np.stack(images), np.array(labels))
+    return found, classes
+
+
+def _folders(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _image(path, size):
+    try:
+        image = keras.utils.load_img(path)
+    except OSError as error:
+        raise ValueError(f"{path}: this image can't be read ({error}).") from error
+    array = keras.utils.img_to_array(image)
+    array = keras.preprocessing.image.smart_resize(array, (size, size), "bicubic")
+    return np.clip(np.rint(np.asarray(array)), 0, 255).astype("uint8")
+
+
+def load_features(folder, domains=None):
+    """Precomputed features, one `.npz` file for each domain.
+
+    A file has `features` `(n, d)`, `labels` `(n,)` and, if it likes, the names of the
+    `classes`. The domain is named by the file, without a prefix that all files have:
+    `lite0_amazon.npz` and `lite0_webcam.npz` are `amazon` and `webcam`.
+
+    Args:
+        folder: path.
+        domains: names of the domains to read; None: all files.
+
+    Returns:
+        As `load_images`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: on malformed files, on different classes or numbers of features.
+    """
+    folder = _existing(folder)
+    stems = sorted(path.stem for path in folder.glob("*.npz"))
+    heads = {stem.partition("_")[:2] for stem in stems}
+    prefix = "".join(heads.pop()) if len(stems) > 1 == len(heads) else ""
+    names = _chosen(folder, [stem[len(prefix) :] for stem in stems], domains)
+    found, classes = {}, {}
+    for name in names:
+        path = folder / f"{prefix}{name}.npz"
+        try:
+            with np.load(path) as file:
+                x, labels = file["features"].astype("float32"), file["labels"].astype(int)
+                kinds = file["classes"] if "classes" in file else np.unique(labels)
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path}: expected arrays 'features' and 'labels' ({error})."
+            ) from error
+        if x.ndim != 2 or labels.shape != x.shape[:1] or not np.all(np.isfinite(x)):
+            raise ValueError(
+                f"{path}: expected finite features (n, d) and labels (n,). "
+                f"Received: {x.shape} and {labels.shape}."
+            )
+        found[name] = Domain(x, labels)
+        classes[name] = [str(kind) for kind in kinds]
+    sizes = {name: domain.x.shape[1] for name, domain in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{folder}: expected features of one length. Received: {sizes}.")
+    return found, _common_classes(folder, classes)
+
+
+def _existing(folder):
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    return folder
+
+
+def _chosen(folder, available, domains):
+    missing = [name for name in domains or () if name not in available]
+    if missing or not available:
+        raise FileNotFoundError(
+            f"{folder}: expected the domains {missing or '(one at least)'}. "
+            f"Found: {available}."
+        )
+    return list(domains or available)
+
+
+def _common_classes(folder, classes):
+    first, *others = classes.items()
+    for name, own in others:
+        if own != first[1]:
+            different = sorted(set(own) ^ set(first[1]))
+            raise ValueError(
+                f"{folder}: the domains must have the same classes, but {first[0]!r} and "
+                f"{name!r} differ: {different or 'another order'}."
+            )
+    return list(first[1])
+
+
+def draw(domains, fraction, seed, stratified=False):
+    """A random training part of each domain; the rest is for testing.
+
+    Args:
+        domains: dict from name to `Domain`.
+        fraction: float in (0, 1), of every domain.
+        seed: int.
+        stratified: bool; the fraction of every class, one image of it at least, or (as in
+            the paper) of the domain as a whole.
+
+    Returns:
+        A dict from name to `(train, test)`, arrays of indices.
+
+    Raises:
+        ValueError: if a domain has nothing left for testing.
+    """
+    parts = {}
+    for number, (name, domain) in enumerate(domains.items()):
+        rng = np.random.default_rng([seed, number])
+        order = rng.permutation(len(domain.labels))
+        if stratified:
+            kinds = domain.labels[order]
+            train = np.concatenate(
+                [_share(order[kinds == kind], fraction) for kind in np.unique(kinds)]
+            )
+        else:
+            train = _share(order, fraction)
+        test = np.setdiff1d(order, train)
+        if not len(test):
+            raise ValueError(
+                f"Domain {name!r} has {len(order)} examples: with a fraction of {fraction} "
+                "none is left for testing."
+            )
+        parts[name] = train, test
+    return parts
+
+
+def _share(order, fraction):
+    return order[: max(1, round(fraction * len(order)))]

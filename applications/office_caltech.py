@@ -1,0 +1,687 @@
+"""Domains as tasks: the experiment of Deep Relationship Networks.
+
+Long, Wang & Yu, "Learning Multiple Tasks with Deep Relationship Networks" (2015), section
+5. Each domain of Office-Caltech-10 (amazon, caltech10, dslr, webcam) is a task with the
+same ten classes; any other folder tree of domains and classes will do. The methods differ
+in what the tasks share, and in the prior over what they do not share:
+
+- `stl`: a network for each task;
+- `mtcnn`: all layers are shared but the classifiers;
+- `shared`: one network for all tasks, as if they were one;
+- `drn8`, `drn`: task covariances of the classifiers, or of bottlenecks and classifiers;
+- `drn-bi`: DRN with one-versus-rest classifiers;
+- `mrn`: covariances of features, classes and tasks.
+
+    python -m applications.office_caltech --features FOLDER
+    python -m applications.office_caltech --data FOLDER --trunk ResNet50
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import pathlib
+import time
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import ops
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dmtrl_keras import (
+    TensorNormalRegularizer,
+    plot_hinton,
+    relationship_network,
+    task_correlation,
+    zip_tasks,
+)
+from dmtrl_keras.optimizers import LearningRateMultiplier
+
+from .domains import draw, load_features, load_images
+from .experiment import (
+    Results,
+    in_range,
+    markdown_table,
+    mean_and_spread,
+    rich_table,
+    write_block,
+)
+
+_MODES = {"drn": "task", "mrn": ("feature", "class", "task")}
+METHODS = {
+    "stl": {"prior": None, "layers": ("trunk", "bottleneck", "classifier")},
+    "mtcnn": {"prior": None, "layers": ("classifier",)},
+    "shared": {"prior": None, "layers": ()},
+    "drn8": {"prior": "drn", "layers": ("classifier",)},
+    "drn-bi": {"prior": "drn", "binary": True},
+    "drn": {"prior": "drn"},
+    "mrn": {"prior": "mrn"},
+}
+TITLES = {
+    "stl": "STL",
+    "mtcnn": "MTCNN",
+    "shared": "all shared",
+    "drn8": "DRN_8",
+    "drn-bi": "DRN_bi",
+    "drn": "DRN",
+    "mrn": "MRN",
+}
+NEW_LAYERS = ("bottleneck", "classifier")
+PREDICT_BATCH = 256
+
+
+class Trunk:
+    """A pretrained network that gives features, in two parts.
+
+    The lower part is frozen, and runs once over all images; the upper part is fine-tuned.
+
+    Args:
+        name: a class of `keras.applications`, or the path of a `.keras` file.
+        size: int, the side of the images.
+        feature_layer: name of the layer whose output are the features; None: the last.
+        tune_from: name of the last layer of the lower part; None: all is frozen.
+        scale: `(offset, divisor)`, for images as `(pixel - offset) / divisor`. None: as
+            `keras.applications` wants them, and for a file as they are.
+        weights: of `keras.applications`.
+    """
+
+    def __init__(
+        self, name, size, feature_layer=None, tune_from=None, scale=None, weights="imagenet"
+    ):
+        self._scale = scale
+        self._preprocess = None
+        if pathlib.Path(name).suffix == ".keras":
+            model = keras.saving.load_model(name)
+            if feature_layer is not None:
+                output = model.get_layer(feature_layer).output
+                model = keras.Model(model.input, output)
+            small = keras.Input((size, size, 3))
+            copy = keras.models.clone_model(model, input_tensors=small)
+            copy.set_weights(model.get_weights())
+            model = copy
+        else:
+            model = self._application(name, size, feature_layer, weights)
+        for layer in model._flatten_layers(include_self=False):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                # A few images of a few domains say little about the statistics.
+                layer.trainable = False
+        if len(model.output.shape) != 2:
+            raise ValueError(
+                f"Trunk {name!r}: expected features (batch, d). Received: "
+                f"{tuple(model.output.shape)}. Name a layer with --feature-layer."
+            )
+        self.lower, self.upper = model, None
+        if tune_from is not None:
+            border = model.get_layer(tune_from).output
+            self.lower = keras.Model(model.input, border)
+            self.upper = keras.Model(border, model.output, name="trunk")
+
+    def _application(self, name, size, feature_layer, weights):
+        if not hasattr(keras.applications, name):
+            raise ValueError(
+                "The trunk must be a class of keras.applications or a .keras file. "
+                f"Received: {name!r}."
+            )
+        make = getattr(keras.applications, name)
+        model = make(
+            weights=weights, include_top=False, pooling="avg", input_shape=(size, size, 3)
+        )
+        for module in vars(keras.applications).values():
+            if getattr(module, name, None) is make and hasattr(module, "preprocess_input"):
+                self._preprocess = module.preprocess_input
+        if feature_layer is not None:
+            model = keras.Model(model.input, model.get_layer(feature_layer).output)
+        return model
+
+    def run_lower(self, images):
+        """The outputs of the frozen part, a float32 array."""
+        batches = np.array_split(images, range(64, len(images), 64))
+        return np.concatenate(
+            [
+                self.lower.predict_on_batch(self._prepared(batch.astype("float32")))
+                for batch in batches
+            ]
+        )
+
+    def _prepared(self, images):
+        if self._scale is not None:
+            offset, divisor = self._scale
+            return (images - offset) / divisor
+        return images if self._preprocess is None else self._preprocess(images)
+
+    def new_upper(self):
+        """A copy of the part that is fine-tuned, with the pretrained weights."""
+        copy = keras.models.clone_model(self.upper)
+        copy.set_weights(self.upper.get_weights())
+        return copy
+
+
+class Trainer:
+    """Trains the methods on parts of the domains.
+
+    A method's network is traced once for each strength of its prior, and starts
+    anew for each run.
+
+    Args:
+        options: the parsed arguments.
+        domains: dict from name to `Domain`, of features.
+        classes: int.
+        new_backbone: function without arguments that returns a trunk, or the shape of the
+            features.
+        tick: function without arguments, called after each training.
+    """
+
+    def __init__(self, options, domains, classes, new_backbone, tick=lambda: None):
+        self.options = options
+        self.domains = domains
+        self.classes = classes
+        self._new_backbone = new_backbone
+        self._tick = tick
+        # Networks of an earlier method are not needed any more.
+        self._compiled = functools.lru_cache(maxsize=len(options.strengths))(self._compile)
+
+    def network(self, method, strength):
+        """A new network of one method."""
+        o, arguments = self.options, dict(METHODS[method])
+        prior = arguments.pop("prior")
+        if prior is not None:
+            prior = TensorNormalRegularizer(
+                strength, _MODES[prior], o.update_every, epsilon=o.epsilon
+            )
+        backbone = self._new_backbone()
+        return relationship_network(
+            backbone,
+            list(self.domains),
+            self.classes,
+            o.bottleneck,
+            prior=prior,
+            dropout=o.dropout,
+            common_draw=not o.own_draws,
+            **arguments,
+        )
+
+    def _compile(self, method, strength):
+        model = self.network(method, strength)
+        binary = METHODS[method].get("binary")
+        loss = "binary_crossentropy" if binary else "sparse_categorical_crossentropy"
+        model.compile(
+            LearningRateMultiplier(
+                keras.optimizers.SGD(self.options.learning_rates[0], momentum=0.9),
+                dict.fromkeys(
+                    [name for name in NEW_LAYERS if _has_layer(model, name)],
+                    self.options.multiplier,
+                ),
+            ),
+            loss,
+            # The sum over the one-versus-rest classifiers, of which Keras takes the mean.
+            loss_weights=dict.fromkeys(self.domains, self.classes if binary else 1),
+        )
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    def train(self, method, parts, seed, learning_rate, strength):
+        """Train one network.
+
+        Args:
+            method: str.
+            parts: dict from domain to the indices of its training examples.
+            seed: int, of the new layers and of the order of the examples.
+            learning_rate: float, of the trunk.
+            strength: float, of the prior.
+
+        Returns:
+            The model, which the next call with this method and strength trains anew.
+        """
+        o = self.options
+        model = self._compiled(method, strength)
+        keras.utils.set_random_seed(seed)
+        model.set_weights(self.network(method, strength).get_weights())
+        for variable in model.optimizer.variables:
+            variable.assign(ops.zeros_like(variable))
+        model.optimizer.learning_rate = learning_rate
+        binary = METHODS[method].get("binary")
+        data = {}
+        for name, domain in self.domains.items():
+            labels = domain.labels[parts[name]]
+            data[name] = (
+                domain.x[parts[name]],
+                np.eye(self.classes, dtype="float32")[labels] if binary else labels,
+            )
+        stream = zip_tasks(data, o.batch_size, epoch=o.steps, seed=seed)
+        model.fit(stream, shuffle=False, verbose=0)
+        self._tick()
+        return model
+
+    def correct(self, model, parts):
+        """For each domain, which examples were classified right, a boolean array."""
+        outputs = _predict(model, {n: self.domains[n].x[i] for n, i in parts.items()})
+        return {
+            name: output.argmax(axis=-1) == self.domains[name].labels[parts[name]]
+            for name, output in outputs.items()
+        }
+
+    def cross_validate(self, method, parts, seed, grid):
+        """The mean accuracy of each setting over the folds of the training part.
+
+        Args:
+            method: str.
+            parts: dict from domain to the indices of its training examples.
+            seed: int.
+            grid: list of `(learning_rate, strength)`.
+
+        Returns:
+            A list of floats, one for each setting.
+        """
+        folds = self.options.folds
+        rng = np.random.default_rng(seed)
+        shuffled = {name: rng.permutation(part) for name, part in parts.items()}
+        right = [{name: [] for name in parts} for _ in grid]
+        for fold in range(folds):
+            train, valid = {}, {}
+            for number, (name, part) in enumerate(shuffled.items()):
+                # Where the examples don't divide, the domains' larger folds differ.
+                held_out = np.arange(len(part)) % folds == (fold + number) % folds
+                train[name], valid[name] = part[~held_out], part[held_out]
+            if any(not len(part) for part in train.values()):
+                raise ValueError(
+                    f"{folds} folds leave no training example for a domain of "
+                    f"{ {name: len(part) for name, part in parts.items()} }: expected 2 at "
+                    "least. Give a larger --fractions."
+                )
+            for index, (learning_rate, strength) in enumerate(grid):
+                model = self.train(method, train, seed + fold, learning_rate, strength)
+                for name, values in self.correct(model, valid).items():
+                    right[index][name].extend(values)
+        return [
+            float(np.mean([np.mean(values) for values in own.values()])) for own in right
+        ]
+
+
+def _has_layer(model, name):
+    return any(layer.name == name for layer in model.layers)
+
+
+def _predict(model, inputs):
+    """Outputs by task for inputs of different lengths."""
+    longest = max(len(x) for x in inputs.values())
+    padded = {
+        name: np.concatenate([x, np.zeros((longest - len(x), *x.shape[1:]), x.dtype)])
+        for name, x in inputs.items()
+    }
+    outputs = model.predict(padded, batch_size=PREDICT_BATCH, verbose=0)
+    return {name: outputs[name][: len(x)] for name, x in inputs.items()}
+
+
+def embeddings(model, inputs):
+    """What the classifier sees, by task: the features of the bottleneck.
+
+    Args:
+        model: a network of `Trainer`.
+        inputs: dict from task to array.
+
+    Returns:
+        A dict from task to array `(n, units)`.
+    """
+    tensor = model.get_layer("classifier").input
+    part = keras.Model(model.input, tensor)
+    tasks = list(inputs)
+    found = {}
+    for number, task in enumerate(tasks):
+        pieces = []
+        for start in range(0, len(inputs[task]), PREDICT_BATCH):
+            x = inputs[task][start : start + PREDICT_BATCH]
+            values = ops.convert_to_numpy(part(dict.fromkeys(tasks, x)))
+            # All tasks' examples are one batch where the bottleneck is shared.
+            batched = len(values) == len(tasks) * len(x)
+            pieces.append(np.split(values, len(tasks), axis=0 if batched else -1)[number])
+        found[task] = np.concatenate(pieces)
+    return found
+
+
+def run(trainer, options, method, parts, seed):
+    """Choose the settings of one method, train and test it; results for JSON.
+
+    Returns:
+        `(results, model)`.
+    """
+    train = {name: part[0] for name, part in parts.items()}
+    test = {name: part[1] for name, part in parts.items()}
+    grid = settings_grid(options, method)
+    start, results = time.perf_counter(), {}
+    best = grid[0]
+    if len(grid) > 1:
+        accuracies = trainer.cross_validate(method, train, seed, grid)
+        best = grid[int(np.argmax(accuracies))]
+        results["cross_validation"] = [
+            {"learning_rate": rate, "strength": strength, "accuracy": accuracy}
+            for (rate, strength), accuracy in zip(grid, accuracies)
+        ]
+    model = trainer.train(method, train, seed, *best)
+    results["seconds"] = time.perf_counter() - start
+    right = trainer.correct(model, test)
+    results["accuracy"] = {name: float(np.mean(values)) for name, values in right.items()}
+    results["learning_rate"], results["strength"] = best
+    if METHODS[method]["prior"] is not None:
+        results["task_correlation"] = {
+            # One for each class with one-versus-rest classifiers; their mean.
+            layer: np.mean(np.reshape(matrix, (-1, *matrix.shape[-2:])), axis=0).tolist()
+            for layer, matrix in task_correlation(model).items()
+        }
+    return results, model
+
+
+def settings_grid(options, method):
+    """The settings to choose from: learning rates, and strengths if there is a prior."""
+    prior = METHODS[method]["prior"]
+    strengths = options.strengths if prior is not None else options.strengths[:1]
+    return list(itertools.product(options.learning_rates, strengths))
+
+
+def settings_of(options, source, method, fraction, number):
+    """What names one run: everything that its results depend on."""
+    names = (
+        "seed",
+        "steps",
+        "batch_size",
+        "bottleneck",
+        "dropout",
+        "multiplier",
+        "learning_rates",
+        "folds",
+        "stratified",
+    )
+    settings = {name: getattr(options, name) for name in names}
+    settings |= source | {"method": method, "fraction": fraction, "draw": number}
+    if METHODS[method]["prior"] is not None:
+        names = ("strengths", "epsilon", "update_every", "own_draws")
+        settings |= {name: getattr(options, name) for name in names}
+    return settings
+
+
+def summarize(runs, domains):
+    """The table of the finished runs, as the paper's Table 1.
+
+    Args:
+        runs: data frame with a row for each run.
+        domains: list of names.
+
+    Returns:
+        A data frame of strings: accuracy in per cent of each domain and of their mean, as
+        mean ± sample standard deviation over the draws; seconds with the
+        cross-validation.
+    """
+    rows = []
+    for fraction in sorted(runs["fraction"].unique()):
+        for method in METHODS:
+            group = runs[(runs.fraction == fraction) & (runs.method == method)]
+            if group.empty:
+                continue
+            accuracy = pd.DataFrame(list(group.accuracy))[domains] * 100
+            row = {"Training": f"{fraction:.0%}", "Method": TITLES[method]}
+            row |= {name: mean_and_spread(accuracy[name], digits=1) for name in domains}
+            row["Average"] = mean_and_spread(accuracy.mean(axis=1), digits=1)
+            row["Draws"] = len(group)
+            row["Seconds"] = mean_and_spread(group.seconds, digits=0)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def plot_relations(runs, domains, path):
+    """Hinton diagrams of the mean learned task correlations at the smallest fraction."""
+    smallest = runs[runs.fraction == runs.fraction.min()]
+    matrices = {}
+    for method, group in smallest.groupby("method", sort=False):
+        if METHODS[method]["prior"] is not None:
+            for layer in group.task_correlation.iloc[0]:
+                every = [correlation[layer] for correlation in group.task_correlation]
+                matrices[f"{TITLES[method]}, {layer}"] = np.mean(every, axis=0)
+    if matrices:
+        plot_hinton(matrices, domains, path)
+
+
+def plot_embeddings(folder, domains, classes, path):
+    """t-SNE of bottleneck features, coloured by class and by task, as Figure 2."""
+    from sklearn.manifold import TSNE
+
+    files = [f for method in METHODS for f in folder.glob(f"embeddings_{method}.npz")]
+    if not files:
+        return
+    rng = np.random.default_rng(0)
+    figure = Figure(figsize=(5 * len(files), 9), layout="constrained")
+    panels = figure.subplots(2, len(files), squeeze=False)
+    for column, file in enumerate(files):
+        with np.load(file) as found:
+            x, kinds, tasks = found["x"], found["labels"], found["tasks"]
+        # A thousand points are enough to see, and quick.
+        some = rng.permutation(len(x))[:1000]
+        x, kinds, tasks = x[some], kinds[some], tasks[some]
+        flat = TSNE(random_state=0, init="pca").fit_transform(x)
+        for axes, colours, names in (
+            (panels[0, column], kinds, classes),
+            (panels[1, column], tasks, domains),
+        ):
+            for index, name in enumerate(names):
+                axes.scatter(*flat[colours == index].T, s=4, label=name)
+            axes.set(xticks=[], yticks=[])
+            if column == len(files) - 1:
+                axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3)
+        panels[0, column].set_title(TITLES[file.stem.removeprefix("embeddings_")])
+    figure.savefig(path)
+
+
+def parser():
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m applications.office_caltech",
+        description="Domains as tasks: STL, MTCNN, DRN and MRN.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=pathlib.Path, help="folder/domain/class/image.jpg")
+    source.add_argument(
+        "--features", type=pathlib.Path, help="folder with one .npz file for each domain"
+    )
+    p.add_argument("--domains", nargs="+", help="those to use; all by default")
+    p.add_argument(
+        "--trunk",
+        default="ResNet50",
+        help="for images: a class of keras.applications, or a .keras file",
+    )
+    p.add_argument("--feature-layer", help="the trunk's layer with the features")
+    p.add_argument(
+        "--tune-from",
+        help="fine-tune the trunk after this layer, and freeze it up to here; by default "
+        "all of it is frozen",
+    )
+    p.add_argument(
+        "--scale",
+        nargs=2,
+        type=float,
+        metavar=("OFFSET", "DIVISOR"),
+        help="images as (pixel - OFFSET) / DIVISOR; by default as keras.applications "
+        "wants them",
+    )
+    p.add_argument("--weights", default="imagenet", help="of keras.applications, or 'none'")
+    p.add_argument("--image-size", type=in_range(int, 0), default=224)
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument(
+        "--fractions",
+        nargs="+",
+        type=in_range(float, 0, 1),
+        default=[0.05, 0.1, 0.2],
+        help="of each domain, for training",
+    )
+    p.add_argument(
+        "--stratified",
+        action="store_true",
+        help="the fraction of each class; the paper takes it of the domain as a whole, so "
+        "that a small domain may lack classes",
+    )
+    p.add_argument("--draws", type=in_range(int, 0), default=5)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=in_range(int, 0), default=100)
+    p.add_argument(
+        "--batch-size", type=in_range(int, 0), default=16, help="examples of each task"
+    )
+    p.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=in_range(float, 0),
+        default=[1e-3],
+        help="of the trunk; several are chosen from by cross-validation",
+    )
+    p.add_argument(
+        "--multiplier",
+        type=in_range(float, 0),
+        default=10.0,
+        help="bottleneck and classifier learn so many times faster than the trunk",
+    )
+    p.add_argument(
+        "--strengths",
+        nargs="+",
+        type=in_range(float, 0),
+        default=[1e-3, 1e-2, 1e-1],
+        help="of the priors; several are chosen from by cross-validation",
+    )
+    p.add_argument("--folds", type=in_range(int, 1), default=5)
+    p.add_argument("--epsilon", type=in_range(float, 0), default=1e-3)
+    p.add_argument("--update-every", type=in_range(int, 0), default=10)
+    p.add_argument("--bottleneck", type=in_range(int, 0), default=256)
+    p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
+    p.add_argument(
+        "--own-draws",
+        action="store_true",
+        help="the tasks' own layers start from different draws (see the README)",
+    )
+    p.add_argument("--output", type=pathlib.Path, default="results/office_caltech")
+    p.add_argument(
+        "--readme", type=pathlib.Path, help="also write the table between this file's marks"
+    )
+    p.add_argument("--readme-block", default="office", help="the name of these marks")
+    return p
+
+
+def load(options, console):
+    """The domains as features, their classes, and a function that makes the trunk.
+
+    Returns:
+        `(domains, classes, new_backbone, source)`, where `source` names the data.
+    """
+    if options.features is not None:
+        domains, classes = load_features(options.features, options.domains)
+        shape = next(iter(domains.values())).x.shape[1:]
+        source = {"data": options.features.name, "domains": list(domains)}
+        return domains, classes, lambda: shape, source
+    weights = None if options.weights == "none" else options.weights
+    trunk = Trunk(
+        options.trunk,
+        options.image_size,
+        options.feature_layer,
+        options.tune_from,
+        options.scale,
+        weights,
+    )
+    domains, classes = load_images(options.data, options.image_size, options.domains)
+    source = {
+        "data": options.data.name,
+        "domains": list(domains),
+        "trunk": pathlib.Path(options.trunk).name,
+        "image_size": options.image_size,
+        "feature_layer": options.feature_layer,
+        "tune_from": options.tune_from,
+        "scale": options.scale,
+        "weights": options.weights,
+    }
+    name = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
+    cache = options.output / f"features_{name}.npz"
+    if cache.exists():
+        with np.load(cache) as found:
+            features = {domain: found[domain] for domain in domains}
+    else:
+        console.print(f"Features of {trunk.lower.name} for all images ...")
+        features = {n: trunk.run_lower(domain.x) for n, domain in domains.items()}
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, **features)
+    domains = {n: domain._replace(x=features[n]) for n, domain in domains.items()}
+    shape = next(iter(domains.values())).x.shape[1:]
+    new_backbone = (lambda: shape) if trunk.upper is None else trunk.new_upper
+    return domains, classes, new_backbone, source
+
+
+def main(arguments=None):
+    """Run the experiment; returns the table as a data frame."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    domains, classes, new_backbone, source = load(options, console)
+    results = Results(options.output / "runs.jsonl")
+    # Before the first hour of training, not after it.
+    for fraction in options.fractions:
+        draw(domains, fraction, options.seed, options.stratified)
+    rows = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    plan = list(itertools.product(options.fractions, range(options.draws)))
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=len(plan) * len(options.methods))
+        trainings = progress.add_task("trainings of this run", total=1)
+        trainer = Trainer(
+            options,
+            domains,
+            len(classes),
+            new_backbone,
+            tick=lambda: progress.update(trainings, advance=1),
+        )
+        # Method by method, since a network that is traced serves all its runs.
+        for method in options.methods:
+            size = len(settings_grid(options, method))
+            for fraction, number in plan:
+                title = f"{TITLES[method]}, {fraction:.0%}, draw {number + 1}"
+                progress.update(bar, description=title)
+                progress.reset(
+                    trainings, total=1 + (options.folds * size if size > 1 else 0)
+                )
+                settings = settings_of(options, source, method, fraction, number)
+                found = results.get(settings)
+                if found is None:
+                    seed = options.seed + 1000 * number
+                    parts = draw(domains, fraction, seed, options.stratified)
+                    found, model = run(trainer, options, method, parts, seed)
+                    if (fraction, number) == plan[0]:
+                        _save_embeddings(model, domains, parts, method, options.output)
+                    results.add(settings, found)
+                    average = np.mean(list(found["accuracy"].values()))
+                    console.print(f"{title}: {average:.1%}, {found['seconds']:.0f} s")
+                rows.append(settings | results.get(settings))
+                progress.advance(bar)
+    runs = pd.DataFrame(rows)
+    table = summarize(runs, list(domains))
+    console.print(rich_table(table, f"Accuracy in %, {source['data']}"))
+    options.output.joinpath("table.md").write_text(markdown_table(table))
+    plot_relations(runs, list(domains), options.output / "relations.png")
+    plot_embeddings(options.output, list(domains), classes, options.output / "tsne.png")
+    console.print(f"Runs, table and figures are in {options.output}.")
+    if options.readme is not None:
+        write_block(options.readme, options.readme_block, markdown_table(table))
+    return table
+
+
+def _save_embeddings(model, domains, parts, method, folder):
+    test = {name: part[1] for name, part in parts.items()}
+    found = embeddings(model, {name: domains[name].x[i] for name, i in test.items()})
+    np.savez(
+        folder / f"embeddings_{method}.npz",
+        x=np.concatenate(list(found.values())),
+        labels=np.concatenate([domains[name].labels[i] for name, i in test.items()]),
+        tasks=np.repeat(range(len(test)), [len(i) for i in test.values()]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ from .experiment import (
     write_block,
 )
 
-_MODES = {"drn": "task", "mrn": ("feature", "class", "task")}
+_MODES = {"drn": ("task",), "mrn": ("feature", "class", "task")}
 METHODS = {
     "stl": {"prior": None, "layers": ("trunk", "bottleneck", "classifier")},
     "mtcnn": {"prior": None, "layers": ("classifier",)},
@@ -95,9 +95,7 @@ class Trunk:
         self._preprocess = None
         if pathlib.Path(name).suffix == ".keras":
             model = keras.saving.load_model(name)
-            if feature_layer is not None:
-                output = model.get_layer(feature_layer).output
-                model = keras.Model(model.input, output)
+            model = _up_to(model, feature_layer)
             small = keras.Input((size, size, 3))
             copy = keras.models.clone_model(model, input_tensors=small)
             copy.set_weights(model.get_weights())
@@ -108,16 +106,17 @@ class Trunk:
             if isinstance(layer, keras.layers.BatchNormalization):
                 # A few images of a few domains say little about the statistics.
                 layer.trainable = False
-        if len(model.output.shape) != 2:
+        features = model.output
+        if len(features.shape) != 2:
             raise ValueError(
                 f"Trunk {name!r}: expected features (batch, d). Received: "
-                f"{tuple(model.output.shape)}. Name a layer with --feature-layer."
+                f"{tuple(features.shape)}. Name a layer with --feature-layer."
             )
         self.lower, self.upper = model, None
         if tune_from is not None:
             border = model.get_layer(tune_from).output
             self.lower = keras.Model(model.input, border)
-            self.upper = keras.Model(border, model.output, name="trunk")
+            self.upper = keras.Model(border, features, name="trunk")
 
     def _application(self, name, size, feature_layer, weights):
         if not hasattr(keras.applications, name):
@@ -132,9 +131,7 @@ class Trunk:
         for module in vars(keras.applications).values():
             if getattr(module, name, None) is make and hasattr(module, "preprocess_input"):
                 self._preprocess = module.preprocess_input
-        if feature_layer is not None:
-            model = keras.Model(model.input, model.get_layer(feature_layer).output)
-        return model
+        return _up_to(model, feature_layer)
 
     def run_lower(self, images):
         """The outputs of the frozen part, a float32 array."""
@@ -157,6 +154,12 @@ class Trunk:
         copy = keras.models.clone_model(self.upper)
         copy.set_weights(self.upper.get_weights())
         return copy
+
+
+def _up_to(model, layer):
+    """The functional model from the only input to a layer, or to the only output."""
+    (output,) = model.outputs if layer is None else [model.get_layer(layer).output]
+    return keras.Model(model.inputs[0], output)
 
 
 class Trainer:
@@ -188,8 +191,11 @@ class Trainer:
         o, arguments = self.options, dict(METHODS[method])
         prior = arguments.pop("prior")
         if prior is not None:
+            modes = _MODES[prior]
+            # The largest precision is that of all modes together, for any prior.
+            epsilon = o.epsilon ** (1 / len(modes))
             prior = TensorNormalRegularizer(
-                strength, _MODES[prior], o.update_every, epsilon=o.epsilon
+                strength, modes, o.update_every, epsilon=epsilon
             )
         backbone = self._new_backbone()
         return relationship_network(
@@ -458,7 +464,9 @@ def plot_embeddings(folder, domains, classes, path):
         # A thousand points are enough to see, and quick.
         some = rng.permutation(len(x))[:1000]
         x, kinds, tasks = x[some], kinds[some], tasks[some]
-        flat = TSNE(random_state=0, init="pca").fit_transform(x)
+        perplexity = min(30, (len(x) - 1) / 3)
+        tsne = TSNE(random_state=0, init="pca", perplexity=perplexity)
+        flat = tsne.fit_transform(x)
         for axes, colours, names in (
             (panels[0, column], kinds, classes),
             (panels[1, column], tasks, domains),
@@ -547,7 +555,12 @@ def parser():
         help="of the priors; several are chosen from by cross-validation",
     )
     p.add_argument("--folds", type=in_range(int, 1), default=5)
-    p.add_argument("--epsilon", type=in_range(float, 0), default=1e-3)
+    p.add_argument(
+        "--epsilon",
+        type=in_range(float, 0),
+        default=1e-3,
+        help="relative ridge of the covariances; its third root where three are learned",
+    )
     p.add_argument("--update-every", type=in_range(int, 0), default=10)
     p.add_argument("--bottleneck", type=in_range(int, 0), default=256)
     p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)

@@ -11,6 +11,8 @@ from dmtrl_keras.validation import check_positive, task_names
 LAYERS = ("trunk", "bottleneck", "classifier")
 _MODES = {"drn": ("task",), "mrn": ("feature", "class", "task")}
 
+_EPSILON = 1e-3
+
 
 def relationship_network(
     backbone,
@@ -54,7 +56,8 @@ def relationship_network(
         classes: positive int, the classes that every task has.
         bottleneck: positive int, units of the bottleneck (ReLU); None: no such layer.
         prior: `"drn"`: the task mode learns its covariance (DRN Eq. 8); `"mrn"`: those of
-            features and classes too; a `TensorNormalRegularizer`; or None.
+            features and classes too (with `epsilon` 0.1, since the three multiply); a
+            `TensorNormalRegularizer`; or None.
         layers: which layers are the tasks' own: `()`, or the last one, two or three of
             `"trunk"`, `"bottleneck"`, `"classifier"`. The prior is not for the trunk.
         binary: bool. False: softmax over the classes. True: one-versus-rest, a sigmoid for
@@ -136,7 +139,9 @@ def _prior(prior, strength, each):
         config = {**prior.get_config(), "task_covariance": prior.task_covariance}
         modes, given = config.pop("modes"), config
     elif prior in _MODES:
-        modes, given = _MODES[prior], {"strength": strength}
+        modes = _MODES[prior]
+        # The largest precision is that of all modes together: the same for both priors.
+        given = {"strength": strength, "epsilon": _EPSILON ** (1 / len(modes))}
     else:
         raise ValueError(
             f"relationship_network: `prior` must be one of {sorted(_MODES)}, a "

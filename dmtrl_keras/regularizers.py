@@ -279,6 +279,11 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
     non-trainable weights: saved, restored, and the same on all replicas. A layer that is
     called twice in a step also updates twice.
 
+    With unit mean variances the largest precision of one mode is about `1 / epsilon`, and
+    those of several modes multiply. Gradient descent needs `learning_rate * strength` times
+    that to be below 2: with K learned modes take the K-th root of what you would take for
+    one.
+
     Args:
         strength: float, not negative. With a loss that is a mean over N examples, 1/N is
             the paper's objective.

@@ -1,0 +1,207 @@
+"""Domains as tasks: protocol, resuming, tables and figures, on small generated data."""
+
+import json
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from test_domains import write_features, write_images
+
+from applications import office_caltech as office
+
+TINY = ["--steps", "3", "--bottleneck", "4", "--draws", "2", "--fractions", "0.3"]
+
+
+def options_of(folder, *arguments):
+    """Parsed arguments."""
+    return office.parser().parse_args(["--features", str(folder), *TINY, *arguments])
+
+
+def test_command(tmp_path, rng, monkeypatch):
+    """All methods; the table, the figures, the README; a second call trains nothing."""
+    write_features(tmp_path, rng)
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- office:begin -->\n<!-- office:end -->\nEnd\n")
+    output = tmp_path / "results"
+    arguments = [
+        *["--features", str(tmp_path), *TINY, "--strengths", "1e-3", "--readme"],
+        *[str(readme), "--output", str(output)],
+    ]
+    table = office.main(arguments)
+    assert table["Method"].tolist() == [office.TITLES[m] for m in office.METHODS]
+    assert (table["Draws"] == 2).all() and (table["Training"] == "30%").all()
+    assert all("±" in cell for cell in table["Average"])
+    for name in ("relations.png", "tsne.png", "table.md"):
+        assert (output / name).stat().st_size > 100
+    assert readme.read_text().endswith("<!-- office:end -->\nEnd\n")
+    assert "| MRN |" in readme.read_text()
+    lines = (output / "runs.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert len(runs) == 2 * len(office.METHODS)
+    for run in runs:
+        assert set(run["results"]["accuracy"]) == {"amazon", "dslr"}
+        prior = office.METHODS[run["settings"]["method"]]["prior"]
+        assert ("task_correlation" in run["results"]) == (prior is not None)
+    # Cut off in the middle of a line: that run alone is done again.
+    (output / "runs.jsonl").write_text("\n".join(lines)[:-20])
+    trained = []
+    train = office.Trainer.train
+
+    def counted(self, *arguments):
+        trained.append(arguments[0])
+        return train(self, *arguments)
+
+    monkeypatch.setattr(office.Trainer, "train", counted)
+    again = office.main(arguments)
+    assert trained == ["mrn"]
+    pd.testing.assert_frame_equal(
+        again.drop(columns="Seconds"), table.drop(columns="Seconds")
+    )
+
+
+def test_same_run_gives_the_same(tmp_path, rng):
+    """A network that is used again starts anew; nothing is left of earlier runs."""
+    options = options_of(write_features(tmp_path, rng))
+    domains, classes = office.load_features(tmp_path)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
+    parts = {name: np.arange(8) for name in domains}
+    for method in ("drn", "stl"):
+        first = trainer.train(method, parts, 0, 0.01, 1e-2).get_weights()
+        other = trainer.train(method, parts, 1, 0.01, 1e-2).get_weights()
+        again = trainer.train(method, parts, 0, 0.01, 1e-2).get_weights()
+        assert any(not np.array_equal(a, b) for a, b in zip(first, other))
+        for a, b in zip(first, again):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    slow = trainer.train("stl", parts, 0, 1e-9, 1e-2).get_weights()
+    assert any(not np.allclose(a, b, atol=1e-4) for a, b in zip(slow, first))
+
+
+def test_learns(tmp_path, rng):
+    """Far above chance where the classes are apart, and the same metric by hand."""
+    options = options_of(write_features(tmp_path, rng), "--steps", "40")
+    domains, classes = office.load_features(tmp_path)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
+    train = {name: np.arange(10) for name in domains}
+    test = {name: np.arange(10, len(d.labels)) for name, d in domains.items()}
+    for method in office.METHODS:
+        model = trainer.train(method, train, 0, 0.01, 1e-3)
+        right = trainer.correct(model, test)
+        assert all(np.mean(v) > 0.9 for v in right.values()), (method, right)
+        assert [len(values) for values in right.values()] == [30, 10]
+
+
+def test_cross_validation_is_on_the_training_part(tmp_path, rng, monkeypatch):
+    """Every example of it is validated once, and no other is seen."""
+    options = options_of(write_features(tmp_path, rng), "--folds", "3")
+    domains, classes = office.load_features(tmp_path)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
+    parts = {"amazon": np.arange(7), "dslr": np.array([3, 5])}
+    seen = {"train": [], "valid": []}
+
+    def train(method, own, seed, learning_rate, strength):
+        seen["train"].append({name: sorted(part) for name, part in own.items()})
+        return learning_rate
+
+    def correct(model, own):
+        seen["valid"].append({name: sorted(part) for name, part in own.items()})
+        return {name: np.full(len(part), model > 0.1) for name, part in own.items()}
+
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(trainer, "correct", correct)
+    grid = [(0.05, 1e-3), (0.5, 1e-3)]
+    assert trainer.cross_validate("drn", parts, 0, grid) == [0.0, 1.0]
+    for name, part in parts.items():
+        validated = [index for own in seen["valid"][::2] for index in own[name]]
+        assert sorted(validated) == sorted(part)
+        for own, other in zip(seen["train"], seen["valid"]):
+            assert sorted([*own[name], *other[name]]) == sorted(part)
+    with pytest.raises(ValueError, match="expected 2 at"):
+        trainer.cross_validate("drn", {"amazon": [0, 1], "dslr": [0]}, 0, grid)
+
+
+@pytest.mark.parametrize("tune_from", [None, "norm1"])
+def test_images(tune_from, tmp_path, rng, monkeypatch):
+    """A trunk from a file, frozen or fine-tuned; its lower part runs once."""
+    folder = write_images(tmp_path / "images", rng, size=(8, 8))
+    trunk = keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            keras.layers.Conv2D(4, 3, name="conv1"),
+            keras.layers.BatchNormalization(name="norm1"),
+            keras.layers.Conv2D(5, 3, name="conv2"),
+            keras.layers.GlobalAveragePooling2D(name="pool"),
+            keras.layers.Dense(7, name="top"),
+        ]
+    )
+    trunk.save(tmp_path / "trunk.keras")
+    arguments = [
+        *["--data", str(folder), "--trunk", str(tmp_path / "trunk.keras"), *TINY],
+        *["--image-size", "8", "--feature-layer", "pool", "--scale", "127", "128"],
+        *["--methods", "stl", "drn", "--strengths", "1e-2", "--draws", "1"],
+        *["--output", str(tmp_path / "results")],
+    ]
+    if tune_from is not None:
+        arguments += ["--tune-from", tune_from]
+    assert len(office.main(arguments)) == 2
+    monkeypatch.setattr(office.Trunk, "run_lower", None)
+    options = office.parser().parse_args(arguments)
+    domains, _, new_backbone, _ = office.load(options, None)
+    backbone = new_backbone()
+    x = domains["amazon"].x
+    if tune_from is None:
+        assert backbone == x.shape[1:] == (5,)
+        features = x
+    else:
+        names = [layer.name for layer in backbone.layers]
+        assert "conv1" not in names and "conv2" in names
+        features = backbone.predict(x, verbose=0)
+    images = office.load_images(folder, 8)[0]["amazon"].x.astype("float32")
+    whole = keras.Model(trunk.inputs, trunk.get_layer("pool").output)
+    bigger = keras.models.clone_model(whole, input_tensors=keras.Input((8, 8, 3)))
+    bigger.set_weights(whole.get_weights())
+    expected = bigger.predict((images - 127) / 128, verbose=0)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_applications_of_keras(rng):
+    """A class by name, with the scaling of pixels that belongs to it."""
+    trunk = office.Trunk("MobileNetV2", 32, weights=None)
+    images = rng.integers(256, size=(2, 32, 32, 3)).astype("uint8")
+    expected = trunk.lower.predict(images / 127.5 - 1.0, verbose=0)
+    np.testing.assert_allclose(trunk.run_lower(images), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="'ResNet7'"):
+        office.Trunk("ResNet7", 32, weights=None)
+    with pytest.raises(ValueError, match="--feature-layer"):
+        office.Trunk("MobileNetV2", 32, feature_layer="Conv1", weights=None)
+
+
+def test_embeddings(tmp_path, rng):
+    """What each task's classifier sees, whether the bottleneck is shared or not."""
+    options = options_of(write_features(tmp_path, rng))
+    domains, classes = office.load_features(tmp_path)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
+    inputs = {name: domain.x[:5] for name, domain in domains.items()}
+    for method in ("drn", "mtcnn", "shared"):
+        model = trainer.network(method, 1e-3)
+        found = office.embeddings(model, inputs)
+        layer = model.get_layer("bottleneck")
+        for number, (name, x) in enumerate(inputs.items()):
+            kernel = keras.ops.convert_to_numpy(layer.kernel)
+            kernel = kernel[..., number] if kernel.ndim == 3 else kernel
+            np.testing.assert_allclose(found[name], np.maximum(x @ kernel, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "one of the arguments --data --features is required"),
+        (["--features", "x", "--fractions", "1.5"], "at most 1"),
+        (["--features", "x", "--methods", "best"], "invalid choice: 'best'"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    """The parser says what was wrong."""
+    with pytest.raises(SystemExit):
+        office.main(arguments)
+    assert message in capsys.readouterr().err

@@ -97,7 +97,7 @@ class Trunk:
             model = keras.saving.load_model(name)
             model = _up_to(model, feature_layer)
             small = keras.Input((size, size, 3))
-            copy = keras.models.clone_model(model, input_tensors=small)
+            copy = keras.models.clone_model(model, input_tensors=[small])
             copy.set_weights(model.get_weights())
             model = copy
         else:
@@ -159,7 +159,7 @@ class Trunk:
 def _up_to(model, layer):
     """The functional model from the only input to a layer, or to the only output."""
     (output,) = model.outputs if layer is None else [model.get_layer(layer).output]
-    return keras.Model(model.inputs[0], output)
+    return keras.Model([model.inputs[0]], output)
 
 
 class Trainer:

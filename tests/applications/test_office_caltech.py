@@ -158,7 +158,7 @@ def test_images(tune_from, tmp_path, rng, monkeypatch):
         features = backbone.predict(x, verbose=0)
     images = office.load_images(folder, 8)[0]["amazon"].x.astype("float32")
     whole = keras.Model(trunk.inputs, trunk.get_layer("pool").output)
-    bigger = keras.models.clone_model(whole, input_tensors=keras.Input((8, 8, 3)))
+    bigger = keras.models.clone_model(whole, input_tensors=[keras.Input((8, 8, 3))])
     bigger.set_weights(whole.get_weights())
     expected = bigger.predict((images - 127) / 128, verbose=0)
     np.testing.assert_allclose(features, expected, atol=1e-5)

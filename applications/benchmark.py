@@ -9,14 +9,18 @@ Training steps of the paper's LeNet with T tasks:
   the activations contracted, and with the choice left to the library (`auto`),
 - (e) the bare convolutions and matrix products of the same size, forward and backward.
 
-And those of a backbone of `keras.applications`, T copies of it in one model against
+Those of a backbone of `keras.applications`, T copies of it in one model against
 `multitask` of it, with the seconds that building takes.
 
+And what a tensor-normal prior adds to a backbone's step.
+
     python -m applications.benchmark
-    python -m applications.benchmark --readme README.md
+    python -m applications.benchmark --parts prior --readme README.md
 """
 
 import argparse
+import functools
+import math
 import pathlib
 import platform
 import statistics
@@ -28,7 +32,13 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from dmtrl_keras import factorization_report, factorize, multitask
+from dmtrl_keras import (
+    TensorNormalRegularizer,
+    factorization_report,
+    factorize,
+    multitask,
+    tensor_normal,
+)
 from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
@@ -38,6 +48,7 @@ from .mnist import FACTORIZATIONS, Trainer, draw, lenet
 from .mnist import parser as mnist_parser
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
+PARTS = ("lenet", "backbone", "prior")
 
 
 def plain_networks(tasks, padding, fc):
@@ -179,6 +190,111 @@ def backbone_table(options):
     return pd.DataFrame(rows)
 
 
+def prior_table(options):
+    """What MRN's prior over one kernel adds to the training step of a backbone."""
+    shape, every = tuple(options.prior_kernel), options.prior_update_every
+    features, units, tasks = shape
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, features)).astype("float32")
+    y = np.zeros((1, units * tasks), "float32")
+
+    def host(prior):
+        inputs = keras.Input((features,))
+        layer = TaskDense(
+            units, tasks, shared_input=True, common_draw=False, kernel_regularizer=prior
+        )
+        return training_step(keras.Model(inputs, layer(inputs)), x, y, "mse")
+
+    def prior(every):
+        return TensorNormalRegularizer(
+            modes=("feature", "class", "task"), update_every=every
+        )
+
+    name, size, batch = options.backbone, options.prior_image_size, options.prior_batch
+    backbone = backbone_of(name, size)
+    (output,) = backbone.outputs
+    head = keras.layers.Dense(10, "softmax")(output)
+    images = rng.normal(size=(batch, size, size, 3)).astype("float32")
+    labels = rng.integers(10, size=batch)
+    loss = "sparse_categorical_crossentropy"
+    step = training_step(keras.Model(backbone.inputs, head), images, labels, loss)
+    times = in_turn(
+        {
+            "step": step,
+            "without": host(None),
+            "penalty": host(prior(None)),
+            "update": host(prior(1)),
+        },
+        options.repeats,
+    )
+    penalty = times["penalty"] - times["without"]
+    update = times["update"] - times["penalty"]
+    parts = {
+        f"{name}, one training step": times["step"],
+        "penalty and its gradient, in each step": penalty,
+        "one update of all covariances": update,
+        f"together, with an update every {every} steps": penalty + update / every,
+    }
+    return pd.DataFrame(
+        {
+            "Part": part,
+            "ms": f"{seconds * 1e3:.0f}",
+            "Ratio to the step": f"{seconds / times['step']:.3f}",
+        }
+        for part, seconds in parts.items()
+    )
+
+
+def naive_table(options):
+    """The penalty and its gradient, with mode products and with the Kronecker product."""
+    tf = tensorflow()
+    rows = []
+    for shape in ((8, 8, 4), (16, 16, 4), (32, 16, 4)):
+        covariances = [np.eye(d) + 0.5 for d in shape]
+        kernel = tf.constant(np.random.default_rng(0).normal(size=(1, *shape)), "float32")
+        whole = tf.constant(functools.reduce(np.kron, covariances), "float32")
+        whiteners = [
+            tensor_normal.whitener(tf.constant(matrix, "float32")) for matrix in covariances
+        ]
+
+        def naive(x, whole=whole):
+            flat = tf.reshape(x, (-1, 1))
+            return tf.matmul(flat, tf.linalg.solve(whole, flat), transpose_a=True)
+
+        def ours(x, whiteners=whiteners):
+            return tensor_normal.quadratic_form(x, whiteners)
+
+        def compiled(form, kernel=kernel):
+            @tf.function
+            def step():
+                with tf.GradientTape() as tape:
+                    tape.watch(kernel)
+                    value = form(kernel)
+                return tape.gradient(value, kernel)
+
+            return step
+
+        steps = {"naive": compiled(naive), "ours": compiled(ours)}
+        times = in_turn(steps, 20)
+        np.testing.assert_allclose(steps["naive"](), steps["ours"](), rtol=1e-2, atol=1e-3)
+        rows.append(_naive_row(shape, times))
+    # Where the Kronecker product has no place any more.
+    rows.append(_naive_row(tuple(options.prior_kernel), None))
+    return pd.DataFrame(rows)
+
+
+def _naive_row(shape, times):
+    kernel = 4 * math.prod(shape)
+    state = 8 * sum(d * d for d in shape)
+    return {
+        "Kernel": " x ".join(map(str, shape)),
+        "Kronecker product, MB": f"{kernel**2 / 4 / 1e6:,.1f}",
+        "Kernel and state, MB": f"{(kernel + state) / 1e6:,.2f}",
+        "Naive, ms": "-" if times is None else f"{times['naive'] * 1e3:.2f}",
+        "Mode products, ms": "-" if times is None else f"{times['ours'] * 1e3:.2f}",
+    }
+
+
 def training_step(model, images, labels, loss=None):
     """A function that makes one training step of a model with Adam."""
     model.compile("adam", loss or TaskHinge())
@@ -284,8 +400,17 @@ def parser():
     p.add_argument("--backbone-tasks", type=int, default=4)
     p.add_argument("--backbone-batch", type=int, default=16)
     p.add_argument("--image-size", type=int, default=64, help="of the backbone")
-    p.add_argument("--skip-backbone", action="store_true", help="LeNet only")
-    p.add_argument("--skip-lenet", action="store_true", help="the backbone only")
+    p.add_argument(
+        "--prior-kernel",
+        nargs=3,
+        type=int,
+        default=[2048, 256, 4],
+        metavar=("FEATURES", "UNITS", "TASKS"),
+    )
+    p.add_argument("--prior-update-every", type=int, default=20)
+    p.add_argument("--prior-batch", type=int, default=32, help="of the backbone beside it")
+    p.add_argument("--prior-image-size", type=int, default=224)
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")
     p.add_argument(
         "--readme",
@@ -373,8 +498,8 @@ def main(arguments=None):
         if options.readme is not None:
             write_block(options.readme, name, text)
 
-    first = second = third = None
-    if not options.skip_lenet:
+    first = second = third = fourth = None
+    if "lenet" in options.parts:
         first, second = lenet_tables(options, console)
         title = (
             f"LeNet, T = 10, batch {options.batch_size}, padding {options.padding}, "
@@ -382,7 +507,7 @@ def main(arguments=None):
         )
         tables = f"{markdown_table(first)}\n{markdown_table(second)}"
         write("benchmark", f"{title}, {steps}\n\n{tables}")
-    if not options.skip_backbone:
+    if "backbone" in options.parts:
         third = backbone_table(options)
         title = (
             f"{options.backbone}, T = {options.backbone_tasks}, images "
@@ -390,7 +515,20 @@ def main(arguments=None):
         )
         console.print(rich_table(third, title))
         write("backbone", f"{title}, {steps}\n\n{markdown_table(third)}")
-    return first, second, third
+    if "prior" in options.parts:
+        fourth = prior_table(options)
+        kernel = " x ".join(map(str, options.prior_kernel))
+        title = (
+            f"Kernel {kernel}, beside {options.backbone}, images "
+            f"{options.prior_image_size} x {options.prior_image_size}, batch "
+            f"{options.prior_batch}"
+        )
+        console.print(rich_table(fourth, title))
+        naive = naive_table(options)
+        console.print(rich_table(naive, "Quadratic form and gradient"))
+        tables = f"{markdown_table(fourth)}\n{markdown_table(naive)}"
+        write("prior", f"{title}, {steps}\n\n{tables}")
+    return first, second, third, fourth
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ def whiten(x, whiteners, skip=None):
     for mode, matrix in enumerate(whiteners):
         if matrix is None or mode == skip:
             continue
-        unfolded, shape = _unfold(x, mode + 1, pooled=len(matrix.shape) == 2)
-        x = _fold(ops.matmul(matrix, unfolded), shape, mode + 1)
+        x = _mode_product(x, matrix, mode + 1)
     return x
 
 
@@ -105,9 +104,9 @@ def mode_covariance(x, whiteners, mode, pooled=True):
     Returns:
         A tensor `(d_k, d_k)`; `(n, d_k, d_k)` if not pooled.
     """
-    unfolded, _ = _unfold(whiten(x, whiteners, skip=mode), mode + 1, pooled)
-    scatter = ops.matmul(unfolded, ops.swapaxes(unfolded, -1, -2))
-    return scatter / unfolded.shape[-1]
+    columns = _columns(whiten(x, whiteners, skip=mode), mode + 1, pooled)
+    scatter = ops.matmul(ops.swapaxes(columns, -1, -2), columns)
+    return scatter / columns.shape[-2]
 
 
 def log_density(x, covariances, mean=None):
@@ -290,19 +289,29 @@ def flip_flop(
     )
 
 
-def _unfold(x, axis, pooled):
-    """An axis as rows and the others as columns; and the shape to fold it from.
+def _columns(x, axis, pooled):
+    """An axis as columns and the others as rows, `(rows, d)`.
 
-    Pooled, the samples are among the columns; else there is one matrix for each.
+    Pooled, the samples are among the rows; else there is one matrix for each.
     """
-    moved = ops.moveaxis(x, axis, 0 if pooled else 1)
-    shape = tuple(moved.shape)
-    return ops.reshape(moved, (*shape[: 1 if pooled else 2], -1)), (shape, pooled)
+    # Nothing is copied for the last axis, which is that of the tasks.
+    moved = ops.moveaxis(x, axis, -1) if axis < len(x.shape) - 1 else x
+    return ops.reshape(moved, (*moved.shape[: 0 if pooled else 1], -1, moved.shape[-1]))
 
 
-def _fold(matrix, shape, axis):
-    shape, pooled = shape
-    return ops.moveaxis(ops.reshape(matrix, shape), 0 if pooled else 1, axis)
+def _mode_product(x, matrix, axis):
+    """The product of an axis with a matrix, or with one for each sample."""
+    pooled = len(matrix.shape) == 2
+    if pooled and axis == 1 == x.shape[0]:
+        # One sample, first axis: the unfolding is the tensor as it lies in memory.
+        rows = ops.reshape(x, (x.shape[axis], -1))
+        return ops.reshape(ops.matmul(matrix, rows), x.shape)
+    columns = _columns(x, axis, pooled)
+    columns = ops.matmul(columns, ops.swapaxes(matrix, -1, -2))
+    if axis == len(x.shape) - 1:
+        return ops.reshape(columns, x.shape)
+    shape = (*x.shape[:axis], *x.shape[axis + 1 :], x.shape[axis])
+    return ops.moveaxis(ops.reshape(columns, shape), -1, axis)
 
 
 def _modes(modes, order):

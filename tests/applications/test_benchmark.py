@@ -86,19 +86,22 @@ def test_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "backbone_of", small)
     readme = tmp_path / "README.md"
-    marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("benchmark", "backbone")]
+    marks = [
+        f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("benchmark", "backbone", "prior")
+    ]
     readme.write_text("\n".join(marks))
     arguments = (
         "--batch-size 2 --fc 4 --repeats 1 --ranks 0.5 --stl-epochs 1 --skip-grouped"
     )
-    first, second, third = benchmark.main(
+    first, second, third, fourth = benchmark.main(
         [
             *arguments.split(),
             "--skip-grouped",
             "--methods",
             "tt",
             *"--backbone MobileNet --backbone-batch 2 --image-size 32".split(),
-            *"--backbone-tasks 2".split(),
+            *"--backbone-tasks 2 --prior-kernel 12 6 2 --prior-image-size 32".split(),
+            *"--prior-batch 2 --prior-update-every 4".split(),
             "--output",
             str(tmp_path / "out"),
             "--readme",
@@ -107,8 +110,9 @@ def test_command(tmp_path, monkeypatch):
     )
     assert len(first) == 3
     assert list(second["Rank"]) == ["10% error", "0.5"]
+    assert fourth["Part"].iloc[-1] == "together, with an update every 4 steps"
     assert len(third) == 5 and "MobileNet, T = 2" in readme.read_text()
-    for name in ("benchmark", "backbone"):
+    for name in ("benchmark", "backbone", "prior"):
         text = (tmp_path / "out" / f"{name}.md").read_text().strip()
         assert text in readme.read_text()
     assert keras.config.backend() in readme.read_text()

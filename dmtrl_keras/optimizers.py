@@ -123,7 +123,9 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         trained, inner = self.inner_optimizer.stateless_apply(
             optimizer_variables[own:], grads, trainable_variables
         )
-        return trained, [*optimizer_variables[:own], *inner]
+        # Keras's loss scaling passes variables here, where others pass their values.
+        unchanged = [keras.ops.convert_to_tensor(v) for v in optimizer_variables[:own]]
+        return trained, [*unchanged, *inner]
 
     @property
     def learning_rate(self):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dmtrl_keras.regularizers import TensorNormalState
+
 
 def task_covariance(model):
     """The learned task covariance of each layer with a tensor-normal prior (DRN Eq. 13).
@@ -31,7 +33,7 @@ def task_covariance(model):
     found = {}
     for layer in model._flatten_layers(include_self=False):
         prior = getattr(layer, "prior", None)
-        if prior is not None and "task" in prior.modes:
+        if isinstance(prior, TensorNormalState) and "task" in prior.modes:
             found[layer.name] = prior.covariances["task"]
     if not found:
         raise ValueError(

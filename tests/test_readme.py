@@ -6,6 +6,8 @@ import re
 import keras
 import pytest
 
+from dmtrl_keras import task_covariance
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -14,13 +16,29 @@ def scripts():
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+def run_without_weights(script, folder, monkeypatch):
+    """Run a script in a folder, its backbone not pretrained."""
+    assert script.count("include_top=False") == 1
+    script = script.replace("include_top=False", "include_top=False, weights=None")
+    monkeypatch.chdir(folder)
+    exec(compile(script, "README.md", "exec"), {})
+
+
+def test_relations(tmp_path, monkeypatch):
+    """The scripts on relations run and leave a model with its covariances."""
+    run_without_weights(scripts()[2], tmp_path, monkeypatch)
+    assert pathlib.Path("relations.png").stat().st_size > 1000
+    model = keras.saving.load_model("domains.keras")
+    covariances = task_covariance(model)
+    assert {matrix.shape for matrix in covariances.values()} == {(3, 3)}
+    exec(compile(scripts()[3], "README.md", "exec"), {})
+    assert len(scripts()) == 4
+
+
 def test_backbone(tmp_path, monkeypatch, capsys):
     """The script on backbones runs, here without the pretrained weights."""
     script = scripts()[1]
-    assert script.count("include_top=False") == 1 and len(scripts()) == 2
-    script = script.replace("include_top=False", "include_top=False, weights=None")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(script, "README.md", "exec"), {})
+    run_without_weights(script, tmp_path, monkeypatch)
     alone = keras.saving.load_model("age.keras")
     assert alone.output_shape == (None, 8)
     assert "conv5_block3_3_conv" in capsys.readouterr().out
@@ -36,7 +54,9 @@ def test_tour(tmp_path, monkeypatch):
     assert set(model.output) == {"parity", "size"}
 
 
-@pytest.mark.parametrize("name", ["mnist", "benchmark", "backbone"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "office", "office-images", "benchmark", "backbone", "prior"]
+)
 def test_tables(name):
     """Measured tables, not empty marks."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

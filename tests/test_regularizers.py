@@ -2,6 +2,8 @@
 
 import functools
 import math
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -355,6 +357,48 @@ def test_mixed_precision_learns_in_full(rng):
     )
 
 
+REPLICAS = """
+import tensorflow as tf
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(cpu, two)
+
+import keras
+import numpy as np
+from dmtrl_keras import relationship_network, task_covariance
+
+rng = np.random.default_rng(0)
+x = {name: rng.normal(size=(32, 6)).astype("float32") for name in "abc"}
+y = {name: rng.integers(4, size=32) for name in "abc"}
+found = []
+mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+for strategy in (tf.distribute.get_strategy(), mirrored):
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = relationship_network((6,), list("abc"), 4, 5, prior="mrn", strength=0.1)
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    found.append(task_covariance(model))
+for layer, matrix in found[0].items():
+    assert np.abs(matrix - np.eye(3)).max() > 0.1
+    np.testing.assert_allclose(matrix, found[1][layer], atol=1e-5)
+    for covariance in model.get_layer(layer).prior.modes.values():
+        first, second = (copy.numpy() for copy in covariance.covariance.value.values)
+        np.testing.assert_array_equal(first, second)
+"""
+
+
+def test_same_on_all_replicas():
+    """Two devices learn what one learns, and hold equal covariances."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("MirroredStrategy is TensorFlow's")
+    # Devices are divided before TensorFlow starts.
+    call = [sys.executable, "-c", REPLICAS]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_groups_of_tasks(rng):
     """Related within and negatively across: learned from data, with the right signs."""
     tasks, features = 6, 10
@@ -408,7 +452,14 @@ def test_multitask_and_back(rng):
     x = keras.layers.Dense(5, "relu", name="fc7")(inputs)
     backbone = keras.Model(inputs, keras.layers.Dense(4, name="fc8")(x))
     prior = TensorNormalRegularizer(0.5)
-    model = multitask(backbone, ["a", "b"], prior={"fc8": prior}, verbose=False)
+
+    def head(features):
+        own = TensorNormalRegularizer(modes=("feature", "class"))
+        return TensorNormalPrior(keras.layers.Dense(3), own)(features)
+
+    model = multitask(
+        backbone, ["a", "b"], prior={"fc8": prior}, heads={"a": head, "b": 2}, verbose=False
+    )
     assert list(task_covariance(model)) == ["fc8"]
     alone = single_task(model, "a")
     assert not alone.losses and "dmtrl" not in alone.to_json()

@@ -22,6 +22,7 @@ from dmtrl_keras.layers import (
     TaskRepeat,
     TaskSplit,
     TaskStack,
+    TensorNormalPrior,
 )
 
 
@@ -159,6 +160,9 @@ class _Taker:
 
     def visit(self, operation, args, kwargs, path):
         """What a call of the network becomes for this task; takes and returns `_One`."""
+        if isinstance(operation, TensorNormalPrior):
+            # A prior is for training.
+            operation = operation.layer
         values = values_in(_One, args, kwargs)
         form = form_of(operation, [value.form for value in values])
         if any(value.lost for value in values):

@@ -1,6 +1,7 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
 from dmtrl_keras import (
+    canonical_correlation,
     conversion,
     decomposition,
     layers,
@@ -11,6 +12,7 @@ from dmtrl_keras import (
     regularizers,
     tensor_normal,
 )
+from dmtrl_keras.canonical_correlation import task_similarity, task_similarity_matrix
 from dmtrl_keras.conversion import multitask, single_task
 from dmtrl_keras.data import zip_tasks
 from dmtrl_keras.export import export_tasks
@@ -44,6 +46,7 @@ __all__ = [
     "MultiTaskModel",
     "TensorNormalRegularizer",
     "__version__",
+    "canonical_correlation",
     "conversion",
     "decomposition",
     "export_tasks",
@@ -66,6 +69,8 @@ __all__ = [
     "task_correlation",
     "task_covariance",
     "task_layers",
+    "task_similarity",
+    "task_similarity_matrix",
     "task_summary",
     "tensor_normal",
     "zip_tasks",

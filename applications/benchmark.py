@@ -285,7 +285,7 @@ def naive_table(options):
 
 def _naive_row(shape, times):
     kernel = 4 * math.prod(shape)
-    state = 8 * sum(d * d for d in shape)
+    state = 12 * sum(d * d for d in shape)
     return {
         "Kernel": " x ".join(map(str, shape)),
         "Kronecker product, MB": f"{kernel**2 / 4 / 1e6:,.1f}",

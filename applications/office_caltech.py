@@ -38,6 +38,7 @@ from dmtrl_keras import (
     task_correlation,
     zip_tasks,
 )
+from dmtrl_keras.networks import PRIORS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
 from .domains import draw, load_features, load_images
@@ -50,7 +51,6 @@ from .experiment import (
     write_block,
 )
 
-_MODES = {"drn": ("task",), "mrn": ("feature", "class", "task")}
 METHODS = {
     "stl": {"prior": None, "layers": ("trunk", "bottleneck", "classifier")},
     "mtcnn": {"prior": None, "layers": ("classifier",)},
@@ -191,11 +191,9 @@ class Trainer:
         o, arguments = self.options, dict(METHODS[method])
         prior = arguments.pop("prior")
         if prior is not None:
-            modes = _MODES[prior]
-            # The largest precision is that of all modes together, for any prior.
-            epsilon = o.epsilon ** (1 / len(modes))
+            epsilon = {**PRIORS[prior], "task": o.epsilon}
             prior = TensorNormalRegularizer(
-                strength, modes, o.update_every, epsilon=epsilon
+                strength, list(epsilon), o.update_every, epsilon=epsilon
             )
         backbone = self._new_backbone()
         return relationship_network(
@@ -559,7 +557,7 @@ def parser():
         "--epsilon",
         type=in_range(float, 0),
         default=1e-3,
-        help="relative ridge of the covariances; its third root where three are learned",
+        help="relative ridge of the task covariances",
     )
     p.add_argument("--update-every", type=in_range(int, 0), default=10)
     p.add_argument("--bottleneck", type=in_range(int, 0), default=256)

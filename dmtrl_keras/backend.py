@@ -125,3 +125,14 @@ def eager_scope():
         device = get_device()
         return device_scope("cpu" if device == "meta" else device)
     return contextlib.nullcontext()
+
+
+def all_reduce_sum(x):
+    """The sum of a tensor over all replicas, where there are several."""
+    if keras.backend.backend() != "tensorflow":
+        return x
+    distribute = tensorflow().distribute
+    context = distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return x
+    return context.all_reduce(distribute.ReduceOp.SUM, x)

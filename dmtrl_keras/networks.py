@@ -9,9 +9,12 @@ from dmtrl_keras.regularizers import TensorNormalRegularizer
 from dmtrl_keras.validation import check_positive, task_names
 
 LAYERS = ("trunk", "bottleneck", "classifier")
-_MODES = {"drn": ("task",), "mrn": ("feature", "class", "task")}
-
-_EPSILON = 1e-3
+# Tens of thousands of columns say how a few tasks are related; what they say about hundreds
+# of features is mostly noise, so that their covariances are drawn halfway to the identity.
+PRIORS = {
+    "drn": {"task": 1e-3},
+    "mrn": {"feature": 1.0, "class": 1.0, "task": 1e-3},
+}
 
 
 def relationship_network(
@@ -56,8 +59,8 @@ def relationship_network(
         classes: positive int, the classes that every task has.
         bottleneck: positive int, units of the bottleneck (ReLU); None: no such layer.
         prior: `"drn"`: the task mode learns its covariance (DRN Eq. 8); `"mrn"`: those of
-            features and classes too (with `epsilon` 0.1, since the three multiply); a
-            `TensorNormalRegularizer`; or None.
+            features and classes too; a `TensorNormalRegularizer`; or None. By name
+            `epsilon` is 0.001 for tasks, and 1 for features and classes.
         layers: which layers are the tasks' own: `()`, or the last one, two or three of
             `"trunk"`, `"bottleneck"`, `"classifier"`. The prior is not for the trunk.
         binary: bool. False: softmax over the classes. True: one-versus-rest, a sigmoid for
@@ -138,18 +141,19 @@ def _prior(prior, strength, each):
     if isinstance(prior, TensorNormalRegularizer):
         config = {**prior.get_config(), "task_covariance": prior.task_covariance}
         modes, given = config.pop("modes"), config
-    elif prior in _MODES:
-        modes = _MODES[prior]
-        # The largest precision is that of all modes together: the same for both priors.
-        given = {"strength": strength, "epsilon": _EPSILON ** (1 / len(modes))}
+    elif prior in PRIORS:
+        epsilon = PRIORS[prior]
+        modes, given = list(epsilon), {"strength": strength, "epsilon": epsilon}
     else:
         raise ValueError(
-            f"relationship_network: `prior` must be one of {sorted(_MODES)}, a "
+            f"relationship_network: `prior` must be one of {sorted(PRIORS)}, a "
             f"TensorNormalRegularizer or None. Received: prior={prior!r}."
         )
     if each is not None:
         given = {**given, "each": each, "task_covariance": None}
         modes = [mode for mode in modes if mode != each]
+        if isinstance(given["epsilon"], dict):
+            given["epsilon"] = {mode: given["epsilon"][mode] for mode in modes}
     return TensorNormalRegularizer(**given, modes=modes)
 
 

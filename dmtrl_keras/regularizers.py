@@ -83,6 +83,7 @@ class ModeCovariance(keras.layers.Layer):
     Attributes:
         covariance: variable `(d, d)`, or `(n, d, d)`.
         whitener: variable of the same shape, the inverse of its Cholesky factor.
+        precision: variable of the same shape, the inverse of the covariance.
 
     Raises:
         ValueError: on malformed arguments, on a start that is no covariance.
@@ -100,7 +101,7 @@ class ModeCovariance(keras.layers.Layer):
     ...         4, 3, kernel_regularizer=prior, shared_input=first, name=name
     ...     )(x)
     >>> [tuple(v.shape) for v in shared.variables]
-    [(3, 3), (3, 3)]
+    [(3, 3), (3, 3), (3, 3)]
     """
 
     def __init__(
@@ -161,6 +162,8 @@ class ModeCovariance(keras.layers.Layer):
         self.covariance = _state_weight(self, "covariance", start)
         inverse = np.linalg.inv(np.linalg.cholesky(start))
         self.whitener = _state_weight(self, "whitener", inverse)
+        # With it a training step needs one product for the penalty and its gradient.
+        self.precision = _state_weight(self, "precision", np.linalg.inv(start))
         self.built = True
 
     def _trace(self, size):
@@ -190,14 +193,14 @@ class ModeCovariance(keras.layers.Layer):
         return [other for other in self._members.all() if other is not member]
 
     def estimate(self, scatter, count):
-        """The covariance that a scatter matrix gives, and its whitener.
+        """The covariance that a scatter matrix gives, its whitener and its precision.
 
         Args:
             scatter: tensor `(..., d, d)`, the sum over the other dimensions.
             count: int or tensor, the product of the other dimensions.
 
         Returns:
-            Two tensors like `scatter`.
+            Three tensors like `scatter`.
         """
         size = scatter.shape[-1]
         matrix = (scatter + ops.swapaxes(scatter, -1, -2)) / 2
@@ -213,7 +216,9 @@ class ModeCovariance(keras.layers.Layer):
         if self.trace is not None:
             trace = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
             matrix = matrix * (self._trace(size) / trace)
-        return matrix, tensor_normal.whitener(matrix)
+        whitener = tensor_normal.whitener(matrix)
+        precision = ops.matmul(ops.swapaxes(whitener, -1, -2), whitener)
+        return matrix, whitener, precision
 
     def get_config(self):
         config = super().get_config()
@@ -281,8 +286,7 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
 
     With unit mean variances the largest precision of one mode is about `1 / epsilon`, and
     those of several modes multiply. Gradient descent needs `learning_rate * strength` times
-    that to be below 2: with K learned modes take the K-th root of what you would take for
-    one.
+    their product to be below 2.
 
     Args:
         strength: float, not negative. With a loss that is a mean over N examples, 1/N is
@@ -292,7 +296,9 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
             One or several; DRN: `"task"`, MRN: `("feature", "class", "task")`.
         update_every: positive int, training steps from one update to the next. None: the
             covariances stay as they start.
-        epsilon: as in `ModeCovariance`, as are `relative`, `average` and `trace`.
+        epsilon: as in `ModeCovariance`, as are `relative`, `average` and `trace`; or a dict
+            of them by mode, since a covariance needs the more of it the more entries and
+            the fewer columns it is estimated from.
         relative: bool.
         average: bool.
         trace: `"size"`, a positive number, or None. With None the joint optimum of kernel
@@ -376,8 +382,13 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
         }
         self.each = each
         self.task_covariance = task_covariance
+        if isinstance(epsilon, dict) and set(epsilon) != set(modes):
+            raise ValueError(
+                f"{owner}: `epsilon` must be a number, or a dict with each of the modes "
+                f"{list(modes)}. Received: epsilon={epsilon!r}."
+            )
+        self.epsilon = epsilon
         self._options = {
-            "epsilon": epsilon,
             "relative": relative,
             "average": average,
             "trace": trace,
@@ -387,8 +398,14 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
 
     def new_covariance(self, mode, name=None, dtype="float32"):
         """A `ModeCovariance` for one mode, as the arguments say."""
-        start = self.start.get(mode)
-        return ModeCovariance(**self._options, start=start, name=name, dtype=dtype)
+        epsilon = self.epsilon
+        return ModeCovariance(
+            epsilon[mode] if isinstance(epsilon, dict) else epsilon,
+            **self._options,
+            start=self.start.get(mode),
+            name=name,
+            dtype=dtype,
+        )
 
     def __call__(self, x):
         raise ValueError(
@@ -403,6 +420,7 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
             "strength": self.strength,
             "modes": list(self.modes),
             "update_every": self.update_every,
+            "epsilon": self.epsilon,
             **self._options,
             "start": self.start or None,
             "each": self.each,
@@ -504,18 +522,26 @@ class TensorNormalState(keras.layers.Layer):
         x = ops.cast(kernel, self.variable_dtype)
         return x[None] if self._each is None else ops.moveaxis(x, self._each, 0)
 
-    def _whiteners(self):
-        whiteners = [None] * len(self._sizes)
+    def _matrices(self, name):
+        """A matrix of every mode, None where there is no covariance."""
+        matrices = [None] * len(self._sizes)
         for position, covariance in zip(self._positions, self.modes.values()):
-            whiteners[position] = ops.convert_to_tensor(covariance.whitener)
-        return whiteners
+            matrices[position] = ops.convert_to_tensor(getattr(covariance, name))
+        return matrices
 
     def penalty(self, kernel):
         """The negative log prior of a kernel, without its constant, times the strength."""
-        whiteners = self._whiteners()
-        total = tensor_normal.quadratic_form(self._arranged(kernel), whiteners)
-        total = total + tensor_normal.log_determinant(self._sizes, whiteners)
-        return self.regularizer.strength / 2 * ops.sum(total)
+        x = self._arranged(kernel)
+        # The gradient of half the quadratic form is `S^-1 W` (DRN Eq. 12): the product that
+        # gives the value gives it too, and need not be differentiated.
+        precisions = self._matrices("precision")
+        gradient = ops.stop_gradient(tensor_normal.mode_products(x, precisions))
+        form = ops.sum(x * gradient)
+        half = form - ops.stop_gradient(form) / 2
+        log_determinant = ops.sum(
+            tensor_normal.log_determinant(self._sizes, self._matrices("whitener"))
+        )
+        return self.regularizer.strength * (half + log_determinant / 2)
 
     def call(self, training=None):
         every = self.regularizer.update_every
@@ -544,12 +570,12 @@ class TensorNormalState(keras.layers.Layer):
     def _updated_variables(self):
         variables = [] if self._shared is None else [self.scatter]
         for covariance in self.modes.values():
-            variables += [covariance.covariance, covariance.whitener]
+            variables += [covariance.covariance, covariance.whitener, covariance.precision]
         return variables
 
     def _flip_flop(self, x):
         """One sweep over the modes, each given the newest of the others (DRN Eq. 5)."""
-        whiteners, scatters, updated = self._whiteners(), [], []
+        whiteners, scatters, updated = self._matrices("whitener"), [], []
         size = math.prod(self._sizes)
         for position, covariance in zip(self._positions, self.modes.values()):
             pooled = self._each is None

@@ -37,19 +37,22 @@ def whitener(covariance):
     return ops.solve_triangular(factor, identity, lower=True)
 
 
-def whiten(x, whiteners, skip=None):
-    """Mode products with whiteners, `X x_1 L_1^-1 ... x_K L_K^-1`.
+def mode_products(x, matrices, skip=None):
+    """The product of each mode with a matrix, `X x_1 A_1 ... x_K A_K`.
+
+    With whiteners for matrices the modes become independent; with precisions this is
+    `(S_1 (x) ... (x) S_K)^-1 vec(X)`, folded.
 
     Args:
         x: tensor `(n, d_1, ..., d_K)`, n samples.
-        whiteners: list of K matrices `(d_k, d_k)`, or `(n, d_k, d_k)` where each sample has
+        matrices: list of K matrices `(d_k, d_k)`, or `(n, d_k, d_k)` where each sample has
             its own, or None for identities.
         skip: int, a mode to leave out; None: none.
 
     Returns:
         A tensor of the same shape.
     """
-    for mode, matrix in enumerate(whiteners):
+    for mode, matrix in enumerate(matrices):
         if matrix is None or mode == skip:
             continue
         x = _mode_product(x, matrix, mode + 1)
@@ -61,12 +64,12 @@ def quadratic_form(x, whiteners):
 
     Args:
         x: tensor `(n, d_1, ..., d_K)`.
-        whiteners: as for `whiten`.
+        whiteners: as for `mode_products`.
 
     Returns:
         A tensor `(n,)`.
     """
-    z = whiten(x, whiteners)
+    z = mode_products(x, whiteners)
     return ops.sum(ops.reshape(z * z, (-1, math.prod(z.shape[1:]))), axis=-1)
 
 
@@ -75,7 +78,7 @@ def log_determinant(shape, whiteners):
 
     Args:
         shape: tuple `(d_1, ..., d_K)`; d is its product.
-        whiteners: as for `whiten`.
+        whiteners: as for `mode_products`.
 
     Returns:
         A scalar, or `(n,)` where every sample has its own covariances; the float 0 if all
@@ -97,14 +100,14 @@ def mode_covariance(x, whiteners, mode, pooled=True):
 
     Args:
         x: tensor `(n, d_1, ..., d_K)`, samples of mean zero.
-        whiteners: as for `whiten`; that of the mode itself is not used.
+        whiteners: as for `mode_products`; that of the mode itself is not used.
         mode: int in [0, K).
         pooled: bool; one covariance from all samples, or one for each of them.
 
     Returns:
         A tensor `(d_k, d_k)`; `(n, d_k, d_k)` if not pooled.
     """
-    columns = _columns(whiten(x, whiteners, skip=mode), mode + 1, pooled)
+    columns = _columns(mode_products(x, whiteners, skip=mode), mode + 1, pooled)
     scatter = ops.matmul(ops.swapaxes(columns, -1, -2), columns)
     return scatter / columns.shape[-2]
 

@@ -130,6 +130,20 @@ def test_update_is_the_formula(modes):
             np.testing.assert_allclose(found, expected[axis], rtol=1e-3, atol=1e-5)
 
 
+def test_epsilon_by_mode():
+    """A number for each covariance."""
+    epsilon = {"class": 0.5, "task": 0.01}
+    prior = TensorNormalRegularizer(modes=["class", "task"], epsilon=epsilon)
+    layer = built(TaskDense(4, 3, common_draw=False, kernel_regularizer=prior), 15)
+    train_steps(layer, 1, 15)
+    expected = [np.eye(5), np.eye(4), np.eye(3)]
+    kernel = numpy(layer.kernel).astype("float64")
+    for axis, own in ((1, 0.5), (2, 0.01)):
+        expected = loop_update(kernel, [axis], expected, own, kernel.shape[axis])
+    for mode, matrix in zip(("class", "task"), expected[1:]):
+        np.testing.assert_allclose(layer.prior.covariances[mode], matrix, rtol=1e-3)
+
+
 def test_choices_of_eq_13(rng):
     """Absolute epsilon, sum instead of mean, trace one or as it comes."""
     scatter = rng.normal(size=(3, 20))
@@ -479,6 +493,7 @@ def test_multitask_and_back(rng):
         ({"modes": ("task", "task")}, "one or several distinct"),
         ({"update_every": 0}, "`update_every` must be a positive int"),
         ({"epsilon": -1e-3}, "`epsilon` must be a number"),
+        ({"epsilon": {"class": 1}}, r"each of the modes \['task'\]"),
         ({"trace": "one"}, "`trace` must be"),
         ({"trace": 0}, "`trace` must be"),
         ({"start": {"class": np.eye(2)}}, "that are in `modes`"),

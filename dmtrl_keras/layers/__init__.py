@@ -30,8 +30,10 @@ from dmtrl_keras.layers.layout import (
 )
 from dmtrl_keras.layers.normalization import TaskLayerNormalization
 from dmtrl_keras.layers.prior import TensorNormalPrior
+from dmtrl_keras.layers.relation import TRL
 
 __all__ = [
+    "TRL",
     "FactorizedLayer",
     "LAFConv1D",
     "LAFConv2D",

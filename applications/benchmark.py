@@ -275,7 +275,7 @@ def naive_table(options):
             return step
 
         steps = {"naive": compiled(naive), "ours": compiled(ours)}
-        times = in_turn(steps, 20)
+        times = in_turn(steps, options.repeats)
         np.testing.assert_allclose(steps["naive"](), steps["ours"](), rtol=1e-2, atol=1e-3)
         rows.append(_naive_row(shape, times))
     # Where the Kronecker product has no place any more.

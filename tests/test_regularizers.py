@@ -103,6 +103,27 @@ def test_penalty_is_eq_11_with_plus(rng):
     assert float(layer.losses[0]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_gradient_is_eq_12():
+    """`S^-1 W_(3)`, folded: that of the penalty's quadratic form for every mode."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("gradients are taken with TensorFlow")
+    from dmtrl_keras.backend import tensorflow
+
+    for modes in ("task", MRN):
+        prior = TensorNormalRegularizer(0.3, modes=modes, epsilon=0.05)
+        layer = built(TaskDense(4, 3, common_draw=False, kernel_regularizer=prior), 15)
+        train_steps(layer, 2, 15)
+        with tensorflow().GradientTape() as tape:
+            (penalty,) = layer.losses
+        found = tape.gradient(penalty, layer.kernel.value)
+        covariances = [layer.prior.covariances.get(mode) for mode in MRN]
+        whole = [np.eye(d) if m is None else m for m, d in zip(covariances, (5, 4, 3))]
+        kernel = numpy(layer.kernel)
+        inverse = np.linalg.inv(functools.reduce(np.kron, whole))
+        expected = 0.3 * (inverse @ kernel.ravel()).reshape(kernel.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_identity_is_l2():
     """Without a learned covariance the prior is weight decay, as `L2(strength / 2)`."""
     prior = TensorNormalRegularizer(0.1, update_every=None)
@@ -151,11 +172,11 @@ def test_choices_of_eq_13(rng):
     tensor = ops.convert_to_tensor(scatter)
 
     def estimate(**arguments):
-        covariance, whitener = ModeCovariance(**arguments).estimate(tensor, 20)
-        np.testing.assert_allclose(
-            np.linalg.inv(numpy(whitener).T @ numpy(whitener)), covariance, rtol=1e-3
-        )
-        return numpy(covariance)
+        found = ModeCovariance(**arguments).estimate(tensor, 20)
+        covariance, whitener, precision = (numpy(matrix) for matrix in found)
+        np.testing.assert_allclose(np.linalg.inv(precision), covariance, rtol=1e-3)
+        np.testing.assert_allclose(whitener.T @ whitener, precision, rtol=1e-5, atol=1e-6)
+        return covariance
 
     printed = scatter / 20 + 0.1 * np.eye(3)
     found = estimate(epsilon=0.1, relative=False, trace=1)

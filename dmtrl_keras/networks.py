@@ -135,26 +135,26 @@ def relationship_network(
 
 
 def _prior(prior, strength, each):
-    """The regularizer of one layer."""
-    if prior is None:
-        return None
-    if isinstance(prior, TensorNormalRegularizer):
-        config = {**prior.get_config(), "task_covariance": prior.task_covariance}
-        modes, given = config.pop("modes"), config
-    elif prior in PRIORS:
+    """The regularizer of one layer, or None."""
+    if isinstance(prior, str) and prior in PRIORS:
         epsilon = PRIORS[prior]
-        modes, given = list(epsilon), {"strength": strength, "epsilon": epsilon}
-    else:
+        prior = TensorNormalRegularizer(strength, list(epsilon), epsilon=epsilon)
+    elif prior is not None and not isinstance(prior, TensorNormalRegularizer):
         raise ValueError(
             f"relationship_network: `prior` must be one of {sorted(PRIORS)}, a "
             f"TensorNormalRegularizer or None. Received: prior={prior!r}."
         )
-    if each is not None:
-        given = {**given, "each": each, "task_covariance": None}
-        modes = [mode for mode in modes if mode != each]
-        if isinstance(given["epsilon"], dict):
-            given["epsilon"] = {mode: given["epsilon"][mode] for mode in modes}
-    return TensorNormalRegularizer(**given, modes=modes)
+    if prior is None or each is None:
+        return prior
+    modes = [mode for mode in prior.modes if mode != each]
+
+    def of_these(values):
+        given = isinstance(values, dict)
+        return {m: values[m] for m in modes if m in values} if given else values
+
+    own = {"epsilon": of_these(prior.epsilon), "start": of_these(prior.start)}
+    own |= {"modes": modes, "each": each, "task_covariance": None}
+    return TensorNormalRegularizer(**{**prior.get_config(), **own})
 
 
 def _trunk(backbone, names, own, shared_input):

@@ -420,9 +420,9 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
             "strength": self.strength,
             "modes": list(self.modes),
             "update_every": self.update_every,
-            "epsilon": self.epsilon,
+            "epsilon": _as_pairs(self.epsilon),
             **self._options,
-            "start": self.start or None,
+            "start": _as_pairs(self.start or None),
             "each": self.each,
             "task_covariance": keras.saving.serialize_keras_object(shared),
         }
@@ -430,7 +430,19 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
     @classmethod
     def from_config(cls, config):
         shared = keras.saving.deserialize_keras_object(config["task_covariance"])
-        return cls(**{**config, "task_covariance": shared})
+        by_mode = {
+            name: dict(map(tuple, config[name]))
+            for name in ("epsilon", "start")
+            if isinstance(config[name], (list, tuple))
+        }
+        return cls(**{**config, **by_mode, "task_covariance": shared})
+
+
+def _as_pairs(by_mode):
+    # In a file a dict would turn modes that are axes into strings.
+    return (
+        [list(pair) for pair in by_mode.items()] if isinstance(by_mode, dict) else by_mode
+    )
 
 
 class TensorNormalState(keras.layers.Layer):

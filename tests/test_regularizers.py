@@ -350,6 +350,17 @@ def layers_with_priors():
             images,
         ),
         "wrapper": (wrapped, dense),
+        "axes": (
+            functools.partial(
+                TaskDense,
+                4,
+                3,
+                kernel_regularizer=prior(
+                    (1, 2), epsilon={1: 0.5, 2: 0.1}, start={2: np.eye(3) + 0.5}
+                ),
+            ),
+            dense,
+        ),
     }
 
 
@@ -432,6 +443,26 @@ def test_same_on_all_replicas():
     call = [sys.executable, "-c", REPLICAS]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_compiled_by_xla():
+    """The same covariances, update included."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("JAX always compiles")
+    found = []
+    for compiled in (False, True):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        prior = TensorNormalRegularizer(0.1, modes=MRN, update_every=2, epsilon=0.1)
+        outputs = TaskDense(
+            4, 3, shared_input=True, common_draw=False, kernel_regularizer=prior
+        )(inputs)
+        model = keras.Model(inputs, outputs)
+        model.compile("sgd", "mse", jit_compile=compiled)
+        model.fit(np.ones((16, 6)), np.ones((16, 12)), batch_size=4, verbose=0)
+        found.append(model.layers[1].prior.covariances)
+    for mode in MRN:
+        np.testing.assert_allclose(found[0][mode], found[1][mode], rtol=1e-3, atol=1e-5)
 
 
 def test_two_groups_of_tasks(rng):

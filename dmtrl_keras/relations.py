@@ -132,7 +132,8 @@ def plot_heat_map(matrices, names=None, path=None, limits=(-1, 1)):
     def draw(figure, axes, matrix):
         largest = np.abs(matrix).max()
         low, high = (-largest, largest) if limits is None else limits
-        image = axes.imshow(matrix, cmap="PiYG", vmin=low, vmax=high)
+        colours = "PiYG" if low < 0 else "viridis"
+        image = axes.imshow(matrix, cmap=colours, vmin=low, vmax=high)
         for (row, column), value in np.ndenumerate(matrix):
             if len(matrix) <= 12:
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center")
@@ -147,7 +148,8 @@ def _panels(draw, matrices, names, path):
 
     if not isinstance(matrices, dict):
         matrices = {"": matrices}
-    figure = Figure(figsize=(4.2 * len(matrices), 4), layout="constrained")
+    side = max(4.0, 0.25 * max(len(matrix) for matrix in matrices.values()))
+    figure = Figure(figsize=(1.05 * side * len(matrices), side), layout="constrained")
     panels = np.ravel(figure.subplots(1, len(matrices)))
     for axes, (title, matrix) in zip(panels, matrices.items()):
         matrix = np.asarray(matrix, "float64")

@@ -1,7 +1,6 @@
 """Similarity of tasks, against scikit-learn, QR and the formulas of the paper."""
 
 import time
-import zipfile
 
 import numpy as np
 import pytest
@@ -129,26 +128,6 @@ def test_speed(rng):
     assert time.perf_counter() - start < 10
     off = matrix[~np.eye(40, dtype=bool)]
     assert matrix.shape == (40, 40) and off.max() < 0.02
-
-
-def test_celeba(data_dir):
-    """The similarities of the paper's Table 3, to all printed digits."""
-    with zipfile.ZipFile(data_dir / "celeba_attributes.zip") as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith("list_attr_celeba.txt"))
-        _, names, *lines = archive.read(name).decode().splitlines()
-    names = names.split()
-    labels = np.array([line.split()[1:] for line in lines]).astype("int8")
-    assert labels.shape == (202_599, 40)
-    matrix = task_similarity_matrix(labels)
-    for first, second, tau in [
-        ("Wearing_Hat", "Bald", 0.031),
-        ("Mustache", "Goatee", 0.451),
-        ("Sideburns", "No_Beard", 0.543),
-        ("Sideburns", "Arched_Eyebrows", 0.116),
-        ("Male", "Bags_Under_Eyes", 0.301),
-    ]:
-        found = matrix[names.index(first), names.index(second)]
-        assert round(found, 3) == tau, (first, second)
 
 
 @pytest.mark.parametrize(

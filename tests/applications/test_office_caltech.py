@@ -9,6 +9,7 @@ import pytest
 from test_domains import write_features, write_images
 
 from applications import office_caltech as office
+from dmtrl_keras import task_correlation
 
 TINY = ["--steps", "3", "--bottleneck", "4", "--draws", "2", "--fractions", "0.3"]
 
@@ -89,6 +90,25 @@ def test_learns(tmp_path, rng):
         right = trainer.correct(model, test)
         assert all(np.mean(v) > 0.9 for v in right.values()), (method, right)
         assert [len(values) for values in right.values()] == [30, 10]
+
+
+def test_real_features(data_dir):
+    """DRN above MTCNN above STL with 5% of the examples, as the paper has it."""
+    folder = data_dir / "office_caltech10_features"
+    options = office.parser().parse_args(["--features", str(folder)])
+    domains, classes = office.load_features(folder)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (1280,))
+    parts = office.draw(domains, 0.05, 0)
+    train, test = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
+    accuracy = {}
+    for method in ("stl", "mtcnn", "drn"):
+        model = trainer.train(method, train, 0, 1e-3, 0.1)
+        right = trainer.correct(model, test)
+        accuracy[method] = np.mean([np.mean(values) for values in right.values()])
+    assert 0.6 < accuracy["stl"] < accuracy["mtcnn"] < accuracy["drn"]
+    assert accuracy["drn"] > accuracy["stl"] + 0.1
+    correlation = task_correlation(model)["classifier"]
+    assert correlation.min() > 0.5
 
 
 def test_cross_validation_is_on_the_training_part(tmp_path, rng, monkeypatch):

@@ -74,7 +74,7 @@ def plot_hinton(matrices, names=None, path=None):
     """Hinton diagrams of matrices, as DRN's Figure 2.
 
     The area of a square is proportional to the absolute value, the largest of its matrix
-    filling a cell; green is positive, red negative.
+    nearly filling a cell; green is positive, red negative.
 
     Args:
         matrices: dict from a title to a symmetric matrix `(T, T)`, such as
@@ -96,7 +96,8 @@ def plot_hinton(matrices, names=None, path=None):
 
     def draw(figure, axes, matrix):
         size = len(matrix)
-        sides = np.sqrt(np.abs(matrix) / (np.abs(matrix).max() or 1))
+        # A little less than a cell, so that neighbours can be told apart.
+        sides = 0.95 * np.sqrt(np.abs(matrix) / (np.abs(matrix).max() or 1))
         for (row, column), side in np.ndenumerate(sides):
             colour = "tab:green" if matrix[row, column] > 0 else "tab:red"
             corner = (column - side / 2, row - side / 2)

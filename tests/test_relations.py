@@ -15,7 +15,7 @@ def test_hinton_diagram(tmp_path):
     (axes,) = figure.axes
     assert (tmp_path / "hinton.png").stat().st_size > 1000
     areas = np.reshape([p.get_width() * p.get_height() for p in axes.patches], (3, 3))
-    np.testing.assert_allclose(areas, np.abs(MATRIX), atol=1e-12)
+    np.testing.assert_allclose(areas, 0.95**2 * np.abs(MATRIX), atol=1e-12)
     centres = [p.get_center() for p in axes.patches]
     np.testing.assert_allclose(centres[1], (1, 0))
     colours = [p.get_facecolor() for p in axes.patches]

@@ -41,14 +41,8 @@ def load_images(folder, size, domains=None):
         ValueError: if the domains have different classes, or an image can't be read.
     """
     folder = _existing(folder)
-    names = _chosen(folder, sorted(p.name for p in folder.iterdir() if p.is_dir()), domains)
-    classes = _common_classes(
-        folder,
-        {
-            name: sorted(p.name for p in (folder / name).iterdir() if p.is_dir())
-            for name in names
-        },
-    )
+    names = _chosen(folder, _folders(folder), domains)
+    classes = _common_classes(folder, {name: _folders(folder / name) for name in names})
     found = {}
     for name in names:
         images, labels = [], []

@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import pandas as pd
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 
@@ -72,6 +73,17 @@ def mean_and_spread(values, digits=2):
     if len(values) < 2:
         return f"{values.mean():.{digits}f}"
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+
+def progress_bars(console):
+    """Progress bars that say what is done, how much of it, and the time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)
 
 
 def rich_table(frame, title):

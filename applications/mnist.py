@@ -25,7 +25,6 @@ import pandas as pd
 from keras import ops
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dmtrl_keras import (
     factorization_report,
@@ -44,6 +43,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    progress_bars,
     rich_table,
     write_block,
 )
@@ -485,13 +485,7 @@ def main(arguments=None):
     for fraction, _ in plan:
         draw(digits, fraction, 0)
     rows = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         bar = progress.add_task("MNIST", total=len(plan) * len(options.methods))
         epochs = progress.add_task("epochs of this run", total=options.epochs)
         for fraction, repeat in plan:

@@ -29,7 +29,6 @@ import pandas as pd
 from keras import ops
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dmtrl_keras import (
     TensorNormalRegularizer,
@@ -47,6 +46,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    progress_bars,
     rich_table,
     write_block,
 )
@@ -632,14 +632,8 @@ def main(arguments=None):
     for fraction in options.fractions:
         draw(domains, fraction, options.seed, options.stratified)
     rows = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
     plan = list(itertools.product(options.fractions, range(options.draws)))
-    with Progress(*columns, console=console) as progress:
+    with progress_bars(console) as progress:
         bar = progress.add_task("runs", total=len(plan) * len(options.methods))
         trainings = progress.add_task("trainings of this run", total=1)
         trainer = Trainer(

@@ -105,6 +105,11 @@ def shared_object(key, make):
     return found
 
 
+def full_precision(dtype):
+    """The dtype for linear algebra beside weights of a dtype: float32, or float64."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def eager_scope():
     """A context in which `keras.ops` return values, not symbolic tensors.
 

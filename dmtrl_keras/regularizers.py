@@ -17,7 +17,7 @@ from keras import ops
 
 from dmtrl_keras import tensor_normal
 from dmtrl_keras.backend import assert_true, shared_object
-from dmtrl_keras.validation import check_positive
+from dmtrl_keras.validation import check_number, check_positive
 
 _WINDOWS = {
     0: (),
@@ -117,11 +117,7 @@ class ModeCovariance(keras.layers.Layer):
     ):
         super().__init__(name=name, dtype=dtype, trainable=False)
         self.key = uuid.uuid4().hex if key is None else key
-        if not (isinstance(epsilon, numbers.Real) and 0 <= epsilon < math.inf):
-            raise ValueError(
-                f"{self._owner()}: `epsilon` must be a number, not negative. "
-                f"Received: epsilon={epsilon!r}."
-            )
+        check_number("epsilon", epsilon, self._owner())
         number = isinstance(trace, numbers.Real) and not isinstance(trace, bool)
         if not (trace in ("size", None) or (number and 0 < trace < math.inf)):
             raise ValueError(
@@ -340,11 +336,7 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
         task_covariance=None,
     ):
         owner = type(self).__name__
-        if not (isinstance(strength, numbers.Real) and 0 <= strength < math.inf):
-            raise ValueError(
-                f"{owner}: `strength` must be a number, not negative. "
-                f"Received: strength={strength!r}."
-            )
+        check_number("strength", strength, owner)
         if update_every is not None:
             other = " or None"
             update_every = check_positive("update_every", update_every, owner, other)
@@ -501,7 +493,6 @@ class TensorNormalState(keras.layers.Layer):
 
     def build(self, input_shape=None):
         regularizer, shape = self.regularizer, self._kernel_shape
-        self._groups = 1 if self._each is None else shape[self._each]
         rest = [axis for axis in range(len(shape)) if axis != self._each]
         self._sizes = tuple(shape[axis] for axis in rest)
         self.modes, self._shared = {}, None
@@ -517,7 +508,9 @@ class TensorNormalState(keras.layers.Layer):
                 self.scatter = _state_weight(self, "scatter", start)
             else:
                 covariance = regularizer.new_covariance(mode, name, self.dtype_policy)
-                own = (size, size) if self._each is None else (self._groups, size, size)
+                own = (
+                    (size, size) if self._each is None else (shape[self._each], size, size)
+                )
                 try:
                     covariance.build(own)
                 except ValueError as error:

@@ -1,5 +1,6 @@
 """Checks that several layers share; every message says what was received."""
 
+import math
 import numbers
 
 import keras
@@ -42,6 +43,25 @@ def check_positive(name, value, owner, alternative=""):
             f"Received: {name}={value!r}."
         )
     return int(value)
+
+
+def check_number(name, value, owner, high=math.inf):
+    """A number from 0 to below `high`.
+
+    Args:
+        name: str, the argument's name.
+        value: what was given.
+        owner: str, the class, layer or function to name in the error.
+        high: number that it must be below.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not (isinstance(value, numbers.Real) and 0 <= value < high):
+        raise ValueError(
+            f"{owner}: `{name}` must be a number from 0 to below {high}. "
+            f"Received: {name}={value!r}."
+        )
 
 
 def task_names(tasks, owner):

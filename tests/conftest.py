@@ -3,6 +3,8 @@
 import gc
 import os
 import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -26,6 +28,28 @@ def _free_memory():
 def rng():
     """A seeded NumPy generator."""
     return np.random.default_rng(0)
+
+
+TWO_DEVICES = """
+import tensorflow as tf
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(cpu, two)
+"""
+
+
+@pytest.fixture
+def on_two_devices():
+    """A function that runs a script where the CPU is two devices, and wants it to pass."""
+
+    def run(script):
+        # In a process of its own: devices are divided before TensorFlow starts.
+        call = [sys.executable, "-c", TWO_DEVICES + script]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import functools
 import math
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -404,12 +402,6 @@ def test_mixed_precision_learns_in_full(rng):
 
 
 REPLICAS = """
-import tensorflow as tf
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-two = [tf.config.LogicalDeviceConfiguration()] * 2
-tf.config.set_logical_device_configuration(cpu, two)
-
 import keras
 import numpy as np
 from dmtrl_keras import relationship_network, task_covariance
@@ -435,14 +427,11 @@ for layer, matrix in found[0].items():
 """
 
 
-def test_same_on_all_replicas():
+def test_same_on_all_replicas(on_two_devices):
     """Two devices learn what one learns, and hold equal covariances."""
     if keras.config.backend() != "tensorflow":
         pytest.skip("MirroredStrategy is TensorFlow's")
-    # Devices are divided before TensorFlow starts.
-    call = [sys.executable, "-c", REPLICAS]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_devices(REPLICAS)
 
 
 def test_compiled_by_xla():

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras import parameterizations
-from dmtrl_keras.backend import eager_scope
+from dmtrl_keras.backend import eager_scope, full_precision
 from dmtrl_keras.parameterizations.stages import Stage, apply_plan, plan_flops
 from dmtrl_keras.regularizers import (
     TensorNormalRegularizer,
@@ -192,7 +192,7 @@ class TaskLayer(keras.layers.Layer):
                 shape,
                 self.tasks,
                 self.common_draw,
-                dtype="float64" if self.variable_dtype == "float64" else "float32",
+                dtype=full_precision(self.variable_dtype),
             )
         try:
             return self.sharing.decompose(start)
@@ -235,7 +235,7 @@ class TaskLayer(keras.layers.Layer):
             shape=self._stacked_shape,
             names=mode_names(len(self._stacked_shape), task_axis=True),
             owner=self._owner(),
-            dtype="float64" if self.variable_dtype == "float64" else "float32",
+            dtype=full_precision(self.variable_dtype),
         )
         self.prior.build()
         return self.prior.penalty

@@ -2,6 +2,7 @@
 
 import keras
 
+from dmtrl_keras.backend import full_precision
 from dmtrl_keras.regularizers import (
     TensorNormalRegularizer,
     TensorNormalState,
@@ -94,14 +95,13 @@ class TensorNormalPrior(keras.layers.Wrapper):
                 f"{self._owner()}: `axes` must name the {len(kernel.shape)} axes of the "
                 f"kernel {tuple(kernel.shape)}. Received: axes={names!r}."
             )
-        double = self.layer.variable_dtype == "float64"
         self.prior = TensorNormalState(
             self.regularizer,
             kernel=lambda: self.kernel,
             shape=tuple(kernel.shape),
             names=names,
             owner=self._owner(),
-            dtype="float64" if double else "float32",
+            dtype=full_precision(self.layer.variable_dtype),
         )
         self.prior.build()
         kernel.regularizer = self.prior.penalty

@@ -6,14 +6,14 @@ functions of covariances; the layer is a shell around them. Offline, on arrays:
 """
 
 import itertools
-import numbers
 
 import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.backend import all_reduce_sum, assert_true
+from dmtrl_keras.backend import all_reduce_sum, assert_true, full_precision
 from dmtrl_keras.tensor_normal import whitener
+from dmtrl_keras.validation import check_number
 
 # Lanczos steps after which the largest singular value is exact for all purposes here.
 _STEPS = 24
@@ -36,7 +36,7 @@ def correlation_along(first, cross, second, a, b):
     """
 
     def form(left, matrix, right):
-        return ops.sum(left * ops.squeeze(ops.matmul(matrix, right[..., None]), -1), -1)
+        return ops.sum(left * _apply(matrix, right), -1)
 
     return form(a, cross, b) / ops.sqrt(form(a, first, a) * form(b, second, b))
 
@@ -60,9 +60,7 @@ def canonical_directions(first, cross, second):
     u, v = _largest_singular_vectors(
         ops.matmul(ops.matmul(left, cross), ops.swapaxes(right, -1, -2))
     )
-    a = ops.matmul(ops.swapaxes(left, -1, -2), u[..., None])
-    b = ops.matmul(ops.swapaxes(right, -1, -2), v[..., None])
-    return ops.squeeze(a, -1), ops.squeeze(b, -1)
+    return _apply(ops.swapaxes(left, -1, -2), u), _apply(ops.swapaxes(right, -1, -2), v)
 
 
 def _largest_singular_vectors(matrix):
@@ -205,11 +203,7 @@ class TRL(keras.layers.Layer):
             ("momentum", momentum, 1),
             ("ridge", ridge, float("inf")),
         ):
-            if not (isinstance(value, numbers.Real) and 0 <= value < high):
-                raise ValueError(
-                    f"{self._owner()}: `{argument}` must be a number from 0 to below "
-                    f"{high}. Received: {argument}={value!r}."
-                )
+            check_number(argument, value, self._owner(), high)
         if method not in ("cholesky", "svd"):
             raise ValueError(
                 f'{self._owner()}: `method` must be "cholesky" or "svd". '
@@ -271,7 +265,7 @@ class TRL(keras.layers.Layer):
             autocast=False,
             # Every replica computes the same, from the statistics of the global batch.
             aggregation="none",
-            dtype="float64" if self.variable_dtype == "float64" else "float32",
+            dtype=full_precision(self.variable_dtype),
         )
         self.built = True
 

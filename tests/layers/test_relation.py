@@ -1,8 +1,5 @@
 """The Task Relation Layer: values, gradients, moving state, errors."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -266,12 +263,6 @@ def test_mixed_precision_and_xla(rng):
 
 
 REPLICAS = """
-import tensorflow as tf
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-two = [tf.config.LogicalDeviceConfiguration()] * 2
-tf.config.set_logical_device_configuration(cpu, two)
-
 import numpy as np
 from dmtrl_keras.layers import TRL
 
@@ -301,13 +292,11 @@ np.testing.assert_allclose(first, alone.covariance.numpy(), atol=1e-6)
 """
 
 
-def test_statistics_of_the_global_batch():
+def test_statistics_of_the_global_batch(on_two_devices):
     """Two replicas with half of the batch each estimate what one does with all of it."""
     if keras.config.backend() != "tensorflow":
         pytest.skip("MirroredStrategy is TensorFlow's")
-    call = [sys.executable, "-c", REPLICAS]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_devices(REPLICAS)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import pathlib
+import time
+import typing
 
 import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -84,6 +86,53 @@ def progress_bars(console):
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console)
+
+
+class Run(typing.NamedTuple):
+    """One run of an experiment.
+
+    Attributes:
+        title: str, how it is called on the screen.
+        settings: dict that JSON takes, by which its results are found again.
+        steps: int, how often it calls `tick`.
+        function: function of `tick`, itself a function without arguments, that returns the
+            results: a dict that JSON takes.
+    """
+
+    title: str
+    settings: dict
+    steps: int
+    function: typing.Callable
+
+
+def run_all(results, runs, console, describe):
+    """Run what has no results yet, one after the other.
+
+    Args:
+        results: `Results`.
+        runs: list of `Run`.
+        console: `rich.console.Console`.
+        describe: function from the results of a run to a str for the screen.
+
+    Returns:
+        A data frame with a row for each run, its settings and its results.
+    """
+    rows = []
+    with progress_bars(console) as progress:
+        bar = progress.add_task("runs", total=len(runs))
+        inner = progress.add_task("this run", total=1)
+        for run in runs:
+            progress.update(bar, description=run.title)
+            progress.reset(inner, total=run.steps)
+            if results.get(run.settings) is None:
+                started = time.perf_counter()
+                found = run.function(lambda: progress.advance(inner))
+                results.add(run.settings, found)
+                seconds = time.perf_counter() - started
+                console.print(f"{run.title}: {describe(found)}, {seconds:.0f} s")
+            rows.append(run.settings | results.get(run.settings))
+            progress.advance(bar)
+    return pd.DataFrame(rows)
 
 
 def rich_table(frame, title):

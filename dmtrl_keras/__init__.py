@@ -37,6 +37,11 @@ from dmtrl_keras.sharing import (
     sharing_strength_of,
 )
 from dmtrl_keras.summary import LayerSummary, task_summary
+from dmtrl_keras.task_relation import (
+    Relation,
+    TaskRelationModel,
+    label_similarity,
+)
 from dmtrl_keras.version import __version__
 
 __all__ = [
@@ -44,6 +49,8 @@ __all__ = [
     "LayerSummary",
     "ModeCovariance",
     "MultiTaskModel",
+    "Relation",
+    "TaskRelationModel",
     "TensorNormalRegularizer",
     "__version__",
     "canonical_correlation",
@@ -52,6 +59,7 @@ __all__ = [
     "export_tasks",
     "factorization_report",
     "factorize",
+    "label_similarity",
     "layers",
     "losses",
     "metrics",

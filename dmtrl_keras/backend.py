@@ -141,3 +141,14 @@ def all_reduce_sum(x):
     if context is None or context.num_replicas_in_sync == 1:
         return x
     return context.all_reduce(distribute.ReduceOp.SUM, x)
+
+
+def share_of_replica(x):
+    """A loss that all replicas have in common, divided among them.
+
+    Keras sums the losses of the replicas.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return x
+    strategy = tensorflow().distribute.get_strategy()
+    return x / strategy.num_replicas_in_sync

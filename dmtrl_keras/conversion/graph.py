@@ -136,3 +136,28 @@ def number_of_tasks(model):
             f"outputs have {sorted(counts)}."
         )
     return counts.pop()
+
+
+def names_of_tasks(model):
+    """The task names in the order of the channels; none where nothing says them."""
+    layers = model._flatten_layers(include_self=False)
+    named = [layer.task_names for layer in layers if hasattr(layer, "task_names")]
+    if isinstance(model.output, dict):
+        # A layer knows the order; the dict need not have it.
+        named = [names for names in named if set(names) == set(model.output)]
+        named.append(tuple(model.output))
+    return named[0] if named else ()
+
+
+def form_of_tensor(tensor):
+    """The form (see `form_of`) of a symbolic tensor of a functional model."""
+    known = {}
+
+    def form(x):
+        if id(x) not in known:
+            operation, node, _ = x._keras_history
+            parents = operation._inbound_nodes[node].input_tensors
+            known[id(x)] = form_of(operation, [form(parent) for parent in parents])
+        return known[id(x)]
+
+    return form(tensor)

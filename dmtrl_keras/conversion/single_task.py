@@ -10,6 +10,7 @@ from dmtrl_keras.conversion.graph import (
     checked_functional,
     exportable,
     form_of,
+    names_of_tasks,
     number_of_tasks,
     replaced,
     run,
@@ -63,7 +64,7 @@ def single_task(model, task, name=None):
     """
     model = checked_functional(model, "single_task")
     tasks = number_of_tasks(model)
-    names = _names(model)
+    names = names_of_tasks(model)
     index = _index(task, names, tasks, model)
     outputs = model.output
     if isinstance(outputs, dict) and names and set(outputs) == set(names):
@@ -107,17 +108,6 @@ def _inputs(inputs, names):
         else tree.map_structure(like, own)
         for task, own in inputs.items()
     }
-
-
-def _names(model):
-    """The task names in the order of the channels; none where nothing says them."""
-    layers = model._flatten_layers(include_self=False)
-    named = [layer.task_names for layer in layers if hasattr(layer, "task_names")]
-    if isinstance(model.output, dict):
-        # A layer knows the order; the dict need not have it.
-        named = [names for names in named if set(names) == set(model.output)]
-        named.append(tuple(model.output))
-    return named[0] if named else ()
 
 
 def _index(task, names, tasks, model):

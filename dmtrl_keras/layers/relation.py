@@ -152,36 +152,45 @@ class TRL(keras.layers.Layer):
     In training the covariances of the batch join moving ones (TRN Algorithm 1), `S <- m S +
     (1 - m) S_batch`, which start as the identity, and the similarities (Eq. 11) are those
     of the updated covariances. The gradient flows into the batch's part alone. At
-    inference the layer returns the similarities of the covariances that it has, and
-    changes nothing. Batch covariances are divided by the batch size less one, where the
-    paper's listing takes sums, so that the batch size makes no difference. Under several
-    replicas the batch is the global one.
+    inference the layer returns the similarities that it has, and changes nothing. Batch
+    covariances are divided by the batch size less one, where the paper's listing takes
+    sums, so that the batch size makes no difference. Under several replicas the batch is
+    the global one.
 
     All pairs are one batched computation; sets of different dimensions are padded.
+
+    Where some examples lack some sets (`present`), a covariance is that of the examples
+    that have both, and joins with a weight in proportion to their number.
 
     Args:
         pairs: list of pairs of tasks, as names of an input dict or numbers. None: all pairs
             `(i, j)` with i < j, in order.
         momentum: float in [0, 1), m.
-        ridge: float, not negative, added to the variances relative to the mean variance of
-            a set, so that its covariance can be inverted.
+        ridge: float, not negative, added to the variances relative to themselves, as in
+            `task_similarity`, so that covariances can be inverted.
         method: `"cholesky"`, or the paper's `"svd"`; see `largest_canonical_correlation`.
         **kwargs: `name`, `dtype`.
 
     Attributes:
         covariance: variable `(D, D)`, the moving joint covariance of all sets side by side,
             D being the sum of their dimensions.
+        similarity: variable `(P,)`, the last estimate; zeros at the start.
 
-    Input shape:
-        A list or a dict by task name of two or more tensors `(batch, ..., d_t)` of the same
-        examples; further axes are flattened.
+    Call arguments:
+        inputs: a list or a dict by task name of two or more tensors `(batch, ..., d_t)` of
+            the same examples; further axes are flattened.
+        training: bool.
+        present: None, or bool tensors `(batch,)` in the same structure: which examples have
+            the set. What the others have in its place is not looked at.
 
     Output shape:
         `(P,)`, the similarity of each pair, in [0, 1], float32.
 
     Raises:
         ValueError: on malformed arguments, on unknown tasks, on fewer than two sets, on
-            different batch sizes or a batch of one.
+            different batch sizes or a batch of one. Of values that are not finite, and of
+            a first batch of one where sizes are not known before, the backend's own error
+            (TensorFlow: `tf.errors.InvalidArgumentError`); none in code that XLA compiles.
 
     Example:
 
@@ -198,7 +207,8 @@ class TRL(keras.layers.Layer):
     """
 
     def __init__(self, pairs=None, momentum=0.99, ridge=1e-3, method="cholesky", **kwargs):
-        super().__init__(**kwargs)
+        # Labels, say, are not to be rounded to half precision on the way in.
+        super().__init__(autocast=False, **kwargs)
         for argument, value, high in (
             ("momentum", momentum, 1),
             ("ridge", ridge, float("inf")),
@@ -267,6 +277,15 @@ class TRL(keras.layers.Layer):
             aggregation="none",
             dtype=full_precision(self.variable_dtype),
         )
+        self.similarity = self.add_weight(
+            name="similarity",
+            shape=(len(self._first),),
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+            aggregation="none",
+            dtype=full_precision(self.variable_dtype),
+        )
         self.built = True
 
     def _check_batch(self, names, shapes):
@@ -278,31 +297,56 @@ class TRL(keras.layers.Layer):
                 f"Received: batch sizes {batches}."
             )
 
-    def call(self, inputs, training=None):
-        covariance = ops.convert_to_tensor(self.covariance)
-        if training:
-            names, values = self._sets(inputs)
-            self._check_batch(names, [x.shape for x in values])
-            covariance = self._updated(covariance, values)
-            self.covariance.assign(ops.stop_gradient(covariance))
-        return self._similarities(covariance)
+    def call(self, inputs, training=None, present=None):
+        if not training:
+            return ops.convert_to_tensor(self.similarity)
+        names, values = self._sets(inputs)
+        self._check_batch(names, [x.shape for x in values])
+        if present is not None:
+            present = [present[name] for name in names]
+        covariance = self._updated(values, present)
+        similarity = self._similarities(covariance)
+        self.covariance.assign(ops.stop_gradient(covariance))
+        self.similarity.assign(ops.stop_gradient(similarity))
+        return similarity
 
-    def _updated(self, covariance, values):
+    def _updated(self, values, present):
         """The moving covariance with that of a batch (Algorithm 1, lines 6 to 13)."""
-        dtype = covariance.dtype
+        moving = ops.convert_to_tensor(self.covariance)
+        dtype = moving.dtype
+        owners = np.repeat(range(len(self._sizes)), self._sizes)
         parts = [ops.reshape(x, (-1, d)) for x, d in zip(values, self._sizes)]
         x = ops.cast(ops.concatenate(parts, axis=-1), dtype)
+        if present is None:
+            there = ops.ones((ops.shape(x)[0], len(parts)), dtype)
+        else:
+            there = ops.cast(ops.stack(present, axis=-1), dtype)
+            x = ops.where(ops.take(there, owners, axis=-1) > 0, x, 0.0)
         assert_true(
             ops.all(ops.isfinite(x)),
             f"{self._owner()}: features have values that are not finite (NaN or infinite).",
         )
-        count = all_reduce_sum(ops.cast(ops.shape(x)[0], dtype))
-        x = x - all_reduce_sum(ops.sum(x, axis=0)) / count
+        size = all_reduce_sum(ops.cast(ops.shape(x)[0], dtype))
+        assert_true(
+            ops.logical_or(size > 1, ops.any(ops.diagonal(moving) != 1)),
+            f"{self._owner()}: expected batches of two examples at least, since one says "
+            "nothing about covariances. Received: a first batch of one.",
+        )
+        x = x - all_reduce_sum(ops.sum(x, axis=0)) / size
+        if present is not None:
+            x = x * ops.take(there, owners, axis=-1)
+        # (sets, sets), (D, sets), (D, D): the number of examples that have both of a pair,
+        # and the sums of one, and of products, over these.
+        count = all_reduce_sum(ops.matmul(ops.transpose(there), there))
+        total = all_reduce_sum(ops.matmul(ops.transpose(x), there))
         batch = all_reduce_sum(ops.matmul(ops.transpose(x), x))
+        count = ops.take(ops.take(count, owners, axis=0), owners, axis=1)
+        total = ops.take(total, owners, axis=1)
+        batch = batch - total * ops.transpose(total) / ops.maximum(count, 1)
         batch = batch / ops.maximum(count - 1, 1)
         # A batch of one, the last of an epoch, says nothing about covariances.
-        share = ops.where(count > 1, 1 - self.momentum, 0.0)
-        return (1 - share) * ops.stop_gradient(covariance) + share * batch
+        share = ops.where(count > 1, (1 - self.momentum) * count / size, 0.0)
+        return (1 - share) * ops.stop_gradient(moving) + share * batch
 
     def _similarities(self, covariance):
         """Eq. 11 for all pairs, on blocks that are padded to one size."""
@@ -315,10 +359,10 @@ class TRL(keras.layers.Layer):
         own = []
         for t, (size, start) in enumerate(zip(self._sizes, borders)):
             block = rows[t, :size, start : start + size]
-            mean = ops.trace(block) / size
-            # A set without variance has no scale; it is similar to nothing.
-            ridge = self.ridge * mean + keras.config.epsilon() ** 2
-            block = block + ridge * ops.eye(size, dtype=block.dtype)
+            variances = ops.diagonal(block)
+            # Constant features have no scale; they are similar to nothing.
+            least = 1e-6 * ops.mean(variances) + keras.config.epsilon() ** 2
+            block = block + ops.diag(self.ridge * variances + least)
             pad = ((0, width - size), (0, width - size))
             rest = np.diag(np.arange(width) >= size).astype("float32")
             own.append(ops.pad(block, pad) + ops.cast(rest, block.dtype))
@@ -331,12 +375,14 @@ class TRL(keras.layers.Layer):
         cross = ops.stack(columns, axis=1)
         pairs = [i * len(self._sizes) + j for i, j in zip(self._first, self._second)]
         cross = ops.take(ops.reshape(cross, (-1, width, width)), pairs, axis=0)
-        return largest_canonical_correlation(
+        found = largest_canonical_correlation(
             ops.take(own, self._first, axis=0),
             cross,
             ops.take(own, self._second, axis=0),
             self.method,
         )
+        # Covariances of different examples may be correlated by more than one.
+        return ops.minimum(found, 1.0)
 
     def compute_output_shape(self, input_shape):
         count = len(input_shape)

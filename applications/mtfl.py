@@ -1,0 +1,543 @@
+"""Landmarks and pose of faces as two tasks: the experiment of Task Relation Networks.
+
+Li et al., "Task Relation Networks" (WACV 2019), section 4.2.3, Table 1: the places of five
+landmarks (regression) and the pose (five classes), on the MTFL data set (Zhang et al.
+2014), with ResNet-18.
+
+- `stl`: a network for each task;
+- `mtl`: the first four of the five stages are shared;
+- `trn-output`: the same, the outputs held to the similarity of the labels;
+- `trn`: outputs and hidden features (those of the last stage, after pooling).
+
+    python -m applications.mtfl --data FOLDER
+    python -m applications.mtfl --data FOLDER --convergence
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import pathlib
+import time
+import typing
+import zipfile
+
+import keras
+import numpy as np
+import pandas as pd
+from keras import layers
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_similarity
+from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.layers import TRL
+
+from .experiment import (
+    Results,
+    Run,
+    in_range,
+    markdown_table,
+    mean_and_spread,
+    rich_table,
+    run_all,
+    write_block,
+)
+from .resnet import STAGES, resnet18
+
+TITLES = {
+    "stl": "STL",
+    "mtl": "MTL",
+    "trn-output": "TRN (output)",
+    "trn": "TRN (hidden + output)",
+}
+TASKS = {"landmarks": 10, "pose": 5}
+TRAINING, TESTING = "training.txt", "testing.txt"
+# As in `layers.TRL`: features are never quite independent of each other.
+RIDGE = 1e-3
+
+
+class Faces(typing.NamedTuple):
+    """Faces with their labels.
+
+    Attributes:
+        images: uint8 `(n, size, size, 3)`.
+        landmarks: float32 `(n, 10)`, in shares of the image's side: x of the left eye, the
+            right eye, the nose, the left and the right corner of the mouth, then y.
+        pose: ints `(n,)`, 0 to 4, from the left profile to the right.
+    """
+
+    images: np.ndarray
+    landmarks: np.ndarray
+    pose: np.ndarray
+
+
+def load_mtfl(path, size):
+    """The training and the test part of MTFL, in the data set's original layout.
+
+    Args:
+        path: a folder, or a zip file, that somewhere has `training.txt` and `testing.txt`,
+            and beside them the images that these name. A line is the path of an image, x of
+            five landmarks, y of five landmarks, gender, smile, glasses and pose (1 to 5).
+        size: int; images are scaled to this side.
+
+    Returns:
+        `(training, testing)`, each `Faces`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a file is not in that form.
+    """
+    root = _root(pathlib.Path(path))
+    return _faces(root, TRAINING, size), _faces(root, TESTING, size)
+
+
+def _root(path):
+    """The folder of the lists, in a folder or a zip file."""
+    if path.is_dir():
+        found = sorted(path.rglob(TRAINING))
+        if found:
+            return found[0].parent
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        found = [name for name in archive.namelist() if name.endswith(TRAINING)]
+        if found:
+            return zipfile.Path(archive, found[0]).parent
+    elif not path.exists():
+        raise FileNotFoundError(f"There is no {path}.")
+    raise FileNotFoundError(f"{path} has no {TRAINING}.")
+
+
+def _faces(root, name, size):
+    listed = root.joinpath(name)
+    if not listed.is_file():
+        raise FileNotFoundError(f"There is no {listed}.")
+    lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
+    images, labels = [], []
+    for number, (path, *values) in enumerate(lines, start=1):
+        try:
+            row = np.array(values, "float64")
+            if len(row) != 14 or not 1 <= row[13] <= 5 or row[13] % 1:
+                raise ValueError("expected 14 numbers, the last one the pose, 1 to 5")
+            # The original was written on Windows.
+            file = root.joinpath(*path.replace("\\", "/").split("/"))
+            image = keras.utils.load_img(io.BytesIO(file.read_bytes()))
+            row[:5] /= image.width
+            row[5:10] /= image.height
+            images.append(np.asarray(image.resize((size, size)), "uint8"))
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"{listed}, line {number}: {error}.") from error
+        labels.append(row)
+    if not labels:
+        raise ValueError(f"{listed} has no lines.")
+    labels = np.stack(labels)
+    return Faces(
+        np.stack(images), labels[:, :10].astype("float32"), labels[:, 13].astype(int) - 1
+    )
+
+
+def normalized_mean_error(truth, predicted):
+    """The mean distance of landmarks, as a share of the distance of the eyes.
+
+    Args:
+        truth: array `(n, 10)`, as in `Faces`.
+        predicted: array `(n, 10)`.
+
+    Returns:
+        A float.
+
+    Example:
+
+    >>> import numpy as np
+    >>> truth = np.array([[0.2, 0.8, 0.5, 0.3, 0.7, 0.3, 0.3, 0.5, 0.8, 0.8]])
+    >>> moved = truth + np.array([[0.3, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    >>> round(normalized_mean_error(truth, moved), 3)
+    0.1
+    """
+    truth, predicted = (np.reshape(x, (-1, 2, 5)) for x in (truth, predicted))
+    distances = np.linalg.norm(predicted - truth, axis=1)
+    eyes = np.linalg.norm(truth[:, :, 0] - truth[:, :, 1], axis=1)
+    return float(np.mean(distances / eyes[:, None]))
+
+
+def make_network(shared_stages, size, width, pool=True):
+    """ResNet-18 with two tasks.
+
+    Args:
+        shared_stages: int, how many of the five stages the tasks share: 0 are two networks.
+        size: int, side of the images.
+        width: int, filters of the first stage.
+        pool: bool, whether the first stage ends with max pooling.
+
+    Returns:
+        A `MultiTaskModel` with outputs "landmarks" (standardised) and "pose" (logits), and
+        layers `<task>_hidden`.
+    """
+    images = keras.Input((size, size, 3), name="image")
+    x = layers.Rescaling(1 / 127.5, -1, name="rescaling")(images)
+    x = resnet18(x, width, 1, shared_stages, pool, name="shared")
+    outputs = {}
+    for task, units in TASKS.items():
+        own = resnet18(x, width, shared_stages + 1, STAGES, pool, name=task)
+        own = layers.GlobalAveragePooling2D(name=f"{task}_hidden")(own)
+        outputs[task] = layers.Dense(units, name=task)(own)
+    return MultiTaskModel(images, outputs)
+
+
+def make_model(options, method):
+    """The network of a method, with its relations."""
+    shared = 0 if method == "stl" else options.shared_stages
+    network = make_network(shared, options.size, options.width, not options.no_pool)
+    relations = []
+    if method.startswith("trn"):
+        relations.append(Relation("output", options.output_weight))
+    if method == "trn":
+        hidden = {task: f"{task}_hidden" for task in TASKS}
+        relations.append(Relation(hidden, options.hidden_weight))
+    if not relations:
+        return network
+    return TaskRelationModel(network, relations, momentum=options.momentum)
+
+
+def train(options, method, training, seed, tick):
+    """Train the network of a method.
+
+    Args:
+        options: the command's.
+        method: a key of `TITLES`.
+        training: `Faces`.
+        seed: int.
+        tick: function without arguments, called after each epoch.
+
+    Returns:
+        `(model, standard)`, the model, and mean and deviation of the landmarks.
+    """
+    keras.utils.set_random_seed(seed)
+    model = make_model(options, method)
+    standard = training.landmarks.mean(axis=0), training.landmarks.std(axis=0)
+    labels = {
+        "landmarks": (training.landmarks - standard[0]) / standard[1],
+        "pose": training.pose,
+    }
+    steps = -(-len(training.images) // options.batch_size) * options.epochs
+    rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
+    model.compile(
+        keras.optimizers.Adam(rate),
+        {
+            "landmarks": "mean_squared_error",
+            "pose": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        },
+    )
+    model.fit(
+        training.images,
+        labels,
+        batch_size=options.batch_size,
+        epochs=options.epochs,
+        verbose=0,
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())],
+    )
+    return model, standard
+
+
+def features_of(model, images):
+    """Outputs and hidden features: by `"output"` and `"hidden"`, dicts by task."""
+    hidden = {task: model.get_layer(f"{task}_hidden").output for task in TASKS}
+    both = keras.Model(model.input, {"output": model.output, "hidden": hidden})
+    return both.predict(images, batch_size=256, verbose=0)
+
+
+def labels_of(faces):
+    """The labels as vectors, a dict by task."""
+    return {"landmarks": faces.landmarks, "pose": np.eye(5)[faces.pose]}
+
+
+def similarities_of(features, faces):
+    """Offline similarities of the tasks (TRN Eq. 11, 12): hidden, output, labels.
+
+    Args:
+        features: as from `features_of`.
+        faces: `Faces`.
+
+    Returns:
+        A dict of floats.
+    """
+    sets = features | {"labels": labels_of(faces)}
+    return {
+        name: task_similarity(by_task["landmarks"], by_task["pose"], RIDGE)
+        for name, by_task in sets.items()
+    }
+
+
+def run(options, method, training, testing, seed, tick):
+    """Train and test one method.
+
+    Returns:
+        A dict of floats: errors in shares, similarities on the test part, seconds of
+        training.
+    """
+    started = time.perf_counter()
+    model, (mean, deviation) = train(options, method, training, seed, tick)
+    seconds = time.perf_counter() - started
+    features = features_of(model, testing.images)
+    predicted = features["output"]["landmarks"] * deviation + mean
+    found = np.argmax(features["output"]["pose"], axis=-1)
+    results = {
+        "error": normalized_mean_error(testing.landmarks, predicted),
+        "accuracy": float(np.mean(found == testing.pose)),
+        "similarity": similarities_of(features, testing),
+        "weights": model.count_params(),
+        "seconds": seconds,
+    }
+    if isinstance(model, TaskRelationModel):
+        results["online"] = {
+            name: next(iter(pairs.values())) for name, pairs in model.similarities().items()
+        }
+    return results
+
+
+def summarize(runs):
+    """The table of the paper's Table 1, a data frame of strings."""
+    rows = []
+    by = ["method", "output_weight", "hidden_weight"]
+    for (method, output, hidden), group in runs.groupby(by, sort=False, dropna=False):
+        similarity = pd.DataFrame(list(group["similarity"]))
+        rows.append(
+            {
+                "Method": TITLES[method],
+                "λ output": "-" if pd.isna(output) else f"{output:g}",
+                "λ hidden": "-" if pd.isna(hidden) else f"{hidden:g}",
+                "τ hidden": mean_and_spread(similarity["hidden"]),
+                "τ output": mean_and_spread(similarity["output"]),
+                "τ labels": f"{similarity['labels'].iloc[0]:.2f}",
+                "Error %": mean_and_spread(100 * group["error"]),
+                "Accuracy %": mean_and_spread(100 * group["accuracy"]),
+                "Runs": len(group),
+                "Seconds": mean_and_spread(group["seconds"], 0),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def online_estimates(features, momentum, batch_size, steps, rng):
+    """The similarities that Algorithm 1 finds, step by step.
+
+    Args:
+        features: dict from name to a dict from task to array `(n, d)`.
+        momentum: float in [0, 1).
+        batch_size: int.
+        steps: int.
+        rng: NumPy generator; batches are drawn without replacement, epoch by epoch.
+
+    Returns:
+        A data frame with a column for each name and a row for each step.
+    """
+    count = len(next(iter(next(iter(features.values())).values())))
+    size = min(batch_size, count)
+    epochs = -(-steps // (count // size))
+    batches = [
+        order[start : start + size]
+        for order in (rng.permutation(count) for _ in range(epochs))
+        for start in range(0, count - size + 1, size)
+    ]
+    found = {}
+    for name, by_task in features.items():
+        layer = TRL(momentum=momentum, ridge=RIDGE)
+        layer.build({task: (size, x.shape[1]) for task, x in by_task.items()})
+        step = tensorflow().function(lambda sets, layer=layer: layer(sets, training=True))
+        found[name] = [
+            float(np.squeeze(step({task: x[chosen] for task, x in by_task.items()})))
+            for chosen in batches[:steps]
+        ]
+    return pd.DataFrame(found)
+
+
+def plot_convergence(curves, offline, path):
+    """The paper's Figure 4: online estimates, and offline values as horizontal lines.
+
+    Args:
+        curves: dict from `(batch_size, momentum)` to a data frame of `online_estimates`.
+        offline: dict from name to float.
+        path: where the PNG goes.
+    """
+    batch_sizes, momenta = (sorted(set(values)) for values in zip(*curves))
+    figure = Figure(figsize=(4 * len(momenta), 3 * len(batch_sizes)), layout="constrained")
+    axes = figure.subplots(len(batch_sizes), len(momenta), sharey=True, squeeze=False)
+    for (batch_size, momentum), curve in curves.items():
+        axis = axes[batch_sizes.index(batch_size), momenta.index(momentum)]
+        for index, name in enumerate(curve):
+            axis.plot(curve.index + 1, curve[name], color=f"C{index}", label=name, lw=1)
+            axis.axhline(offline[name], color=f"C{index}", ls="--", lw=1)
+        axis.set_title(f"batch {batch_size}, momentum {momentum:g}")
+        axis.set_xlabel("step")
+        axis.set_ylim(0, 1.02)
+    axes[0, 0].set_ylabel("similarity")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def convergence(options, training, digest, console):
+    """Compare Algorithm 1 with the offline similarities, on the features of `stl`."""
+    cache = options.output / f"features_{digest}.npz"
+    if not cache.exists():
+        console.print("Training the two networks whose features are compared.")
+        model, _ = train(options, "stl", training, options.seed, lambda: None)
+        arrays = {
+            f"{name}/{task}": x
+            for name, by_task in features_of(model, training.images).items()
+            for task, x in by_task.items()
+        }
+        np.savez(cache, **arrays)
+    features = {"labels": labels_of(training)}
+    with np.load(cache) as arrays:
+        for key in arrays:
+            name, task = key.split("/")
+            features.setdefault(name, {})[task] = arrays[key]
+    features = {
+        name: {task: x.astype("float32") for task, x in by_task.items()}
+        for name, by_task in features.items()
+    }
+    offline = {
+        name: task_similarity(sets["landmarks"], sets["pose"], RIDGE)
+        for name, sets in features.items()
+    }
+    curves, rows = {}, []
+    for batch_size, momentum in itertools.product(options.batch_sizes, options.momenta):
+        # The share that the identity keeps is momentum ** steps.
+        steps = max(200, round(10 / (1 - momentum)))
+        rng = np.random.default_rng(options.seed)
+        curve = online_estimates(features, momentum, batch_size, steps, rng)
+        curves[batch_size, momentum] = curve
+        # The last half of the steps, when the start is forgotten.
+        late = curve[len(curve) // 2 :]
+        rows.append(
+            {"Batch": batch_size, "Momentum": f"{momentum:g}", "Steps": steps}
+            | {
+                f"{name}: online (offline {offline[name]:.3f})": mean_and_spread(
+                    late[name], 3
+                )
+                for name in offline
+            }
+        )
+        console.print(f"batch {batch_size}, momentum {momentum:g}: done")
+    plot_convergence(curves, offline, options.output / "convergence.png")
+    return pd.DataFrame(rows)
+
+
+def parser():
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m applications.mtfl",
+        description="Landmarks and pose of faces: STL, MTL and TRN.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--data", type=pathlib.Path, required=True, help="folder or zip file")
+    p.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES))
+    p.add_argument("--size", type=in_range(int, 7), default=64, help="side of the images")
+    p.add_argument("--width", type=in_range(int, 0), default=64, help="of the first stage")
+    p.add_argument("--shared-stages", type=int, choices=range(STAGES + 1), default=4)
+    p.add_argument("--no-pool", action="store_true", help="no pooling in the first stage")
+    p.add_argument(
+        "--training-images", type=in_range(int, 1), help="a random part; all by default"
+    )
+    p.add_argument("--epochs", type=in_range(int, 0), default=20)
+    p.add_argument("--batch-size", type=in_range(int, 1), default=128)
+    p.add_argument("--learning-rate", type=in_range(float, 0), default=1e-3)
+    p.add_argument("--output-weight", type=in_range(float, -1e-9), default=0.01, help="λ")
+    p.add_argument("--hidden-weight", type=in_range(float, -1e-9), default=0.001, help="λ")
+    p.add_argument(
+        "--scales",
+        nargs="+",
+        type=in_range(float, 0),
+        default=[1.0],
+        help="of both λ, one TRN for each",
+    )
+    p.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
+    p.add_argument("--repeats", type=in_range(int, 0), default=3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--convergence", action="store_true", help="the paper's Figure 4")
+    p.add_argument("--momenta", nargs="+", type=float, default=[0.9, 0.99, 0.999])
+    p.add_argument("--batch-sizes", nargs="+", type=in_range(int, 1), default=[32, 128])
+    p.add_argument("--output", type=pathlib.Path, default="results/mtfl")
+    p.add_argument("--readme", type=pathlib.Path, help="write the table into this file")
+    return p
+
+
+# What makes a run another one; the other arguments don't.
+_SETTINGS = (
+    "size",
+    "width",
+    "shared_stages",
+    "no_pool",
+    "training_images",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+)
+
+
+def plan(options, training, testing, digest):
+    """The runs, seed by seed."""
+    for repeat, method in itertools.product(range(options.repeats), options.methods):
+        for scale in options.scales if method.startswith("trn") else [None]:
+            own = argparse.Namespace(**vars(options))
+            settings = {key: getattr(options, key) for key in _SETTINGS}
+            settings |= {"method": method, "data": digest, "seed": options.seed + repeat}
+            own.output_weight = own.hidden_weight = None
+            if scale is not None:
+                own.output_weight = scale * options.output_weight
+                settings["momentum"] = options.momentum
+            if method == "trn":
+                own.hidden_weight = scale * options.hidden_weight
+            settings["output_weight"] = own.output_weight
+            settings["hidden_weight"] = own.hidden_weight
+            title = f"{TITLES[method]}, seed {settings['seed']}"
+            if scale is not None:
+                title += f", λ {own.output_weight:g}"
+            yield Run(
+                title,
+                settings,
+                options.epochs,
+                lambda tick, own=own, method=method, seed=settings["seed"]: run(
+                    own, method, training, testing, seed, tick
+                ),
+            )
+
+
+def main(arguments=None):
+    """Run the experiment; returns the table as a data frame."""
+    options = parser().parse_args(arguments)
+    console = Console()
+    training, testing = load_mtfl(options.data, options.size)
+    digest = hashlib.sha256(training.images.tobytes() + testing.images.tobytes())
+    digest = digest.hexdigest()[:16]
+    if options.training_images is not None:
+        if options.training_images > len(training.images):
+            raise ValueError(
+                f"--training-images: there are {len(training.images)}. "
+                f"Received: {options.training_images}."
+            )
+        order = np.random.default_rng(options.seed).permutation(len(training.images))
+        training = Faces(*(x[order[: options.training_images]] for x in training))
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.convergence:
+        name, title = "mtfl-convergence", "Online and offline similarities"
+        table = convergence(options, training, digest, console)
+    else:
+        name, title = "mtfl", f"MTFL, {options.epochs} epochs"
+        runs = run_all(
+            Results(options.output / "runs.jsonl"),
+            list(plan(options, training, testing, digest)),
+            console,
+            lambda found: f"error {found['error']:.2%}, accuracy {found['accuracy']:.1%}",
+        )
+        table = summarize(runs)
+    console.print(rich_table(table, title))
+    options.output.joinpath(f"{name}.md").write_text(markdown_table(table))
+    console.print(f"Results are in {options.output}.")
+    if options.readme is not None:
+        write_block(options.readme, name, markdown_table(table))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 from keras import layers
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 
 from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_similarity
@@ -136,6 +137,79 @@ def _faces(root, name, size):
     )
 
 
+# The places of the landmarks in a mirror image: eyes and corners of the mouth change sides.
+_MIRRORED = [1, 0, 2, 4, 3]
+
+
+def cut_out(faces, extent, rng):
+    """Faces cut out of their images, at random scales and places, half of them mirrored.
+
+    The training images of MTFL show heads and shoulders, the test images faces. Where
+    the faces are is known from the landmarks, which a test image must not tell.
+
+    Args:
+        faces: `Faces`.
+        extent: pair of floats, the least and the most of the new image's side that the
+            landmarks' bounding box takes up.
+        rng: NumPy generator.
+
+    Returns:
+        `Faces` of the same number and size.
+    """
+    count, size = faces.images.shape[:2]
+    points = faces.landmarks.reshape(-1, 2, 5)
+    low, high = points.min(axis=2), points.max(axis=2)
+    side = (high - low).max(axis=1) / rng.uniform(*extent, size=count)
+    middle = (low + high) / 2 + side[:, None] * rng.uniform(-0.1, 0.1, (count, 2))
+    corner = middle - side[:, None] / 2
+    images = np.empty_like(faces.images)
+    for n, (image, (x, y), width) in enumerate(zip(faces.images, corner, side)):
+        box = tuple(size * value for value in (x, y, x + width, y + width))
+        # What lies outside of the image is black.
+        images[n] = Image.fromarray(image).transform(
+            (size, size), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR
+        )
+    points = (points - corner[:, :, None]) / side[:, None, None]
+    mirrored = rng.random(count) < 0.5
+    images[mirrored] = images[mirrored, :, ::-1]
+    points[mirrored] = points[mirrored][:, :, _MIRRORED]
+    points[mirrored, 0] = 1 - points[mirrored, 0]
+    pose = np.where(mirrored, 4 - faces.pose, faces.pose)
+    return Faces(images, points.reshape(-1, 10).astype("float32"), pose)
+
+
+class Cuts(keras.utils.PyDataset):
+    """Batches of faces, in each epoch cut out anew, in a new order.
+
+    Args:
+        faces: `Faces`.
+        extent: as for `cut_out`.
+        batch_size: int.
+        seed: int.
+        standard: mean and deviation of the landmarks, as `(mean, deviation)`.
+    """
+
+    def __init__(self, faces, extent, batch_size, seed, standard):
+        super().__init__()
+        self._faces, self._extent, self._batch_size = faces, extent, batch_size
+        self._standard, self._rng = standard, np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return -(-len(self._faces.images) // self._batch_size)
+
+    def __getitem__(self, index):
+        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
+        part = cut_out(Faces(*(x[chosen] for x in self._faces)), self._extent, self._rng)
+        mean, deviation = self._standard
+        landmarks = (part.landmarks - mean) / deviation
+        return part.images, {"landmarks": landmarks, "pose": part.pose}
+
+    def on_epoch_end(self):
+        """A new order."""
+        self._order = self._rng.permutation(len(self._faces.images))
+
+
 def normalized_mean_error(truth, predicted):
     """The mean distance of landmarks, as a share of the distance of the eyes.
 
@@ -214,13 +288,12 @@ def train(options, method, training, seed, tick):
     """
     keras.utils.set_random_seed(seed)
     model = make_model(options, method)
-    standard = training.landmarks.mean(axis=0), training.landmarks.std(axis=0)
-    labels = {
-        "landmarks": (training.landmarks - standard[0]) / standard[1],
-        "pose": training.pose,
-    }
-    steps = -(-len(training.images) // options.batch_size) * options.epochs
-    rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
+    landmarks = cut_out(training, options.extent, np.random.default_rng(seed)).landmarks
+    standard = landmarks.mean(axis=0), landmarks.std(axis=0)
+    batches = Cuts(training, options.extent, options.batch_size, seed, standard)
+    rate = keras.optimizers.schedules.CosineDecay(
+        options.learning_rate, len(batches) * options.epochs
+    )
     model.compile(
         keras.optimizers.Adam(rate),
         {
@@ -229,9 +302,7 @@ def train(options, method, training, seed, tick):
         },
     )
     model.fit(
-        training.images,
-        labels,
-        batch_size=options.batch_size,
+        batches,
         epochs=options.epochs,
         verbose=0,
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())],
@@ -377,10 +448,12 @@ def plot_convergence(curves, offline, path):
 
 def convergence(options, training, digest, console):
     """Compare Algorithm 1 with the offline similarities, on the features of `stl`."""
+    whole = training
+    training = cut_out(training, options.extent, np.random.default_rng(options.seed))
     cache = options.output / f"features_{digest}.npz"
     if not cache.exists():
         console.print("Training the two networks whose features are compared.")
-        model, _ = train(options, "stl", training, options.seed, lambda: None)
+        model, _ = train(options, "stl", whole, options.seed, lambda: None)
         arrays = {
             f"{name}/{task}": x
             for name, by_task in features_of(model, training.images).items()
@@ -439,6 +512,13 @@ def parser():
     p.add_argument(
         "--training-images", type=in_range(int, 1), help="a random part; all by default"
     )
+    p.add_argument(
+        "--extent",
+        nargs=2,
+        type=in_range(float, 0, 1),
+        default=[0.28, 0.48],
+        help="share of a training image's side that the landmarks take up",
+    )
     p.add_argument("--epochs", type=in_range(int, 0), default=20)
     p.add_argument("--batch-size", type=in_range(int, 1), default=128)
     p.add_argument("--learning-rate", type=in_range(float, 0), default=1e-3)
@@ -469,6 +549,7 @@ _SETTINGS = (
     "shared_stages",
     "no_pool",
     "training_images",
+    "extent",
     "epochs",
     "batch_size",
     "learning_rate",

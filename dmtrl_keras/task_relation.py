@@ -25,6 +25,9 @@ from dmtrl_keras.missing import align, same_shape, split_missing
 from dmtrl_keras.model import MultiTaskModel
 from dmtrl_keras.validation import check_number
 
+# Of 780 pairs TensorFlow took more than five minutes to optimize the graph of a step.
+_MOST_LOGGED = 50
+
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class Relation:
@@ -252,7 +255,7 @@ class SimilarityTracker(keras.metrics.Metric):
     def result(self):
         """The mean of each similarity, a dict of scalars by name."""
         means = ops.divide_no_nan(self.total, self.count)
-        return {name: means[index] for index, name in enumerate(self.names)}
+        return dict(zip(self.names, ops.unstack(means, len(self.names))))
 
     def get_config(self):
         return {**super().get_config(), "names": self.names}
@@ -303,7 +306,9 @@ class TaskRelationModel(MultiTaskModel):
     (`MaskedLoss(missing=...)`, `ignore_class`), and where their sample weight is zero.
     Labels are then compared by the examples that have both, features by all examples.
 
-    `fit` logs `<relation>_similarity_<i>_<j>` and `label_similarity_<i>_<j>`.
+    `fit` logs `<relation>_similarity_<i>_<j>` and `label_similarity_<i>_<j>`; of more than
+    50 pairs the mean over the pairs, `<relation>_similarity` and `label_similarity`, since
+    TensorFlow takes minutes to trace a step with many logs. `similarities()` has each.
 
     Args:
         network: functional Keras model with a dict of outputs by task, such as a
@@ -400,9 +405,20 @@ class TaskRelationModel(MultiTaskModel):
         if self._label_similarity is None:
             self._add_trl("label")
         self._trackers = {
-            key: SimilarityTracker([f"{key}_similarity_{i}_{j}" for i, j in pairs], key)
+            key: SimilarityTracker(self._logged(key, pairs), key)
             for key, pairs in self._pairs.items()
         }
+
+    def _logged(self, name, pairs):
+        if len(pairs) > _MOST_LOGGED:
+            return [f"{name}_similarity"]
+        return [f"{name}_similarity_{i}_{j}" for i, j in pairs]
+
+    def _track(self, name, values):
+        values = ops.stop_gradient(values)
+        if len(self._pairs[name]) > _MOST_LOGGED:
+            values = ops.mean(values, keepdims=True)
+        self._trackers[name].update_state(values)
 
     def _add_trl(self, name):
         trl = TRL(self._pairs[name], **self._settings, name=f"{name}_relation")
@@ -535,7 +551,7 @@ class TaskRelationModel(MultiTaskModel):
         target = self._estimate("label")
         if training and self._label_similarity is None:
             target = self._learned_target(y, y_pred, sample_weight)
-        self._trackers["label"].update_state(target)
+        self._track("label", target)
         place = {frozenset(pair): n for n, pair in enumerate(self._pairs["label"])}
         for relation in self._relations:
             name = relation.name
@@ -543,7 +559,7 @@ class TaskRelationModel(MultiTaskModel):
             if training:
                 sets = self._joined(name, features[name])
                 found = getattr(self, f"_{name}_trl")(sets, training=True)
-            self._trackers[name].update_state(ops.stop_gradient(found))
+            self._track(name, found)
             order = [place[frozenset(pair)] for pair in self._pairs[name]]
             term = ops.sum(ops.abs(found - ops.take(target, order)))
             # Every replica has the whole term, that of the global batch.

@@ -117,7 +117,7 @@ def test_without_weight_it_is_the_network(rng):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", [0.0, 0.95])
+@pytest.mark.parametrize("target", [0.0, 1.0])
 def test_similarity_goes_to_the_target(target, rng):
     """From above and from below; hidden features and outputs."""
     x, _ = make_data(rng, 512)
@@ -137,8 +137,7 @@ def test_similarity_goes_to_the_target(target, rng):
     history = model.fit(x, y, batch_size=512, epochs=150, verbose=0).history
     for name in ("output", "hidden"):
         found = history[f"{name}_similarity_pose_landmarks"]
-        assert abs(found[-1] - target) < 0.15 and abs(found[0] - target) > 0.04
-        assert abs(found[-1] - target) < abs(found[0] - target)
+        assert abs(found[-1] - target) < 0.3 * abs(found[0] - target)
     assert history["label_similarity_pose_landmarks"][-1] == pytest.approx(target)
 
 
@@ -238,7 +237,7 @@ def test_label_similarity_offline(rng):
     assert found == pytest.approx(task_similarity(y["age"][10:], y["landmarks"][10:]))
     with pytest.raises(ValueError, match=r"unknown tasks \['wealth'\]"):
         label_similarity(y, [("age", "wealth")])
-    with pytest.raises(ValueError, match="same examples.*'b': 4"):
+    with pytest.raises(ValueError, match=r"same examples.*'b': 4"):
         label_similarity({"a": np.zeros(3), "b": np.zeros(4)}, groups={"g": "ab", "h": "b"})
     y["age"][:] = np.nan
     with pytest.raises(ValueError, match="no example has labels of both"):
@@ -274,9 +273,8 @@ def test_two_groups_of_twenty(rng):
     model.fit(x, y, batch_size=256, verbose=0)
     np.testing.assert_allclose(before, outputs[names[7]], atol=1e-5)
     found = model.similarities()
-    sides = [
-        np.stack([y[name] for name in names[s]], 1) for s in (slice(20), slice(20, 40))
-    ]
+    labels = np.stack([y[name] for name in names], axis=1)
+    sides = labels[:, :20], labels[:, 20:]
     assert found["label"]["first", "second"] == pytest.approx(
         task_similarity(*sides), abs=2e-3
     )
@@ -306,9 +304,9 @@ def test_all_pairs(rng):
         assert found["own"][pair] == pytest.approx(expected, abs=1e-2)
         phi = abs(np.corrcoef(y[pair[0]], y[pair[1]])[0, 1])
         assert found["label"][pair] == pytest.approx(phi, abs=1e-3)
-        assert history[f"label_similarity_{pair[0]}_{pair[1]}"][0] == pytest.approx(
-            phi, abs=1e-3
-        )
+    for name in ("own", "label"):
+        mean = np.mean(list(found[name].values()))
+        assert history[f"{name}_similarity"][0] == pytest.approx(mean, abs=1e-4)
 
 
 def test_grouped_features_go_to_their_tasks(rng):
@@ -403,7 +401,7 @@ def test_with_the_rest_of_the_library(rng):
     model = TaskRelationModel(network, Relation("own"))
     alone = single_task(model, "attribute_1")
     np.testing.assert_allclose(alone(x), model(x)["attribute_1"], atol=1e-5)
-    assert [row.name for row in task_summary(model)][0] == "own"
+    assert next(row.name for row in task_summary(model)) == "own"
     smaller = factorize(model.network, "tucker", tolerance=0.5)
     again = make_model(Relation("own"), smaller, dict.fromkeys(y, "mse"))
     again.fit(x, y, verbose=0)
@@ -571,7 +569,7 @@ def test_bad_models(rng):
     with pytest.raises(ValueError, match="functional or built Sequential"):
         TaskRelationModel("network", Relation())
     for given in ({}, {("pose", "landmarks"): 1.5}, 0.5):
-        with pytest.raises(ValueError, match="number in .0, 1. for every pair"):
+        with pytest.raises(ValueError, match=r"number in .0, 1. for every pair"):
             TaskRelationModel(make_network(), Relation(), given)
     with pytest.raises(ValueError, match="`momentum` must be"):
         TaskRelationModel(make_network(), Relation(), momentum=1.0)
@@ -584,7 +582,7 @@ def test_bad_models(rng):
 def test_bad_batches(rng):
     """Batches of one, NaN, absent labels, labels of another shape, no call before."""
     x, y = make_data(rng)
-    with pytest.raises(Exception, match="(two examples|examples, two) at least"):
+    with pytest.raises(Exception, match=r"(two examples|examples, two) at least"):
         make_model().fit(x, y, batch_size=1, verbose=0)
     bad = x.copy()
     bad[5] = np.nan

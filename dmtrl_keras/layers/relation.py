@@ -361,7 +361,9 @@ class TRL(keras.layers.Layer):
             block = rows[t, :size, start : start + size]
             variances = ops.diagonal(block)
             # Constant features have no scale; they are similar to nothing.
-            least = 1e-6 * ops.mean(variances) + keras.config.epsilon() ** 2
+            # What rounding makes of singular matrices must not be taken for variance.
+            rounding = 4 * size * np.finfo(self.covariance.dtype).eps
+            least = rounding * ops.mean(variances) + keras.config.epsilon() ** 2
             block = block + ops.diag(self.ridge * variances + least)
             pad = ((0, width - size), (0, width - size))
             rest = np.diag(np.arange(width) >= size).astype("float32")

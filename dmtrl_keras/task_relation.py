@@ -181,16 +181,15 @@ def label_similarity(labels, pairs=None, groups=None, ridge=0.0):
     """
     pairs, sets = Relation("labels", pairs=pairs, groups=groups).sets(tuple(labels))
     vectors = {task: _vectors(values) for task, values in labels.items()}
-    try:
-        arrays = {
-            name: np.concatenate([vectors[task] for task in tasks], axis=1)
-            for name, tasks in sets.items()
-        }
-    except ValueError as error:
-        sizes = {task: len(values) for task, values in vectors.items()}
+    sizes = {task: len(values) for task, values in vectors.items()}
+    if len(set(sizes.values())) > 1:
         raise ValueError(
             f"Label similarity: expected labels of the same examples. Received: {sizes}."
-        ) from error
+        )
+    arrays = {
+        name: np.concatenate([vectors[task] for task in tasks], axis=1)
+        for name, tasks in sets.items()
+    }
     present = {name: ~np.isnan(x).any(axis=1) for name, x in arrays.items()}
     if all(np.all(there) for there in present.values()):
         names = list(arrays)

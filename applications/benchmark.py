@@ -12,7 +12,7 @@ Training steps of the paper's LeNet with T tasks:
 Those of a backbone of `keras.applications`, T copies of it in one model against
 `multitask` of it, with the seconds that building takes.
 
-And what a tensor-normal prior adds to a backbone's step.
+And what a tensor-normal prior, or a Task Relation Layer, adds to a backbone's step.
 
     python -m applications.benchmark
     python -m applications.benchmark --parts prior --readme README.md
@@ -40,15 +40,16 @@ from dmtrl_keras import (
     tensor_normal,
 )
 from dmtrl_keras.backend import tensorflow
-from dmtrl_keras.layers import FactorizedLayer, TaskDense, TaskFlatten
+from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 
 from .experiment import markdown_table, rich_table, write_block
 from .mnist import FACTORIZATIONS, Trainer, draw, lenet
 from .mnist import parser as mnist_parser
+from .resnet import resnet18
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
-PARTS = ("lenet", "backbone", "prior")
+PARTS = ("lenet", "backbone", "prior", "relation")
 
 
 def plain_networks(tasks, padding, fc):
@@ -245,6 +246,57 @@ def prior_table(options):
     )
 
 
+def relation_table(options):
+    """What a TRL between two tasks adds to the step of a ResNet-18, by both its routes."""
+    batch, size = options.relation_batch, options.relation_image_size
+    rng = np.random.default_rng(0)
+    images = keras.Input((size, size, 3))
+    x = resnet18(images, options.relation_width)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    network = keras.Model(images, keras.layers.Dense(10)(x))
+    network = training_step(
+        network,
+        rng.integers(256, size=(batch, size, size, 3)).astype("float32"),
+        rng.integers(10, size=batch),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    tf = tensorflow()
+    shape = (batch, options.relation_features)
+    features = [tf.constant(rng.normal(size=shape), "float32") for _ in range(2)]
+
+    def relation(method):
+        layer = TRL(method=method)
+        layer.build([shape, shape])
+
+        @tf.function
+        def step():
+            with tf.GradientTape() as tape:
+                tape.watch(features)
+                similarity = layer(features, training=True)
+            return tape.gradient(similarity, features)
+
+        return lambda: step()[0].numpy()
+
+    times = in_turn(
+        {"step": network, "cholesky": relation("cholesky"), "svd": relation("svd")},
+        options.repeats,
+    )
+    parts = {
+        "ResNet-18, one training step": "step",
+        "TRL with its gradient, Cholesky whitening": "cholesky",
+        "TRL with its gradient, the paper's route by SVD": "svd",
+    }
+    return pd.DataFrame(
+        {
+            "Part": part,
+            "ms": f"{times[key] * 1e3:.0f}",
+            "Ratio to the step": f"{times[key] / times['step']:.3f}",
+            "Ratio to Cholesky": f"{times[key] / times['cholesky']:.1f}",
+        }
+        for part, key in parts.items()
+    )
+
+
 def naive_table(options):
     """The penalty and its gradient, with mode products and with the Kronecker product."""
     tf = tensorflow()
@@ -410,6 +462,10 @@ def parser():
     p.add_argument("--prior-update-every", type=int, default=20)
     p.add_argument("--prior-batch", type=int, default=32, help="of the backbone beside it")
     p.add_argument("--prior-image-size", type=int, default=224)
+    p.add_argument("--relation-features", type=int, default=512)
+    p.add_argument("--relation-batch", type=int, default=128)
+    p.add_argument("--relation-image-size", type=int, default=64)
+    p.add_argument("--relation-width", type=int, default=64, help="of the ResNet-18")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")
     p.add_argument(
@@ -483,7 +539,7 @@ def lenet_tables(options, console):
 
 
 def main(arguments=None):
-    """Run the benchmark; returns its tables as data frames, None for those left out."""
+    """Run the benchmark; returns its tables, a dict of data frames."""
     options = parser().parse_args(arguments)
     if not hasattr(keras.applications, options.backbone):
         parser().error(f"--backbone: keras.applications has no {options.backbone!r}")
@@ -498,37 +554,47 @@ def main(arguments=None):
         if options.readme is not None:
             write_block(options.readme, name, text)
 
-    first = second = third = fourth = None
+    found = {}
     if "lenet" in options.parts:
-        first, second = lenet_tables(options, console)
+        found["steps"], found["ranks"] = lenet_tables(options, console)
         title = (
             f"LeNet, T = 10, batch {options.batch_size}, padding {options.padding}, "
             f"FC {options.fc}"
         )
-        tables = f"{markdown_table(first)}\n{markdown_table(second)}"
+        tables = "\n".join(markdown_table(found[key]) for key in ("steps", "ranks"))
         write("benchmark", f"{title}, {steps}\n\n{tables}")
     if "backbone" in options.parts:
-        third = backbone_table(options)
+        found["backbone"] = backbone_table(options)
         title = (
             f"{options.backbone}, T = {options.backbone_tasks}, images "
             f"{options.image_size} x {options.image_size}, batch {options.backbone_batch}"
         )
-        console.print(rich_table(third, title))
-        write("backbone", f"{title}, {steps}\n\n{markdown_table(third)}")
+        console.print(rich_table(found["backbone"], title))
+        write("backbone", f"{title}, {steps}\n\n{markdown_table(found['backbone'])}")
     if "prior" in options.parts:
-        fourth = prior_table(options)
+        found["prior"] = prior_table(options)
         kernel = " x ".join(map(str, options.prior_kernel))
         title = (
             f"Kernel {kernel}, beside {options.backbone}, images "
             f"{options.prior_image_size} x {options.prior_image_size}, batch "
             f"{options.prior_batch}"
         )
-        console.print(rich_table(fourth, title))
-        naive = naive_table(options)
-        console.print(rich_table(naive, "Quadratic form and gradient"))
-        tables = f"{markdown_table(fourth)}\n{markdown_table(naive)}"
+        console.print(rich_table(found["prior"], title))
+        found["naive"] = naive_table(options)
+        console.print(rich_table(found["naive"], "Quadratic form and gradient"))
+        tables = "\n".join(markdown_table(found[key]) for key in ("prior", "naive"))
         write("prior", f"{title}, {steps}\n\n{tables}")
-    return first, second, third, fourth
+    if "relation" in options.parts:
+        found["relation"] = relation_table(options)
+        title = (
+            f"Two tasks, {options.relation_features} features each, batch "
+            f"{options.relation_batch}, beside a ResNet-18 of width "
+            f"{options.relation_width}, images {options.relation_image_size} x "
+            f"{options.relation_image_size}"
+        )
+        console.print(rich_table(found["relation"], title))
+        write("relation", f"{title}, {steps}\n\n{markdown_table(found['relation'])}")
+    return found
 
 
 if __name__ == "__main__":

@@ -86,14 +86,13 @@ def test_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "backbone_of", small)
     readme = tmp_path / "README.md"
-    marks = [
-        f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in ("benchmark", "backbone", "prior")
-    ]
+    blocks = ("benchmark", "backbone", "prior", "relation")
+    marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks]
     readme.write_text("\n".join(marks))
     arguments = (
         "--batch-size 2 --fc 4 --repeats 1 --ranks 0.5 --stl-epochs 1 --skip-grouped"
     )
-    first, second, third, fourth = benchmark.main(
+    tables = benchmark.main(
         [
             *arguments.split(),
             "--skip-grouped",
@@ -101,18 +100,21 @@ def test_command(tmp_path, monkeypatch):
             "tt",
             *"--backbone MobileNet --backbone-batch 2 --image-size 32".split(),
             *"--backbone-tasks 2 --prior-kernel 12 6 2 --prior-image-size 32".split(),
-            *"--prior-batch 2 --prior-update-every 4".split(),
+            *"--prior-batch 2 --prior-update-every 4 --relation-features 6".split(),
+            *"--relation-batch 4 --relation-image-size 16 --relation-width 2".split(),
             "--output",
             str(tmp_path / "out"),
             "--readme",
             str(readme),
         ]
     )
-    assert len(first) == 3
-    assert list(second["Rank"]) == ["10% error", "0.5"]
-    assert fourth["Part"].iloc[-1] == "together, with an update every 4 steps"
-    assert len(third) == 5 and "MobileNet, T = 2" in readme.read_text()
-    for name in ("benchmark", "backbone", "prior"):
+    assert len(tables["steps"]) == 3
+    assert list(tables["ranks"]["Rank"]) == ["10% error", "0.5"]
+    last = tables["prior"]["Part"].iloc[-1]
+    assert last == "together, with an update every 4 steps"
+    assert len(tables["backbone"]) == 5 and "MobileNet, T = 2" in readme.read_text()
+    assert tables["relation"]["Ratio to Cholesky"][1] == "1.0"
+    for name in blocks:
         text = (tmp_path / "out" / f"{name}.md").read_text().strip()
         assert text in readme.read_text()
     assert keras.config.backend() in readme.read_text()

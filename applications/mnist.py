@@ -15,6 +15,8 @@ LeNet; the methods differ in how the ten networks share their kernels:
 """
 
 import argparse
+import functools
+import itertools
 import math
 import pathlib
 import time
@@ -40,11 +42,12 @@ from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 from .digits import FULL_SIZE, load_digits
 from .experiment import (
     Results,
+    Run,
     in_range,
     markdown_table,
     mean_and_spread,
-    progress_bars,
     rich_table,
+    run_all,
     write_block,
 )
 
@@ -470,52 +473,43 @@ def parser():
     return p
 
 
+def plan(options, digits, parts):
+    """The runs, training set by training set; its methods share what STL has trained."""
+    for fraction, repeat in parts:
+        seed = options.seed + 1000 * repeat
+        chosen = draw(digits, fraction, seed)
+        trainer = Trainer(
+            options, digits.train_images[chosen], digits.train_labels[chosen], seed
+        )
+
+        def train(tick, trainer, method):
+            trainer.tick = tick
+            if method != "ud-mtl" and trainer.half_is_trained:
+                for _ in range(options.epochs // 2):
+                    tick()
+            return run(trainer, options, digits, method)
+
+        for method in options.methods:
+            yield Run(
+                f"{method}, {len(chosen)} images, repeat {repeat + 1}",
+                settings_of(options, digits, method, fraction, repeat),
+                options.epochs,
+                functools.partial(train, trainer=trainer, method=method),
+            )
+
+
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
     options = parser().parse_args(arguments)
     console = Console()
     digits = load_digits(options.data)
-    results = Results(options.output / "runs.jsonl")
-    plan = [
-        (fraction, repeat)
-        for fraction in options.fraction
-        for repeat in range(options.repeats)
-    ]
-    # Before the first hour of training, not after it.
-    for fraction, _ in plan:
-        draw(digits, fraction, 0)
-    rows = []
-    with progress_bars(console) as progress:
-        bar = progress.add_task("MNIST", total=len(plan) * len(options.methods))
-        epochs = progress.add_task("epochs of this run", total=options.epochs)
-        for fraction, repeat in plan:
-            seed = options.seed + 1000 * repeat
-            chosen = draw(digits, fraction, seed)
-            trainer = Trainer(
-                options,
-                digits.train_images[chosen],
-                digits.train_labels[chosen],
-                seed,
-                tick=lambda: progress.update(epochs, advance=1),
-            )
-            for method in options.methods:
-                title = f"{method}, {len(chosen)} images, repeat {repeat + 1}"
-                progress.update(bar, description=title)
-                progress.reset(epochs)
-                if method != "ud-mtl" and trainer.half_is_trained:
-                    progress.update(epochs, completed=options.epochs // 2)
-                settings = settings_of(options, digits, method, fraction, repeat)
-                found = results.get(settings)
-                if found is None:
-                    results.add(settings, run(trainer, options, digits, method))
-                    found = results.get(settings)
-                    console.print(
-                        f"{title}: multi-class error "
-                        f"{found['multiclass_error']:.2%}, {found['seconds']:.0f} s"
-                    )
-                rows.append(settings | found)
-                progress.advance(bar)
-    runs = pd.DataFrame(rows)
+    parts = itertools.product(options.fraction, range(options.repeats))
+    runs = run_all(
+        Results(options.output / "runs.jsonl"),
+        list(plan(options, digits, parts)),
+        console,
+        lambda found: f"multi-class error {found['multiclass_error']:.2%}",
+    )
     table = summarize(runs)
     console.print(rich_table(table, f"MNIST ({digits.name}), {options.epochs} epochs"))
     options.output.joinpath("table.md").write_text(markdown_table(table))

@@ -178,38 +178,6 @@ def cut_out(faces, extent, rng):
     return Faces(images, points.reshape(-1, 10).astype("float32"), pose)
 
 
-class Cuts(keras.utils.PyDataset):
-    """Batches of faces, in each epoch cut out anew, in a new order.
-
-    Args:
-        faces: `Faces`.
-        extent: as for `cut_out`.
-        batch_size: int.
-        seed: int.
-        standard: mean and deviation of the landmarks, as `(mean, deviation)`.
-    """
-
-    def __init__(self, faces, extent, batch_size, seed, standard):
-        super().__init__()
-        self._faces, self._extent, self._batch_size = faces, extent, batch_size
-        self._standard, self._rng = standard, np.random.default_rng(seed)
-        self.on_epoch_end()
-
-    def __len__(self):
-        return -(-len(self._faces.images) // self._batch_size)
-
-    def __getitem__(self, index):
-        chosen = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        part = cut_out(Faces(*(x[chosen] for x in self._faces)), self._extent, self._rng)
-        mean, deviation = self._standard
-        landmarks = (part.landmarks - mean) / deviation
-        return part.images, {"landmarks": landmarks, "pose": part.pose}
-
-    def on_epoch_end(self):
-        """A new order."""
-        self._order = self._rng.permutation(len(self._faces.images))
-
-
 def normalized_mean_error(truth, predicted):
     """The mean distance of landmarks, as a share of the distance of the eyes.
 
@@ -288,11 +256,12 @@ def train(options, method, training, seed, tick):
     """
     keras.utils.set_random_seed(seed)
     model = make_model(options, method)
-    landmarks = cut_out(training, options.extent, np.random.default_rng(seed)).landmarks
+    rng = np.random.default_rng(seed)
+    landmarks = cut_out(training, options.extent, rng).landmarks
     standard = landmarks.mean(axis=0), landmarks.std(axis=0)
-    batches = Cuts(training, options.extent, options.batch_size, seed, standard)
+    steps = -(-len(training.images) // options.batch_size)
     rate = keras.optimizers.schedules.CosineDecay(
-        options.learning_rate, len(batches) * options.epochs
+        options.learning_rate, steps * options.epochs
     )
     model.compile(
         keras.optimizers.Adam(rate),
@@ -301,12 +270,23 @@ def train(options, method, training, seed, tick):
             "pose": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         },
     )
-    model.fit(
-        batches,
-        epochs=options.epochs,
-        verbose=0,
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())],
-    )
+    for epoch in range(options.epochs):
+        # Arrays, since TensorFlow's generators make it return memory at every step, with
+        # which a step of the small networks took twice as long.
+        part = cut_out(training, options.extent, rng)
+        labels = {
+            "landmarks": (part.landmarks - standard[0]) / standard[1],
+            "pose": part.pose,
+        }
+        model.fit(
+            part.images,
+            labels,
+            batch_size=options.batch_size,
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            verbose=0,
+        )
+        tick()
     return model, standard
 
 

@@ -43,11 +43,12 @@ from dmtrl_keras.optimizers import LearningRateMultiplier
 from .domains import draw, load_features, load_images
 from .experiment import (
     Results,
+    Run,
     in_range,
     markdown_table,
     mean_and_spread,
-    progress_bars,
     rich_table,
+    run_all,
     write_block,
 )
 
@@ -182,7 +183,7 @@ class Trainer:
         self.domains = domains
         self.classes = classes
         self._new_backbone = new_backbone
-        self._tick = tick
+        self.tick = tick
         # Networks of an earlier method are not needed any more.
         self._compiled = functools.lru_cache(maxsize=len(options.strengths))(self._compile)
 
@@ -256,7 +257,7 @@ class Trainer:
             )
         stream = zip_tasks(data, o.batch_size, epoch=o.steps, seed=seed)
         model.fit(stream, shuffle=False, verbose=0)
-        self._tick()
+        self.tick()
         return model
 
     def correct(self, model, parts):
@@ -622,50 +623,44 @@ def load(options, console):
     return domains, classes, new_backbone, source
 
 
+def plan(options, domains, trainer, source):
+    """The runs, method by method, since a network that is traced serves all its runs."""
+    draws = list(itertools.product(options.fractions, range(options.draws)))
+
+    def train(tick, method, fraction, number):
+        trainer.tick = tick
+        seed = options.seed + 1000 * number
+        parts = draw(domains, fraction, seed, options.stratified)
+        found, model = run(trainer, options, method, parts, seed)
+        if (fraction, number) == draws[0]:
+            _save_embeddings(model, domains, parts, method, options.output)
+        return found
+
+    for method, (fraction, number) in itertools.product(options.methods, draws):
+        size = len(settings_grid(options, method))
+        yield Run(
+            f"{TITLES[method]}, {fraction:.0%}, draw {number + 1}",
+            settings_of(options, source, method, fraction, number),
+            1 + (options.folds * size if size > 1 else 0),
+            functools.partial(train, method=method, fraction=fraction, number=number),
+        )
+
+
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
     options = parser().parse_args(arguments)
     console = Console()
     domains, classes, new_backbone, source = load(options, console)
-    results = Results(options.output / "runs.jsonl")
     # Before the first hour of training, not after it.
     for fraction in options.fractions:
         draw(domains, fraction, options.seed, options.stratified)
-    rows = []
-    plan = list(itertools.product(options.fractions, range(options.draws)))
-    with progress_bars(console) as progress:
-        bar = progress.add_task("runs", total=len(plan) * len(options.methods))
-        trainings = progress.add_task("trainings of this run", total=1)
-        trainer = Trainer(
-            options,
-            domains,
-            len(classes),
-            new_backbone,
-            tick=lambda: progress.update(trainings, advance=1),
-        )
-        # Method by method, since a network that is traced serves all its runs.
-        for method in options.methods:
-            size = len(settings_grid(options, method))
-            for fraction, number in plan:
-                title = f"{TITLES[method]}, {fraction:.0%}, draw {number + 1}"
-                progress.update(bar, description=title)
-                progress.reset(
-                    trainings, total=1 + (options.folds * size if size > 1 else 0)
-                )
-                settings = settings_of(options, source, method, fraction, number)
-                found = results.get(settings)
-                if found is None:
-                    seed = options.seed + 1000 * number
-                    parts = draw(domains, fraction, seed, options.stratified)
-                    found, model = run(trainer, options, method, parts, seed)
-                    if (fraction, number) == plan[0]:
-                        _save_embeddings(model, domains, parts, method, options.output)
-                    results.add(settings, found)
-                    average = np.mean(list(found["accuracy"].values()))
-                    console.print(f"{title}: {average:.1%}, {found['seconds']:.0f} s")
-                rows.append(settings | results.get(settings))
-                progress.advance(bar)
-    runs = pd.DataFrame(rows)
+    trainer = Trainer(options, domains, len(classes), new_backbone)
+    runs = run_all(
+        Results(options.output / "runs.jsonl"),
+        list(plan(options, domains, trainer, source)),
+        console,
+        lambda found: f"{np.mean(list(found['accuracy'].values())):.1%}",
+    )
     table = summarize(runs, list(domains))
     console.print(rich_table(table, f"Accuracy in %, {source['data']}"))
     options.output.joinpath("table.md").write_text(markdown_table(table))

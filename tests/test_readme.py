@@ -32,7 +32,16 @@ def test_relations(tmp_path, monkeypatch):
     covariances = task_covariance(model)
     assert {matrix.shape for matrix in covariances.values()} == {(3, 3)}
     exec(compile(scripts()[3], "README.md", "exec"), {})
-    assert len(scripts()) == 4
+    assert len(scripts()) == 5
+
+
+def test_task_relations(tmp_path, monkeypatch):
+    """The script on TRN trains, saves and exports."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(scripts()[4], "README.md", "exec"), {})
+    model = keras.saving.load_model("related.keras")
+    assert set(model.similarities()) == {"output", "hidden", "label"}
+    assert pathlib.Path("related/saved_model.pb").exists()
 
 
 def test_backbone(tmp_path, monkeypatch, capsys):
@@ -54,9 +63,10 @@ def test_tour(tmp_path, monkeypatch):
     assert set(model.output) == {"parity", "size"}
 
 
-@pytest.mark.parametrize(
-    "name", ["mnist", "office", "office-images", "benchmark", "backbone", "prior"]
-)
+TABLES = ["mnist", "office", "office-images", "mtfl", "mtfl-convergence", "benchmark"]
+
+
+@pytest.mark.parametrize("name", [*TABLES, "backbone", "prior", "relation"])
 def test_tables(name):
     """Measured tables, not empty marks."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

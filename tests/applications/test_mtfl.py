@@ -10,7 +10,7 @@ from PIL import Image
 
 from applications import mtfl
 from applications.experiment import Results
-from applications.mtfl import Cuts, Faces, cut_out, load_mtfl, normalized_mean_error
+from applications.mtfl import Faces, cut_out, load_mtfl, normalized_mean_error
 from dmtrl_keras import task_similarity
 
 SMALL = ["--size", "16", "--width", "2", "--epochs", "1", "--batch-size", "16"]
@@ -103,23 +103,6 @@ def test_cut_out(rng):
     mirrored = after.pose != before.pose
     assert 3 < mirrored.sum() < 27
     np.testing.assert_array_equal(after.pose[mirrored], 4 - before.pose[mirrored])
-
-
-def test_batches(rng):
-    """Every face once in an epoch; cuts and order are new in the next."""
-    kept = faces(rng, 10)
-    batches = Cuts(kept, (0.4, 0.6), 4, 0, (0.5, 2.0))
-    assert [len(batches[n][0]) for n in range(len(batches))] == [4, 4, 2]
-    orders = []
-    for _ in range(2):
-        orders.append(batches._order.tolist())
-        batches.on_epoch_end()
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
-    assert orders[0] != orders[1]
-    images, labels = batches[0]
-    again, _ = batches[0]
-    assert not np.array_equal(images, again)
-    assert np.abs(labels["landmarks"]).max() < 0.5
 
 
 def test_error(rng):

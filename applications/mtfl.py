@@ -29,6 +29,7 @@ from keras import layers
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
+from sklearn import preprocessing
 
 from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_similarity
 from dmtrl_keras.backend import tensorflow
@@ -302,6 +303,11 @@ def labels_of(faces):
     return {"landmarks": faces.landmarks, "pose": np.eye(5)[faces.pose]}
 
 
+def similarity_of(sets):
+    """Offline similarity (TRN Eq. 11) of the two tasks' arrays."""
+    return task_similarity(sets["landmarks"], sets["pose"], RIDGE)
+
+
 def similarities_of(features, faces):
     """Offline similarities of the tasks (TRN Eq. 11, 12): hidden, output, labels.
 
@@ -313,10 +319,7 @@ def similarities_of(features, faces):
         A dict of floats.
     """
     sets = features | {"labels": labels_of(faces)}
-    return {
-        name: task_similarity(by_task["landmarks"], by_task["pose"], RIDGE)
-        for name, by_task in sets.items()
-    }
+    return {name: similarity_of(by_task) for name, by_task in sets.items()}
 
 
 def run(options, method, training, testing, seed, tick):
@@ -402,6 +405,41 @@ def online_estimates(features, momentum, batch_size, steps, rng):
     return pd.DataFrame(found)
 
 
+def examples_remembered(momentum, batch_size):
+    """How many examples, equally weighted, estimate as well as the moving covariance.
+
+    Batch `k` before the last has the weight `(1 - m) m**k`, and the squares of these
+    weights sum to `(1 - m) / (1 + m)`.
+
+    Args:
+        momentum: float `m` in [0, 1).
+        batch_size: int.
+
+    Returns:
+        An int, `batch_size (1 + m) / (1 - m)`.
+    """
+    return round(batch_size * (1 + momentum) / (1 - momentum))
+
+
+def offline_estimates(sets, examples, draws, rng):
+    """Offline similarities on random parts of the data.
+
+    Args:
+        sets: dict from task to array `(n, d)`.
+        examples: int, size of a part; all `n` where there are no more.
+        draws: int, how many parts.
+        rng: NumPy generator.
+
+    Returns:
+        A float64 array `(draws,)`.
+    """
+    count = len(sets["landmarks"])
+    parts = (rng.choice(count, min(examples, count), replace=False) for _ in range(draws))
+    return np.array(
+        [similarity_of({task: x[part] for task, x in sets.items()}) for part in parts]
+    )
+
+
 def plot_convergence(curves, offline, path):
     """The paper's Figure 4: online estimates, and offline values as horizontal lines.
 
@@ -440,7 +478,11 @@ def convergence(options, training, digest, console):
             for task, x in by_task.items()
         }
         np.savez(cache, **arrays)
-    features = {"labels": labels_of(training)}
+    # In units of their deviations, as the networks learn them: Algorithm 1 starts from the
+    # identity, which features of small variance remember for long.
+    features = {
+        "labels": {task: preprocessing.scale(x) for task, x in labels_of(training).items()}
+    }
     with np.load(cache) as arrays:
         for key in arrays:
             name, task = key.split("/")
@@ -449,10 +491,7 @@ def convergence(options, training, digest, console):
         name: {task: x.astype("float32") for task, x in by_task.items()}
         for name, by_task in features.items()
     }
-    offline = {
-        name: task_similarity(sets["landmarks"], sets["pose"], RIDGE)
-        for name, sets in features.items()
-    }
+    offline = {name: similarity_of(sets) for name, sets in features.items()}
     curves, rows = {}, []
     for batch_size, momentum in itertools.product(options.batch_sizes, options.momenta):
         # The share that the identity keeps is momentum ** steps.
@@ -462,18 +501,25 @@ def convergence(options, training, digest, console):
         curves[batch_size, momentum] = curve
         # The last half of the steps, when the start is forgotten.
         late = curve[len(curve) // 2 :]
-        rows.append(
-            {"Batch": batch_size, "Momentum": f"{momentum:g}", "Steps": steps}
-            | {
-                f"{name}: online (offline {offline[name]:.3f})": mean_and_spread(
-                    late[name], 3
-                )
-                for name in offline
-            }
-        )
+        examples = examples_remembered(momentum, batch_size)
+        for name, sets in features.items():
+            rows.append(
+                {
+                    "Features": name,
+                    "Batch": batch_size,
+                    "Momentum": f"{momentum:g}",
+                    "Steps": steps,
+                    "Online": mean_and_spread(late[name], 3),
+                    "Examples remembered": examples,
+                    "Offline on as many": mean_and_spread(
+                        offline_estimates(sets, examples, 20, rng), 3
+                    ),
+                    "Offline on all": f"{offline[name]:.3f}",
+                }
+            )
         console.print(f"batch {batch_size}, momentum {momentum:g}: done")
     plot_convergence(curves, offline, options.output / "convergence.png")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).sort_values("Features", kind="stable")
 
 
 def parser():

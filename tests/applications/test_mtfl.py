@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn import preprocessing
 
 from applications import mtfl
 from applications.experiment import Results
@@ -173,7 +174,8 @@ def test_convergence_command(tmp_path, rng, monkeypatch):
     arguments = ["--data", str(tmp_path / "data"), "--output", str(output), *SMALL]
     arguments += ["--convergence", "--momenta", "0.5", "0.9", "--batch-sizes", "8"]
     table = mtfl.main(arguments)
-    assert list(table["Momentum"]) == ["0.5", "0.9"]
+    assert list(table["Momentum"]) == ["0.5", "0.9"] * 3
+    assert list(table["Examples remembered"]) == [24, 152] * 3
     assert (output / "convergence.png").stat().st_size > 10_000
     assert len(list(output.glob("features_*.npz"))) == 1
 
@@ -200,3 +202,22 @@ def test_real_faces(data_dir):
     assert np.array_equal(np.unique(testing.pose), range(5))
     labels = mtfl.labels_of(testing)
     assert 0.85 < task_similarity(labels["landmarks"], labels["pose"]) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("momentum", "sizes"), [(0.9, (32, 128)), (0.99, (32, 128)), (0.999, (128,))]
+)
+def test_online_estimates_converge_on_real_labels(data_dir, momentum, sizes):
+    """Figure 4 on MTFL's labels: the estimate is what as many examples give offline."""
+    training, _ = load_mtfl(data_dir / "mtfl_64.zip", 64)
+    sets = {task: preprocessing.scale(x) for task, x in mtfl.labels_of(training).items()}
+    rng = np.random.default_rng(0)
+    for size in sizes:
+        steps = round(10 / (1 - momentum))
+        found = mtfl.online_estimates({"x": sets}, momentum, size, steps, rng)["x"]
+        late = found[steps // 2 :]
+        offline = mtfl.offline_estimates(
+            sets, mtfl.examples_remembered(momentum, size), 20, rng
+        )
+        assert late.mean() == pytest.approx(offline.mean(), abs=0.01)
+        assert late.std() < 0.02

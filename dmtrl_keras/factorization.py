@@ -13,7 +13,7 @@ import numpy as np
 from dmtrl_keras import parameterizations
 from dmtrl_keras.backend import sharing_scope
 from dmtrl_keras.layers.base import task_layers
-from dmtrl_keras.layers.factorized import with_sharing
+from dmtrl_keras.layers.named import with_sharing
 from dmtrl_keras.parameterizations import FactorizedParameterization
 
 

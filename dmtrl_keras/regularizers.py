@@ -17,6 +17,7 @@ from keras import ops
 
 from dmtrl_keras import tensor_normal
 from dmtrl_keras.backend import assert_true, shared_object
+from dmtrl_keras.state import state_weight
 from dmtrl_keras.validation import check_number, check_positive
 
 _WINDOWS = {
@@ -153,13 +154,11 @@ class ModeCovariance(keras.layers.Layer):
                 f"Received: {(len(start), len(start))}."
             )
         start = np.broadcast_to(np.asarray(start), input_shape)
-        # Every replica computes the same from the same kernel, and nothing else can be
-        # assigned there without a merge.
-        self.covariance = _state_weight(self, "covariance", start)
+        self.covariance = state_weight(self, "covariance", start)
         inverse = np.linalg.inv(np.linalg.cholesky(start))
-        self.whitener = _state_weight(self, "whitener", inverse)
+        self.whitener = state_weight(self, "whitener", inverse)
         # With it a training step needs one product for the penalty and its gradient.
-        self.precision = _state_weight(self, "precision", np.linalg.inv(start))
+        self.precision = state_weight(self, "precision", np.linalg.inv(start))
         self.built = True
 
     def _trace(self, size):
@@ -232,20 +231,6 @@ class ModeCovariance(keras.layers.Layer):
     @classmethod
     def from_config(cls, config):
         return shared_object(config["key"], lambda: cls(**config))
-
-
-def _state_weight(layer, name, value):
-    # State derived from weights is the same on all replicas: nothing to aggregate, which
-    # is also what may be assigned after an `ops.cond`.
-    return layer.add_weight(
-        name=name,
-        shape=np.shape(value),
-        initializer=lambda shape, dtype=None: ops.convert_to_tensor(value, dtype=dtype),
-        trainable=False,
-        autocast=False,
-        aggregation="none",
-        dtype="int32" if np.asarray(value).dtype.kind == "i" else layer.variable_dtype,
-    )
 
 
 class _Members:
@@ -505,7 +490,7 @@ class TensorNormalState(keras.layers.Layer):
                 count = math.prod(self._sizes) // size
                 self._shared = (rest.index(axis), count)
                 start = count * ops.convert_to_numpy(covariance.covariance)
-                self.scatter = _state_weight(self, "scatter", start)
+                self.scatter = state_weight(self, "scatter", start)
             else:
                 covariance = regularizer.new_covariance(mode, name, self.dtype_policy)
                 own = (
@@ -517,7 +502,7 @@ class TensorNormalState(keras.layers.Layer):
                     raise ValueError(f"{self.owner}, mode {name!r}: {error}") from error
             self.modes[name] = covariance
         self._positions = [rest.index(axis) for axis in self._learned]
-        self.step = _state_weight(self, "step", np.zeros((), "int32"))
+        self.step = state_weight(self, "step", np.zeros((), "int32"))
         self.built = True
 
     # --- the prior ----------------------------------------------------------------

@@ -17,7 +17,7 @@ from dmtrl_keras.conversion.graph import (
 )
 from dmtrl_keras.conversion.rules import Kernels, rule_of
 from dmtrl_keras.factorization import print_table
-from dmtrl_keras.layers import TaskLayer, TaskSplit
+from dmtrl_keras.layers import FusionLayer, TaskLayer, TaskSplit
 from dmtrl_keras.layers.base import NOMINAL_BATCH, positions_of
 
 
@@ -115,11 +115,18 @@ def _row(layer, form, owner, tasks, input_shape, outputs):
     independent, rank = parameters, None
     if isinstance(layer, TaskLayer):
         sharing, rank = layer.sharing.name, layer.rank
+        # What only training needs is no part of the network.
+        states = (layer.selection, layer.prior)
+        parameters -= sum(state.count_params() for state in states if state is not None)
         bias = tasks * layer.bias.shape[0] if layer.use_bias else 0
         independent = math.prod(layer.stacked_kernel_shape) + bias
         flops = layer.flops(input_shape) // NOMINAL_BATCH
     elif form == "grouped":
-        sharing, flops = "independent", 0
+        fused = isinstance(layer, FusionLayer)
+        sharing, flops = "features" if fused else "independent", 0
+        if fused:
+            # Independent tasks have no such layer.
+            independent = 0
     else:
         sharing = "hard" if owner is None else f"({owner})"
         flops = _flops(layer, outputs) * (tasks if form == "batched" else 1)

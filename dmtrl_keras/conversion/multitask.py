@@ -22,8 +22,9 @@ from dmtrl_keras.conversion.graph import (
 )
 from dmtrl_keras.factorization import factorization_report, print_report, with_factors
 from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
+from dmtrl_keras.layers.conv import TaskConv
 from dmtrl_keras.model import MultiTaskModel
-from dmtrl_keras.parameterizations import FactorizedParameterization
+from dmtrl_keras.parameterizations import FactorizedParameterization, SimilarKernels
 from dmtrl_keras.regularizers import TensorNormalRegularizer
 from dmtrl_keras.validation import task_names
 
@@ -39,7 +40,8 @@ def multitask(
     heads=None,
     prior=None,
     implementation="auto",
-    threshold="frobenius",
+    threshold=None,
+    between=None,
     name=None,
     verbose=True,
 ):
@@ -60,9 +62,10 @@ def multitask(
             `keras.applications.ResNet50(include_top=False, pooling="avg")`.
         tasks: list of T distinct names, or int T for `task_0`, `task_1`, ...
         sharing: what becomes of the kernels: `"independent"`, `"hard"`, `"laf"`,
-            `"tucker"`, `"tt"`, another registered name, or a `Parameterization`; or a dict
-            of them by layer name or name pattern such as `"conv5_*"`, of which the first
-            that fits holds, and layers that none fits are independent.
+            `"tucker"`, `"tt"`, `"similar"` (MTAL; of convolutions only, as in the paper),
+            another registered name, or a `Parameterization`; or a dict of them by layer
+            name or name pattern such as `"conv5_*"`, of which the first that fits holds,
+            and layers that none fits are independent.
         rank: for the factorisations that are given by name: int (a cap), float in (0, 1] (a
             fraction), or a tuple with one of them for each rank.
         tolerance: instead of the rank, a number in (0, 1): the error of each kernel
@@ -81,7 +84,14 @@ def multitask(
             `sharing`. Each layer has covariances of its own. None: the regularizers
             of the backbone.
         implementation: `"auto"`, `"compose"` or `"contract"`, as in `TuckerConv2D`.
-        threshold: `"frobenius"` or `"singular_value"`, as in `TuckerConv2D`.
+        threshold: for factorisations that are given by name, `"frobenius"` (the default) or
+            `"singular_value"`, as in `TuckerConv2D`; for `"similar"`, the cosine from which
+            kernels are shared: a number in [0, 1], `"related"` (0.4, the default),
+            `"unrelated"` (0.55), a schedule, or a dict of these by layer name or pattern.
+        between: layers that let tasks see each other's features: a function of the list of
+            task names that returns a layer on grouped features, such as `CrossStitch` or
+            `NDDR`, for which every pooling layer is followed by one; or a dict of such
+            functions by layer name or pattern, after which layers they go. None: none.
         name: name of the model. None: that of the backbone and `_multitask`.
         verbose: bool, whether to print the report of the factorisations, if there
             are any: ranks, errors and parameters, as from `factorization_report`.
@@ -121,11 +131,12 @@ def multitask(
     backbone = checked_functional(backbone, "multitask")
     survey = _survey(backbone, share_until)
     choose = _sharing_of(
-        sharing, survey.with_weights, rank, tolerance, implementation, threshold
+        sharing, survey.with_weights, names, rank, tolerance, implementation, threshold
     )
     heads = _heads(heads, names)
     prior_of = _by_pattern("prior", prior, survey.with_weights, _check_prior)
-    builder = _Builder(names, survey, choose, prior_of)
+    fusion_of = _fusion_of(between, survey)
+    builder = _Builder(names, survey, choose, prior_of, fusion_of)
     inputs = _inputs(backbone, names, shared_input)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
@@ -137,6 +148,12 @@ def multitask(
     return model
 
 
+_POOLINGS = tuple(
+    getattr(keras.layers, f"{kind}Pooling{axes}D")
+    for kind in ("Max", "Average")
+    for axes in (1, 2, 3)
+)
+
 # --- before anything is built ----------------------------------------------------
 
 
@@ -147,11 +164,15 @@ class _Survey:
     Attributes:
         shared: ids of the operations that all tasks share.
         with_weights: names of the layers with weights, in order.
+        poolings: names of the pooling layers, but for global ones.
+        layers: names of all layers.
         calls: how often each operation is called, by id.
     """
 
     shared: frozenset
     with_weights: list
+    poolings: list
+    layers: list
     calls: collections.Counter
 
 
@@ -170,6 +191,7 @@ def _survey(backbone, share_until):
         ValueError: if layers can't be converted, or there is no layer `share_until`.
     """
     problems, names, with_weights, calls = {}, {}, [], collections.Counter()
+    poolings, layers = [], []
 
     def visit(operation, args, kwargs, path):
         values = values_in(_Surveyed, args, kwargs)
@@ -180,6 +202,10 @@ def _survey(backbone, share_until):
             problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
         elif rules.rule_of(operation).has_weights and not calls[id(operation)]:
             with_weights.append(operation.name)
+        if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
+            layers.append(operation.name)
+            if isinstance(operation, _POOLINGS):
+                poolings.append(operation.name)
         calls[id(operation)] += 1
         ids = frozenset([id(operation)]).union(*(value.ids for value in values))
         args, kwargs = replaced(_Surveyed, args, kwargs, lambda value: value.spec)
@@ -205,7 +231,8 @@ def _survey(backbone, share_until):
             f"multitask: `share_until` must be the name of a layer of {backbone.name!r}. "
             f"Received: share_until={share_until!r}. Its layers are: {list(names)}."
         )
-    return _Survey(names.get(share_until, frozenset()), with_weights, calls)
+    shared = names.get(share_until, frozenset())
+    return _Survey(shared, with_weights, poolings, layers, calls)
 
 
 def _problem(operation, args, kwargs, shapes):
@@ -222,29 +249,58 @@ def _problem(operation, args, kwargs, shapes):
     return None if problem is None else f": {problem}"
 
 
-def _sharing_of(sharing, layers, rank, tolerance, implementation, threshold):
+def _sharing_of(sharing, layers, names, rank, tolerance, implementation, threshold):
     """A function from a layer's name to its parameterization."""
-    used = False
+    ranked = limited = False
+
+    def factorized(kind):
+        nonlocal ranked, limited
+        ranked = limited = True
+        default = 0.1 if rank is None and tolerance is None else tolerance
+        return kind(rank, default, implementation, threshold or "frobenius")
+
+    def similar():
+        nonlocal limited
+        limited = True
+        by_layer = _by_pattern("threshold", threshold, layers, _similar_kernels)
+        return lambda name: by_layer(name) or SimilarKernels()
 
     def resolve(choice):
-        nonlocal used
         own = parameterizations.get(choice)
-        given = isinstance(choice, parameterizations.Parameterization)
-        if given or not isinstance(own, FactorizedParameterization):
-            return own
-        used = True
-        default = 0.1 if rank is None and tolerance is None else tolerance
-        return type(own)(rank, default, implementation, threshold)
+        if not isinstance(choice, parameterizations.Parameterization):
+            if isinstance(own, SimilarKernels):
+                return similar()
+            if isinstance(own, FactorizedParameterization):
+                own = factorized(type(own))
+        own = own.with_names(names)
+        return lambda name: own
 
     choose = _by_pattern("sharing", sharing, layers, resolve)
-    if (rank is not None or tolerance is not None) and not used:
+    if (rank is not None or tolerance is not None) and not ranked:
         raise ValueError(
             "multitask: `rank` and `tolerance` are for factorisations given by name, such "
             f"as 'tucker'. Received: sharing={sharing!r}, rank={rank!r}, "
             f"tolerance={tolerance!r}."
         )
+    if threshold is not None and not limited:
+        raise ValueError(
+            "multitask: `threshold` is for 'similar' and for factorisations given by name. "
+            f"Received: sharing={sharing!r}, threshold={threshold!r}."
+        )
     independent = parameterizations.get("independent")
-    return lambda name: choose(name) or independent
+
+    def of_layer(name, convolution):
+        make = choose(name)
+        own = independent if make is None else make(name)
+        # Layers that are named are meant.
+        named = isinstance(sharing, dict)
+        return own if convolution or named or not own.convolutions_only else independent
+
+    return of_layer
+
+
+def _similar_kernels(threshold):
+    return None if threshold is None else SimilarKernels(threshold)
 
 
 def _by_pattern(argument, value, layers, resolve):
@@ -256,8 +312,8 @@ def _by_pattern(argument, value, layers, resolve):
     for pattern in patterns:
         if not fnmatch.filter(layers, pattern):
             raise ValueError(
-                f"multitask: each key of `{argument}` must fit the name of a layer with "
-                f"weights. Received: {pattern!r}, which fits none of {layers}."
+                f"multitask: each key of `{argument}` must fit the name of a layer. "
+                f"Received: {pattern!r}, which fits none of {layers}."
             )
 
     def choose(name):
@@ -265,6 +321,34 @@ def _by_pattern(argument, value, layers, resolve):
         return next(fitting, None)
 
     return choose
+
+
+def _fusion_of(between, survey):
+    """A function from a layer's name to the function that makes what comes after it."""
+    if callable(between):
+        if not survey.poolings:
+            raise ValueError(
+                "multitask: `between` goes after the pooling layers, and the backbone has "
+                "none. Give a dict by layer name or pattern. Its layers are: "
+                f"{survey.layers}."
+            )
+        between = dict.fromkeys(survey.poolings, between)
+    elif between is not None and not isinstance(between, dict):
+        raise ValueError(
+            "multitask: `between` must be a function of the task names that returns a "
+            f"layer, or a dict of them. Received: {between!r}."
+        )
+    return _by_pattern("between", between, survey.layers, _check_fusion)
+
+
+def _check_fusion(make):
+    # A layer would be one for all places.
+    if make is not None and (not callable(make) or isinstance(make, keras.layers.Layer)):
+        raise ValueError(
+            "multitask: `between` must have functions of the task names that return a "
+            f"layer, such as `lambda tasks: CrossStitch(tasks)`. Received: {make!r}."
+        )
+    return make
 
 
 def _check_prior(prior):
@@ -367,12 +451,13 @@ class _Features:
 class _Builder:
     """Makes the layers of all tasks, call by call of the backbone."""
 
-    def __init__(self, names, survey, choose, prior_of):
+    def __init__(self, names, survey, choose, prior_of, fusion_of):
         self.names = names
         self.tasks = len(names)
         self._survey = survey
         self._choose = choose
         self._prior_of = prior_of
+        self._fusion_of = fusion_of
         self._made = {}
         self._taken = set()
 
@@ -404,9 +489,27 @@ class _Builder:
 
     def visit(self, operation, args, kwargs, path):
         """What a call of the backbone becomes; takes and returns `_Features`."""
+        features = self._converted(operation, args, kwargs, path)
+        make = self._fusion_of(operation.name)
+        if make is None:
+            return features
+        if not isinstance(features, _Features) or features.form != "grouped":
+            raise ValueError(
+                f"multitask: after layer {operation.name!r} tasks have no features of "
+                "their own for `between` to mix; they are shared there."
+            )
+        key = (id(operation), "fusion")
+        if key not in self._made:
+            layer = make(list(self.names))
+            layer.name = self.new_name(f"{operation.name}_fusion", path)
+            self._made[key] = layer
+        layer = self._made[key]
+        return _Features(self, "grouped", layer(features.take("grouped")), layer.name)
+
+    def _converted(self, operation, args, kwargs, path):
         call = _Call(operation, args, kwargs, path)
         rule = rules.rule_of(operation)
-        sharing = self._choose(operation.name)
+        sharing = self._choose(operation.name, convolution=True)
         hard = id(operation) in self._survey.shared or sharing.name == "hard"
         forms = {features.common for features in call.features}
         made = {key for key in ("plain", "tasks") if (id(operation), key) in self._made}
@@ -417,7 +520,7 @@ class _Builder:
             # A layer that is called again has the weights that it had before.
             return self._plain(call, "batched")
         if isinstance(rule, rules.Kernels):
-            return self._kernels(call, rule, sharing)
+            return self._kernels(call, rule)
         shapes = [features.shape for features in call.features]
         layer = self._made.get((id(operation), "tasks"))
         layer = layer or rule.grouped(operation, self.tasks, shapes)
@@ -445,7 +548,7 @@ class _Builder:
             rules.load_weights(layer, weights)
         return tree.map_structure(lambda x: _Features(self, form, x, layer.name), outputs)
 
-    def _kernels(self, call, rule, sharing):
+    def _kernels(self, call, rule):
         """A layer with kernels as layers with T kernels, one after another."""
         operation, features = call.operation, call.features[0]
         chain = self._made.get((id(operation), "tasks"))
@@ -456,6 +559,8 @@ class _Builder:
             chain = []
             for part in rule.parts(operation, [features.shape]):
                 shared_input = not chain and once and features.form == "shared"
+                convolution = issubclass(part.cls, TaskConv)
+                sharing = self._choose(operation.name, convolution)
                 layer = self._task_layer(part, sharing, shared_input, call.path)
                 prior = self._prior_of(operation.name)
                 if prior is not None:

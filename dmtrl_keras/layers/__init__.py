@@ -19,6 +19,7 @@ from dmtrl_keras.layers.factorized import (
     TuckerConv3D,
     TuckerDense,
 )
+from dmtrl_keras.layers.fusion import NDDR, CrossStitch, FusionLayer
 from dmtrl_keras.layers.layout import (
     TaskBatch,
     TaskConcatenate,
@@ -31,14 +32,29 @@ from dmtrl_keras.layers.layout import (
 from dmtrl_keras.layers.normalization import TaskLayerNormalization
 from dmtrl_keras.layers.prior import TensorNormalPrior
 from dmtrl_keras.layers.relation import TRL
+from dmtrl_keras.layers.similar import (
+    SimilarKernelConv,
+    SimilarKernelConv1D,
+    SimilarKernelConv2D,
+    SimilarKernelConv3D,
+    SimilarKernelLayer,
+)
 
 __all__ = [
+    "NDDR",
     "TRL",
+    "CrossStitch",
     "FactorizedLayer",
+    "FusionLayer",
     "LAFConv1D",
     "LAFConv2D",
     "LAFConv3D",
     "LAFDense",
+    "SimilarKernelConv",
+    "SimilarKernelConv1D",
+    "SimilarKernelConv2D",
+    "SimilarKernelConv3D",
+    "SimilarKernelLayer",
     "TTConv1D",
     "TTConv2D",
     "TTConv3D",

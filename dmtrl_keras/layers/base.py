@@ -124,6 +124,7 @@ class TaskLayer(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(min_ndim=self._minimum_ndim)
         self.bias = None
         self.prior = None
+        self.selection = None
         self._start = None
 
     def _twin(self):
@@ -224,6 +225,14 @@ class TaskLayer(keras.layers.Layer):
             )
             regularizer = None
         self._rank = self.sharing.rank(self._factor_shapes())
+        self.selection = self.sharing.new_state(
+            lambda: dict(self._factors),
+            values,
+            self.tasks,
+            full_precision(self.variable_dtype),
+        )
+        if self.selection is not None:
+            self.selection.build()
 
     def _penalty(self):
         """The regularizer as a function of the stacked kernel, or None."""
@@ -318,7 +327,8 @@ class TaskLayer(keras.layers.Layer):
             )
 
     def _tensors(self):
-        return {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
+        tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
+        return tensors if self.selection is None else tensors | self.selection.tensors()
 
     def _composed(self, factors):
         """The kernels `(T, *window, in, out)`, the constraint applied."""
@@ -408,6 +418,8 @@ class TaskLayer(keras.layers.Layer):
         )
 
     def call(self, inputs, training=None):
+        if self.selection is not None:
+            self.selection(training=training)
         if self.prior is not None:
             self.prior(training=training)
         x = inputs
@@ -468,6 +480,18 @@ class TaskLayer(keras.layers.Layer):
     def _sharing_config(self):
         sharing = self._built_sharing()
         return {"sharing": keras.saving.serialize_keras_object(sharing)}
+
+
+class NamedSharing:
+    """Mixin of the layers whose class says how kernels are related (not for direct use).
+
+    Their configuration holds the arguments of the parameterization, not itself.
+    """
+
+    _parameterization = None
+
+    def _sharing_config(self):
+        return self._built_sharing().get_config()
 
 
 def _constant(value):

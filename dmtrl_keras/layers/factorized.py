@@ -6,12 +6,13 @@ all that differs is the parameterization.
 
 import keras
 
+from dmtrl_keras.layers.base import NamedSharing
 from dmtrl_keras.layers.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.layers.dense import TaskDense
 from dmtrl_keras.parameterizations import LAF, TT, Tucker
 
 
-class FactorizedLayer:
+class FactorizedLayer(NamedSharing):
     """Mixin that turns `rank`, `tolerance`, ... into the layer's `sharing`.
 
     Args:
@@ -36,8 +37,6 @@ class FactorizedLayer:
     the ranks as they are.
     """
 
-    _parameterization = None
-
     def __init__(
         self,
         *args,
@@ -49,9 +48,6 @@ class FactorizedLayer:
     ):
         sharing = self._parameterization(rank, tolerance, implementation, threshold)
         super().__init__(*args, sharing=sharing, **kwargs)
-
-    def _sharing_config(self):
-        return self._built_sharing().get_config()
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -316,46 +312,3 @@ class TTConv3D(FactorizedLayer, TaskConv3D):
     """
 
     _parameterization = TT
-
-
-_CLASSES = {
-    (cls.__bases__[1], cls._parameterization): cls
-    for cls in (
-        LAFDense,
-        LAFConv1D,
-        LAFConv2D,
-        LAFConv3D,
-        TuckerDense,
-        TuckerConv1D,
-        TuckerConv2D,
-        TuckerConv3D,
-        TTDense,
-        TTConv1D,
-        TTConv2D,
-        TTConv3D,
-    )
-}
-
-
-def with_sharing(layer, sharing):
-    """A new, unbuilt layer like `layer`, with its kernels parameterized otherwise.
-
-    Args:
-        layer: a layer with T kernels, such as `TaskConv2D`.
-        sharing: a `Parameterization`.
-
-    Returns:
-        The named class where there is one (`TuckerConv2D`), else the class of the
-        independent layer with `sharing` as its argument.
-    """
-    config = layer.get_config()
-    own = type(layer)
-    if isinstance(layer, FactorizedLayer):
-        own = own.__bases__[1]
-        for name in layer.sharing.get_config():
-            del config[name]
-    named = _CLASSES.get((own, type(sharing)))
-    if named is not None:
-        config.pop("sharing", None)
-        return named.from_config({**config, **sharing.get_config()})
-    return own.from_config({**config, "sharing": sharing})

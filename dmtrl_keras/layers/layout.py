@@ -17,7 +17,9 @@ from dmtrl_keras.validation import (
 )
 
 
-class _LayoutLayer(keras.layers.Layer):
+class LayoutLayer(keras.layers.Layer):
+    """Base of the layers that know names and channels of the tasks (not for direct use)."""
+
     def __init__(self, tasks, data_format=None, **kwargs):
         super().__init__(**kwargs)
         owner = type(self).__name__
@@ -54,7 +56,7 @@ def _is_shape(value):
     )
 
 
-class _OfOneTensorPerTask(_LayoutLayer):
+class _OfOneTensorPerTask(LayoutLayer):
     """What layers have in common that take one tensor per task."""
 
     def _in_order(self, inputs, is_one):
@@ -163,7 +165,7 @@ class TaskBatch(_OfOneTensorPerTask):
     def call(self, inputs):
         if isinstance(inputs, (dict, list, tuple)):
             return ops.concatenate(self._in_order(inputs, lambda x: False), axis=0)
-        return _channels_last(self, inputs, lambda x: fold(x, self.tasks))
+        return on_channels_last(self, inputs, lambda x: fold(x, self.tasks))
 
     def compute_output_shape(self, input_shape):
         if _is_shape(input_shape):
@@ -177,7 +179,7 @@ class TaskBatch(_OfOneTensorPerTask):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskGroup(_LayoutLayer):
+class TaskGroup(LayoutLayer):
     """A batch of the examples of all tasks to a grouped tensor: `TaskBatch` undone.
 
     Args:
@@ -203,7 +205,7 @@ class TaskGroup(_LayoutLayer):
     """
 
     def call(self, inputs):
-        return _channels_last(self, inputs, lambda x: unfold_tasks(x, self.tasks))
+        return on_channels_last(self, inputs, lambda x: unfold_tasks(x, self.tasks))
 
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
@@ -221,7 +223,7 @@ class TaskGroup(_LayoutLayer):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskRepeat(_LayoutLayer):
+class TaskRepeat(LayoutLayer):
     """Features that all tasks have in common to a grouped tensor, once for each task.
 
     A layer with T kernels needs no such copies (`shared_input=True`). They are for what
@@ -260,7 +262,7 @@ class TaskRepeat(_LayoutLayer):
         return tuple(shape)
 
 
-def _channels_last(layer, x, function):
+def on_channels_last(layer, x, function):
     """A function of channels-last activations, on activations of any format."""
     axes = len(x.shape)
     if layer._axis(x.shape) == axes - 1:
@@ -270,7 +272,7 @@ def _channels_last(layer, x, function):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskSplit(_LayoutLayer):
+class TaskSplit(LayoutLayer):
     """A grouped tensor to a dict of one tensor per task.
 
     Args:
@@ -314,7 +316,7 @@ class TaskSplit(_LayoutLayer):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskFlatten(_LayoutLayer):
+class TaskFlatten(LayoutLayer):
     """Flatten the features of each task, so that the result is grouped again.
 
     Each task's part is what `keras.layers.Flatten` would make of that task's features.
@@ -364,7 +366,7 @@ class TaskFlatten(_LayoutLayer):
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskConcatenate(_LayoutLayer):
+class TaskConcatenate(LayoutLayer):
     """Concatenate grouped tensors task by task, so that the result is grouped.
 
     Args:

@@ -14,6 +14,7 @@ from dmtrl_keras.parameterizations.base import (
 )
 from dmtrl_keras.parameterizations.independent import Hard, Independent
 from dmtrl_keras.parameterizations.laf import LAF
+from dmtrl_keras.parameterizations.similar import SimilarKernels
 from dmtrl_keras.parameterizations.tt import TT
 from dmtrl_keras.parameterizations.tucker import Tucker
 
@@ -24,6 +25,7 @@ __all__ = [
     "Hard",
     "Independent",
     "Parameterization",
+    "SimilarKernels",
     "Tucker",
     "get",
     "names",

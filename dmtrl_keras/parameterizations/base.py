@@ -78,6 +78,8 @@ class Parameterization:
     name = None
     # Whether the only factor, "kernel", is the stacked kernel itself.
     is_stacked_kernel = False
+    # Whether `multitask` gives it to convolutions only, unless a layer is named.
+    convolutions_only = False
 
     def decompose(self, kernel):
         """Factors whose composition is, or approximates, a stacked kernel.
@@ -102,13 +104,32 @@ class Parameterization:
         """
         return self.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
 
+    def with_names(self, names):
+        """The same parameterization for tasks of given names, where it speaks of tasks."""
+        return self
+
+    def new_state(self, factors, start, tasks, dtype):
+        """What a layer keeps beside the factors, or None (of most parameterizations).
+
+        Args:
+            factors: function without arguments that returns the dict of the variables.
+            start: dict of arrays, their start values.
+            tasks: int, T.
+            dtype: str, dtype of float state.
+
+        Returns:
+            A Keras layer without inputs: `call(training)` updates it in training, and
+            `tensors()` is a dict that `compose` finds among the factors.
+        """
+        return None
+
     def compose(self, factors, tasks):
         """The kernels as one tensor `(T, *window, in, out)`.
 
         The task axis comes first here, so that one task's kernel is contiguous.
 
         Args:
-            factors: dict of tensors by factor name.
+            factors: dict of tensors by factor name, and those of the state.
             tasks: int, T.
         """
         raise NotImplementedError

@@ -213,11 +213,11 @@ def test_online_estimates_converge_on_real_labels(data_dir, momentum, sizes):
     sets = {task: preprocessing.scale(x) for task, x in mtfl.labels_of(training).items()}
     rng = np.random.default_rng(0)
     for size in sizes:
-        steps = round(10 / (1 - momentum))
+        steps = max(500, round(10 / (1 - momentum)))
         found = mtfl.online_estimates({"x": sets}, momentum, size, steps, rng)["x"]
         late = found[steps // 2 :]
         offline = mtfl.offline_estimates(
             sets, mtfl.examples_remembered(momentum, size), 20, rng
         )
         assert late.mean() == pytest.approx(offline.mean(), abs=0.01)
-        assert late.std() < 0.02
+        assert late.std() < 0.03

@@ -6,10 +6,16 @@ import pytest
 from keras import ops
 
 from dmtrl_keras import layers, parameterizations
-from dmtrl_keras.layers.factorized import _CLASSES, with_sharing
+from dmtrl_keras.layers.named import _CLASSES, with_sharing
 from dmtrl_keras.testing import check_layer
 
-KINDS = sorted({f"{kind.__name__}" for _, kind in _CLASSES})
+KINDS = sorted(
+    {
+        kind.__name__
+        for _, kind in _CLASSES
+        if issubclass(kind, parameterizations.FactorizedParameterization)
+    }
+)
 DIMENSIONS = {"Dense": (4,), "Conv1D": (6, 4), "Conv2D": (5, 5, 4), "Conv3D": (4, 4, 4, 4)}
 
 

@@ -208,9 +208,12 @@ def test_permuting_tasks(case, name, rng):
     _, x = inputs_of(case, rng, shared=True)
     outputs = np.split(ops.convert_to_numpy(layer(x)), T, -1)
     order = [2, 0, 1]
-    values = layer.sharing.decompose(ops.convert_to_numpy(layer.kernel)[..., order])
+    kernel = layer.factors["kernel"] if name == "similar" else layer.kernel
+    values = layer.sharing.decompose(ops.convert_to_numpy(kernel)[..., order])
     for key, variable in layer.factors.items():
         variable.assign(values[key])
+    if layer.selection is not None:
+        layer.selection.refresh()
     layer.bias.assign(ops.convert_to_numpy(layer.bias)[:, order])
     again = np.split(ops.convert_to_numpy(layer(x)), T, -1)
     for t in range(T):
@@ -343,6 +346,8 @@ def test_task_matrices():
             np.testing.assert_array_equal(matrix, np.eye(T))
         elif name == "hard":
             np.testing.assert_array_equal(matrix, np.ones((1, T)))
+        elif name == "similar":
+            np.testing.assert_allclose(matrix.sum(axis=0), 1, atol=1e-6)
         else:
             assert matrix.shape[0] == layer.rank[-1]
 

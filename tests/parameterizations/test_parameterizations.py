@@ -32,6 +32,9 @@ def test_full_rank_reproduces_the_kernels(name, shape, rng):
     sharing = parameterizations.get(name)
     if name == "hard":
         kernel = np.repeat(kernel[..., :1], shape[-1], axis=-1)
+    elif name == "similar":
+        # No two of these kernels are that similar.
+        sharing = type(sharing)(threshold=1.0)
     elif name != "independent":
         sharing = type(sharing)(rank=1.0)
     values = sharing.decompose(kernel)
@@ -79,7 +82,7 @@ def test_every_plan_gives_the_same(name, shared_input, window, rng):
     tasks, inputs, outputs = 4, 5, 6
     kernel = rng.normal(size=(*window, inputs, outputs, tasks))
     sharing = parameterizations.get(name)
-    if name not in ("hard", "independent"):
+    if issubclass(type(sharing), parameterizations.FactorizedParameterization):
         sharing = type(sharing)(rank=0.6)
     values = sharing.decompose(kernel)
     factors = tensors(values)
@@ -100,7 +103,7 @@ def test_every_plan_gives_the_same(name, shared_input, window, rng):
         expected.append(ops.convert_to_numpy(out))
     expected = np.concatenate(expected, axis=-1)
     plans = sharing.contractions(shapes_of(values))
-    assert plans or name == "independent"
+    assert plans or name in ("independent", "similar")
     for plan in plans:
         actual = apply_plan(
             plan,
@@ -205,12 +208,15 @@ def test_replicate_gives_equal_kernels(name, shape, rng):
     """Every task's kernel is the given one, at full rank; the task rank is full too."""
     tasks, kernel = 4, rng.normal(size=shape)
     sharing = parameterizations.get(name)
-    if name not in ("independent", "hard"):
+    factorized = isinstance(sharing, parameterizations.FactorizedParameterization)
+    if factorized:
         sharing = type(sharing)(rank=1.0)
+    elif name == "similar":
+        sharing = type(sharing)(threshold=1.0)
     values = sharing.replicate(kernel, tasks)
     composed = ops.convert_to_numpy(sharing.compose(tensors(values), tasks))
     np.testing.assert_allclose(composed, np.stack([kernel] * tasks), atol=1e-5)
-    if name in ("independent", "hard"):
+    if not factorized:
         return
     matrix = ops.convert_to_numpy(sharing.task_matrix(tensors(values), tasks))
     size = kernel.size
@@ -260,7 +266,7 @@ def test_replicate_takes_every_kind_of_rank(kind, rng):
 @pytest.mark.parametrize("units", [5, 1])
 def test_replicated_tasks_can_differ(kind, units, rng):
     """The first gradient step already takes the tasks apart, other than by scale."""
-    from dmtrl_keras.layers.factorized import with_sharing
+    from dmtrl_keras.layers.named import with_sharing
 
     tasks, kernel = 3, rng.normal(size=(6, units))
     sharing = kind(tolerance=0.5)

@@ -21,6 +21,11 @@ from dmtrl_keras.factorization import (
     factorization_report,
     factorize,
 )
+from dmtrl_keras.kernel_sharing import (
+    KernelSharing,
+    kernel_sharing_ratio,
+    merge_similar_kernels,
+)
 from dmtrl_keras.layers import task_layers
 from dmtrl_keras.model import MultiTaskModel
 from dmtrl_keras.networks import relationship_network
@@ -36,6 +41,7 @@ from dmtrl_keras.sharing import (
     sharing_strength,
     sharing_strength_of,
 )
+from dmtrl_keras.similar_kernels import aggregate_similar_kernels
 from dmtrl_keras.summary import LayerSummary, task_summary
 from dmtrl_keras.task_relation import (
     Relation,
@@ -46,6 +52,7 @@ from dmtrl_keras.version import __version__
 
 __all__ = [
     "Factorization",
+    "KernelSharing",
     "LayerSummary",
     "ModeCovariance",
     "MultiTaskModel",
@@ -53,15 +60,18 @@ __all__ = [
     "TaskRelationModel",
     "TensorNormalRegularizer",
     "__version__",
+    "aggregate_similar_kernels",
     "canonical_correlation",
     "conversion",
     "decomposition",
     "export_tasks",
     "factorization_report",
     "factorize",
+    "kernel_sharing_ratio",
     "label_similarity",
     "layers",
     "losses",
+    "merge_similar_kernels",
     "metrics",
     "multitask",
     "optimizers",

@@ -100,36 +100,60 @@ def factorize(
         )
     if ranks is not None and layers is None:
         layers = list(ranks)
+    chosen = _chosen(model, layers)
+
+    def factorized(layer):
+        if id(layer) not in chosen:
+            return None
+        own = rank if ranks is None else ranks[layer.name]
+        return _factorized(layer, kind(own, tolerance, implementation, threshold))
+
+    new = with_layers(model, factorized, "factorize")
+    if verbose:
+        print_report(new)
+    return new
+
+
+def with_layers(model, replace, owner):
+    """A copy of a model in which some layers with T kernels are others.
+
+    Args:
+        model: a built functional or Sequential model.
+        replace: function of a layer that returns another one with T kernels, unbuilt, which
+            has a start of its own for them; or None, for an equal copy.
+        owner: str, the function to name in the error.
+
+    Returns:
+        The new model. Layers that aren't replaced have their weights, the others their
+        biases and the state of their priors.
+
+    Raises:
+        ValueError: if the layers of such a model can't be replaced.
+    """
     if not isinstance(model, keras.Sequential) and not hasattr(model, "operations"):
         raise ValueError(
-            "`factorize` needs a functional or Sequential model, whose layers can be "
+            f"`{owner}` needs a functional or Sequential model, whose layers can be "
             f"replaced. Received: {type(model).__name__} {model.name!r}."
         )
-    chosen = _chosen(model, layers)
     copies = []
 
     def clone(layer):
-        if id(layer) in chosen:
-            own = rank if ranks is None else ranks[layer.name]
-            sharing = kind(own, tolerance, implementation, threshold)
-            copy = _factorized(layer, sharing)
-        else:
-            copy = type(layer).from_config(layer.get_config())
-        copies.append((copy, layer))
+        copy = replace(layer)
+        replaced = copy is not None
+        copy = copy if replaced else type(layer).from_config(layer.get_config())
+        copies.append((copy, layer, replaced))
         return copy
 
     with sharing_scope():
         new = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    for copy, layer in copies:
-        if id(layer) not in chosen:
+    for copy, layer, replaced in copies:
+        if not replaced:
             copy.set_weights(layer.get_weights())
             continue
         if layer.use_bias:
             copy.bias.assign(layer.bias)
         if layer.prior is not None:
             copy.prior.set_weights(layer.prior.get_weights())
-    if verbose:
-        print_report(new)
     return new
 
 

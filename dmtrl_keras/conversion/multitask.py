@@ -255,9 +255,13 @@ def _sharing_of(sharing, layers, names, rank, tolerance, implementation, thresho
 
     def factorized(kind):
         nonlocal ranked, limited
-        ranked = limited = True
+        ranked = True
         default = 0.1 if rank is None and tolerance is None else tolerance
-        return kind(rank, default, implementation, threshold or "frobenius")
+        # A dict is for the similar kernels beside them.
+        by_layer = threshold is None or isinstance(threshold, dict)
+        limited = limited or not by_layer
+        error = "frobenius" if by_layer else threshold
+        return kind(rank, default, implementation, error)
 
     def similar():
         nonlocal limited

@@ -14,7 +14,7 @@ from dmtrl_keras.parameterizations.base import (
 )
 from dmtrl_keras.parameterizations.independent import Hard, Independent
 from dmtrl_keras.parameterizations.laf import LAF
-from dmtrl_keras.parameterizations.similar import SimilarKernels
+from dmtrl_keras.parameterizations.similar import SimilarKernels, StoredOnce
 from dmtrl_keras.parameterizations.tt import TT
 from dmtrl_keras.parameterizations.tucker import Tucker
 
@@ -26,6 +26,7 @@ __all__ = [
     "Independent",
     "Parameterization",
     "SimilarKernels",
+    "StoredOnce",
     "Tucker",
     "get",
     "names",

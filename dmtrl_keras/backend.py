@@ -5,6 +5,7 @@ on TensorFlow, JAX and PyTorch.
 """
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -130,6 +131,25 @@ def eager_scope():
         device = get_device()
         return device_scope("cpu" if device == "meta" else device)
     return contextlib.nullcontext()
+
+
+def fused(function):
+    """A function that runs as one compiled loop, where the backend does not fuse by itself.
+
+    Args:
+        function: function of tensors, without state, whose gradient is never taken.
+    """
+    compiled = []
+
+    @functools.wraps(function)
+    def call(*arguments):
+        if keras.backend.backend() != "tensorflow":
+            return function(*arguments)
+        if not compiled:
+            compiled.append(tensorflow().function(function, jit_compile=True))
+        return compiled[0](*arguments)
+
+    return call
 
 
 def all_reduce_sum(x):

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.backend import fused
+
 # The thresholds that the paper found best, section 4.3.
 THRESHOLDS = {"related": 0.4, "unrelated": 0.55}
 PAIRINGS = ("all", "index")
@@ -131,50 +133,101 @@ def aggregate(kernels, selection, weights):
     return own * kernels + ops.matmul(ops.cast(others, kernels.dtype), kernels)
 
 
-def listed(selection, capacity):
-    """The first similar pairs as a list of fixed length.
+def partners_of(selection, capacity):
+    """For each kernel, the similar ones of other tasks, in a list of fixed length.
 
     Args:
-        selection: bool tensor `(size, size)`.
-        capacity: int, the length of the list.
+        selection: bool tensor `(groups, size, size)`, as from `similar_pairs`.
+        capacity: int, the length of the lists.
 
     Returns:
-        `(pairs, count)`: an int32 tensor `(2, capacity)` of row and column of each pair,
-        `(0, 0)` after the last; and the number of all pairs, which may be more.
+        `(partners, counts)`, int32 tensors: `(groups * size, capacity)`, numbers of rows,
+        those of the partners first; and `(groups * size,)`, how many partners each
+        kernel has, which may be more than the list holds.
     """
-    size = selection.shape[0]
-    found = ops.cumsum(ops.cast(ops.reshape(selection, (-1,)), "int32"))
-    count = found[-1]
-    places = ops.searchsorted(found, ops.arange(1, capacity + 1, dtype="int32"))
-    places = ops.cast(places, "int32")
-    # Beyond the last pair the search ends behind the array.
-    places = ops.where(places < size * size, places, ops.zeros_like(places))
-    return ops.stack([places // size, places % size]), count
+    groups, size, _ = selection.shape
+    ones = ops.cast(selection, "int32")
+    # Of equal values the first come first.
+    _, members = ops.top_k(ops.cast(selection, "float32"), capacity)
+    start = size * ops.arange(groups, dtype="int32")[:, None, None]
+    partners = ops.reshape(ops.cast(members, "int32") + start, (groups * size, capacity))
+    return partners, ops.reshape(ops.sum(ones, axis=-1), (groups * size,))
 
 
-def aggregate_listed(rows, pairs, count, weights):
-    """`aggregate` by the listed pairs alone, for few of them among many kernels.
+def partner_coefficients(partners, counts, weights, dtype):
+    """`coefficients`, of listed partners only.
 
     Args:
-        rows: tensor `(size, d)`.
-        pairs: int tensor `(2, capacity)`, as from `listed`.
-        count: int tensor, the number of pairs, at most the capacity.
-        weights: tensor `(T, T)`.
+        partners: int tensor `(size, capacity)`, as from `partners_of`.
+        counts: int tensor `(size,)`.
+        weights: tensor `(T, T)`, `phi_ij`, in full precision.
+        dtype: str, that of the kernels.
 
     Returns:
-        A tensor `(size, d)`.
+        `(own, to_own, to_theirs)`: the coefficients of the kernels themselves, `(size,)`;
+        and two tensors like `partners`, 0 beyond the last of them, those with which the
+        partners of a kernel contribute to it, and with which it contributes to them.
     """
-    size, tasks = rows.shape[0], weights.shape[0]
-    first, second = pairs[0], pairs[1]
-    dtype = weights.dtype
-    counted = ops.cast(ops.arange(pairs.shape[1], dtype="int32") < count, dtype)
-    sizes = ops.segment_sum(counted, first, num_segments=size)
+    capacity, tasks = partners.shape[1], weights.shape[0]
+    own_task = ops.arange(partners.shape[0], dtype="int32")[:, None] % tasks
+    their_task = partners % tasks
     flat = ops.reshape(weights, (-1,))
-    others = ops.take(flat, (second % tasks) * tasks + first % tasks)
-    others = others * counted / ops.maximum(ops.take(sizes, first), 1)
-    own = ops.cast(1 - ops.segment_sum(others, first, num_segments=size), rows.dtype)
-    mixed = ops.take(rows, second, axis=0) * ops.cast(others, rows.dtype)[:, None]
-    return own[:, None] * rows + ops.segment_sum(mixed, first, num_segments=size)
+    banks = ops.cast(ops.maximum(counts, 1), flat.dtype)
+    to_own = ops.take(flat, their_task * tasks + own_task) / banks[:, None]
+    to_theirs = ops.take(flat, own_task * tasks + their_task) / ops.take(banks, partners)
+    listed = ops.arange(capacity, dtype="int32") < counts[:, None]
+    to_own = ops.where(listed, to_own, ops.zeros_like(to_own))
+    to_theirs = ops.where(listed, to_theirs, ops.zeros_like(to_theirs))
+    # The gradient of the two others is in that of `to_own`.
+    own = ops.stop_gradient(1 - ops.sum(to_own, axis=1))
+    to_theirs = ops.stop_gradient(to_theirs)
+    return tuple(ops.cast(x, dtype) for x in (own, to_own, to_theirs))
+
+
+def aggregate_partners(kernels, partners, coefficients, learned=False):
+    """`aggregate` by the lists of partners: no kernel meets any but these.
+
+    The gradient, too, gathers: pairs are symmetric, so that the transposed matrix of
+    coefficients has the same lists. Adding to scattered columns would be far slower.
+
+    Args:
+        kernels: tensor `(d, size)`, a kernel in each column. In a branch of a condition all
+            tensors must come from outside of it, since the gradient needs them.
+        partners: int tensor `(size, capacity)`.
+        coefficients: as from `partner_coefficients`, of the kernels' dtype.
+        learned: bool, whether they need a gradient.
+
+    Returns:
+        A tensor `(d, size)`.
+    """
+    own, to_own, to_theirs = coefficients
+
+    @ops.custom_gradient
+    def mix(kernels, to_own):
+        def gradient(*arguments, upstream=None):
+            upstream = arguments[0] if upstream is None else upstream
+            to_kernels = _combine(upstream, own, to_theirs, partners)
+            if not learned:
+                return to_kernels, ops.zeros_like(to_own)
+            return to_kernels, _inner_products(upstream, kernels, partners)
+
+        return _combine(kernels, own, to_own, partners), gradient
+
+    return mix(kernels, to_own)
+
+
+@fused
+def _combine(kernels, own, others, partners):
+    """`own` times each column plus `others` times those of its partners."""
+    taken = ops.take(kernels, partners, axis=1)
+    return own * kernels + ops.sum(taken * others, axis=-1)
+
+
+@fused
+def _inner_products(upstream, kernels, partners):
+    """The gradient of `others`: each adds a partner and takes away the column itself."""
+    taken = ops.take(kernels, partners, axis=1)
+    return ops.sum(upstream[..., None] * (taken - kernels[..., None]), axis=0)
 
 
 def related_tasks(tasks, groups=None):

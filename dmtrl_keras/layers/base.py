@@ -326,9 +326,11 @@ class TaskLayer(keras.layers.Layer):
                 f"{self._owner()}: build the layer before accessing `{name}`."
             )
 
-    def _tensors(self):
+    def _tensors(self, training=False):
         tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
-        return tensors if self.selection is None else tensors | self.selection.tensors()
+        if self.selection is None:
+            return tensors
+        return tensors | self.selection.tensors(training)
 
     def _composed(self, factors):
         """The kernels `(T, *window, in, out)`, the constraint applied."""
@@ -406,12 +408,12 @@ class TaskLayer(keras.layers.Layer):
     def _convolve(self, x, kernel):
         raise NotImplementedError
 
-    def _apply(self, x):
+    def _apply(self, x, training):
         """Channels-last activations through the kernels, to the grouped layout."""
         return apply_plan(
             self._plan,
             x,
-            self._tensors(),
+            self._tensors(training),
             tasks=self.tasks,
             shared_input=self.shared_input,
             convolve=self._convolve,
@@ -427,7 +429,7 @@ class TaskLayer(keras.layers.Layer):
         if first:
             axes = len(x.shape)
             x = ops.transpose(x, (0, *range(2, axes), 1))
-        x = self._apply(x)
+        x = self._apply(x, training)
         if self.use_bias:
             bias = ops.transpose(ops.convert_to_tensor(self.bias))
             x = ops.add(x, ops.reshape(bias, (-1,)))

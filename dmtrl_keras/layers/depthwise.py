@@ -85,8 +85,8 @@ class TaskDepthwiseConv(TaskLayer):
     def _can_contract(self):
         return False
 
-    def _apply(self, x):
-        kernel = self._composed(self._tensors())
+    def _apply(self, x, training):
+        kernel = self._composed(self._tensors(training))
         _, *window, channels, multiplier = kernel.shape
         if self.shared_input:
             # Every channel has the multipliers of all tasks, which are then moved

@@ -119,7 +119,7 @@ class Parameterization:
 
         Returns:
             A Keras layer without inputs: `call(training)` updates it in training, and
-            `tensors()` is a dict that `compose` finds among the factors.
+            `tensors(training)` is a dict that `compose` finds among the factors.
         """
         return None
 

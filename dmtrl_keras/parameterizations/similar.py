@@ -10,10 +10,11 @@ from keras import ops
 from dmtrl_keras import similar_kernels
 from dmtrl_keras.backend import eager_scope, full_precision
 from dmtrl_keras.parameterizations.base import Parameterization, register
+from dmtrl_keras.parameterizations.independent import Independent
 from dmtrl_keras.state import state_weight
 
-# From this many kernels for each pair in the list, a list is faster than a matrix product.
-_SPARSE = 64
+# In training a kernel is aggregated with its partners alone if none has more than these.
+_PARTNERS = 8
 
 
 @register
@@ -169,7 +170,7 @@ class SimilarKernels(Parameterization):
 
         Returns:
             A dict: `"selection"`, an int8 tensor `(groups, size, size)`, 1 for the pairs;
-            where there are many kernels also `"pairs"` and `"count"`, the same as a list.
+            and the same as lists, `"partners"` and `"counts"`.
         """
         tasks = kernel.shape[-1]
         compared = similar_kernels.comparable(
@@ -178,51 +179,70 @@ class SimilarKernels(Parameterization):
         selection = similar_kernels.similar_pairs(
             compared, self.threshold_at(step), self._groups(tasks)
         )
-        found = {"selection": ops.cast(selection, "int8")}
         capacity = self._capacity(kernel.shape)
-        if capacity:
-            found["pairs"], found["count"] = similar_kernels.listed(selection[0], capacity)
-        return found
+        partners, counts = similar_kernels.partners_of(selection, capacity)
+        return {
+            "selection": ops.cast(selection, "int8"),
+            "partners": partners,
+            "counts": counts,
+        }
 
     def _capacity(self, shape):
-        """The length of the list of pairs; 0: none, since a matrix product costs little."""
-        *_, outputs, tasks = shape
-        partners = max(4, tasks - 1)
-        few = self.pairs == "index" or outputs * tasks <= _SPARSE * partners
-        return 0 if few else partners * outputs * tasks
+        """How many partners of a kernel are listed."""
+        return min(self._most(shape), max(_PARTNERS, shape[-1] - 1))
 
     def compose(self, factors, tasks):
         kernel = factors["kernel"]
+        if tasks > 1 and "selection" not in factors:
+            factors = factors | self.select(ops.stop_gradient(kernel), 0)
+            # One use is not worth the compilation.
+            del factors["partners"]
+        if tasks == 1 or "partners" in factors:
+            if tasks > 1:
+                kernel = self._by_partners(kernel, factors)
+            return Independent().compose({"kernel": kernel}, tasks)
+        return self._by_matrix(kernel, factors)
+
+    def _by_matrix(self, kernel, factors):
         rows = similar_kernels.kernel_rows(kernel)
-        if tasks > 1:
-            if "selection" not in factors:
-                factors = factors | self.select(ops.stop_gradient(kernel), 0)
-            rows = self._aggregated(rows, factors)
-        return similar_kernels.kernels_by_task(rows, kernel.shape)
-
-    def _aggregated(self, rows, factors):
-        tasks = factors["kernel"].shape[-1]
+        compared = similar_kernels.comparable(rows, kernel.shape[-1], self.pairs)
         weights = self.task_weights(factors)
+        mixed = similar_kernels.aggregate(compared, factors["selection"], weights)
+        mixed = ops.reshape(mixed, rows.shape)
+        return similar_kernels.kernels_by_task(mixed, kernel.shape)
 
-        def by_matrix():
-            compared = similar_kernels.comparable(rows, tasks, self.pairs)
-            mixed = similar_kernels.aggregate(compared, factors["selection"], weights)
-            return ops.reshape(mixed, rows.shape)
+    def _by_partners(self, kernel, factors):
+        """The aggregated kernels, by the lists where they are long enough."""
+        partners, counts = factors["partners"], factors["counts"]
+        *shape, outputs, tasks = kernel.shape
+        coefficients = similar_kernels.partner_coefficients(
+            partners, counts, self.task_weights(factors), kernel.dtype
+        )
+        columns = ops.reshape(kernel, (int(np.prod(shape)), outputs * tasks))
 
-        if "pairs" not in factors:
-            return by_matrix()
-        pairs, count = factors["pairs"], factors["count"]
+        def listed():
+            mixed = similar_kernels.aggregate_partners(
+                columns, partners, coefficients, learned=self.weights == "learned"
+            )
+            return ops.reshape(mixed, kernel.shape)
+
+        if partners.shape[1] >= self._most(kernel.shape):
+            return listed()
         return ops.cond(
-            count <= pairs.shape[1],
-            lambda: similar_kernels.aggregate_listed(rows, pairs, count, weights),
-            by_matrix,
+            ops.max(counts) <= partners.shape[1],
+            listed,
+            lambda: ops.moveaxis(self._by_matrix(kernel, factors), 0, -1),
         )
 
+    def _most(self, shape):
+        """The most partners that a kernel can have."""
+        *_, outputs, tasks = shape
+        return (tasks - 1) * (1 if self.pairs == "index" else outputs)
+
     def compose_flops(self, shapes):
-        *window, outputs, tasks = shapes["kernel"]
-        size = tasks if self.pairs == "index" else tasks * outputs
-        listed = self._capacity(shapes["kernel"])
-        return 2 * int(np.prod(window)) * (listed or outputs * tasks * size)
+        shape = shapes["kernel"]
+        partners = self._capacity(shape) if shape[-1] > 1 else 0
+        return 2 * int(np.prod(shape)) * (partners + 1)
 
     def task_matrix(self, factors, tasks):
         """How much of task t's kernels comes from task k's: `(T, T)`, columns sum to 1."""
@@ -346,9 +366,11 @@ class SelectionState(keras.layers.Layer):
         self.step = state_weight(self, "step", np.zeros((), "int32"))
         self.built = True
 
-    def tensors(self):
-        """The choice, by name, for `SimilarKernels.compose`."""
-        return {name: ops.convert_to_tensor(v) for name, v in self._chosen.items()}
+    def tensors(self, training=False):
+        """The choice, by name, for `SimilarKernels.compose`; in training with the lists."""
+        names = self._chosen if training else ["selection"]
+        # The values: Keras takes its variables for tensors, but a gradient can't read them.
+        return {name: ops.stop_gradient(self._chosen[name]) for name in names}
 
     def refresh(self):
         """Choose the pairs anew from the kernels as they are now."""
@@ -374,7 +396,7 @@ class SelectionState(keras.layers.Layer):
             values = ops.cond(
                 ops.equal(step % every, 0),
                 lambda: self._select(step),
-                lambda: list(self.tensors().values()),
+                lambda: list(self.tensors(training=True).values()),
             )
         self._assign(values)
         self.step.assign(step + 1)

@@ -102,25 +102,43 @@ def test_equals_a_plain_loop(threshold, tasks, pairs, rng):
     np.testing.assert_allclose(tape.gradient(loss, variable), back, atol=1e-5)
 
 
-def test_list_equals_matrix(rng):
-    """Many kernels: the list of pairs, and the matrix when they are too many for it."""
-    tasks = 3
-    kernel = draw(rng, tasks, shape=(3, 4, 130))
-    weights = random_weights(rng, tasks)
-    for threshold, listed in ((0.75, True), (0.3, False)):
-        sharing = SimilarKernels(threshold, weights)
-        found = sharing.select(ops.convert_to_tensor(kernel), 0)
-        assert (found["count"] <= found["pairs"].shape[1]) == listed
-        count = int(found["count"])
-        assert count == int(ops.sum(ops.cast(found["selection"], "int32"))) > 100
-        composed = sharing.compose({"kernel": ops.convert_to_tensor(kernel)} | found, tasks)
-        expected, _ = plain_loop(kernel, threshold, weights)
-        composed = np.moveaxis(ops.convert_to_numpy(composed), 0, -1)
-        np.testing.assert_allclose(composed, expected, atol=1e-5)
-        if listed:
-            pairs = ops.convert_to_numpy(found["pairs"])[:, :count]
-            where = np.nonzero(ops.convert_to_numpy(found["selection"][0]))
-            np.testing.assert_array_equal(pairs, where)
+@pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
+@pytest.mark.parametrize("weights", ["matrix", "learned"])
+@pytest.mark.parametrize("threshold", [0.75, 0.3])
+def test_training_equals_the_loop(threshold, weights, pairs, rng):
+    """By lists of partners, and by the matrix where they are too long: also gradients."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("gradients are compared on TensorFlow")
+    tf = tensorflow()
+    tasks, shape = 3, (3, 4, 30)
+    kernel = draw(rng, tasks, shape=shape)
+    logits = rng.normal(size=(tasks, tasks)).astype("float32")
+    phi = 1 / (1 + np.exp(logits.T - logits))
+    sharing = SimilarKernels(threshold, phi if weights == "matrix" else "learned", pairs)
+    found = sharing.select(tf.constant(kernel), 0)
+    capacity = found["partners"].shape[1]
+    assert capacity == (8 if pairs == "all" else 2)
+    fits = int(ops.max(found["counts"])) <= capacity
+    assert fits == (threshold == 0.75 or pairs == "index")
+    assert int(ops.sum(found["counts"])) > 10
+    gradient = rng.normal(size=kernel.shape).astype("float32")
+    expected, back = plain_loop(kernel, threshold, phi, pairs, gradient=gradient)
+    variables = {"kernel": tf.Variable(kernel)}
+    if weights == "learned":
+        variables["logits"] = tf.Variable(logits)
+    results = []
+    for factors in (found, {"selection": found["selection"]}):
+        with tf.GradientTape() as tape:
+            composed = sharing.compose(
+                {n: tf.convert_to_tensor(v) for n, v in variables.items()} | factors, tasks
+            )
+            loss = tf.reduce_sum(ops.moveaxis(composed, 0, -1) * gradient)
+        actual = np.moveaxis(ops.convert_to_numpy(composed), 0, -1)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        results.append(tape.gradient(loss, list(variables.values())))
+        np.testing.assert_allclose(results[-1][0], back, atol=1e-5)
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
@@ -239,8 +257,8 @@ def test_promises(cls, arguments, shape, rng):
     check_layer(lambda **k: cls(5, 2, 3, common_draw=False, **arguments, **k), x)
 
 
-def test_promises_with_a_list(rng):
-    """The same where pairs are listed."""
+def test_promises_with_many_kernels(rng):
+    """The same where kernels have more partners than are listed."""
     x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
     check_layer(lambda **k: SimilarKernelConv(90, 3, 3, common_draw=False, **k), x)
 

@@ -164,9 +164,10 @@ def partner_coefficients(partners, counts, weights, dtype):
         dtype: str, that of the kernels.
 
     Returns:
-        `(own, to_own, to_theirs)`: the coefficients of the kernels themselves, `(size,)`;
-        and two tensors like `partners`, 0 beyond the last of them, those with which the
-        partners of a kernel contribute to it, and with which it contributes to them.
+        `(own, to_own, to_theirs, partners)`: the coefficients of the kernels themselves,
+        `(size,)`; two tensors like `partners`, 0 beyond the last of them, those with which
+        the partners of a kernel contribute to it, and with which it contributes to them;
+        and the partners as float32 numbers.
     """
     capacity, tasks = partners.shape[1], weights.shape[0]
     own_task = ops.arange(partners.shape[0], dtype="int32")[:, None] % tasks
@@ -181,10 +182,12 @@ def partner_coefficients(partners, counts, weights, dtype):
     # The gradient of the two others is in that of `to_own`.
     own = ops.stop_gradient(1 - ops.sum(to_own, axis=1))
     to_theirs = ops.stop_gradient(to_theirs)
-    return tuple(ops.cast(x, dtype) for x in (own, to_own, to_theirs))
+    parts = (ops.cast(x, dtype) for x in (own, to_own, to_theirs))
+    # Functions with gradients of their own take no ints on JAX.
+    return (*parts, ops.cast(partners, "float32"))
 
 
-def aggregate_partners(kernels, partners, coefficients, learned=False):
+def aggregate_partners(kernels, coefficients, learned=False):
     """`aggregate` by the lists of partners: no kernel meets any but these.
 
     The gradient, too, gathers: pairs are symmetric, so that the transposed matrix of
@@ -193,40 +196,40 @@ def aggregate_partners(kernels, partners, coefficients, learned=False):
     Args:
         kernels: tensor `(d, size)`, a kernel in each column. In a branch of a condition all
             tensors must come from outside of it, since the gradient needs them.
-        partners: int tensor `(size, capacity)`.
         coefficients: as from `partner_coefficients`, of the kernels' dtype.
         learned: bool, whether they need a gradient.
 
     Returns:
         A tensor `(d, size)`.
     """
-    own, to_own, to_theirs = coefficients
 
     @ops.custom_gradient
-    def mix(kernels, to_own):
+    def mix(kernels, own, to_own, to_theirs, partners):
         def gradient(*arguments, upstream=None):
             upstream = arguments[0] if upstream is None else upstream
+            weights = ops.zeros_like(to_own)
+            if learned:
+                weights = _inner_products(upstream, kernels, partners)
+            none = map(ops.zeros_like, (to_theirs, partners))
             to_kernels = _combine(upstream, own, to_theirs, partners)
-            if not learned:
-                return to_kernels, ops.zeros_like(to_own)
-            return to_kernels, _inner_products(upstream, kernels, partners)
+            return (to_kernels, ops.zeros_like(own), weights, *none)
 
         return _combine(kernels, own, to_own, partners), gradient
 
-    return mix(kernels, to_own)
+    return mix(kernels, *coefficients)
 
 
 @fused
 def _combine(kernels, own, others, partners):
     """`own` times each column plus `others` times those of its partners."""
-    taken = ops.take(kernels, partners, axis=1)
+    taken = ops.take(kernels, ops.cast(partners, "int32"), axis=1)
     return own * kernels + ops.sum(taken * others, axis=-1)
 
 
 @fused
 def _inner_products(upstream, kernels, partners):
     """The gradient of `others`: each adds a partner and takes away the column itself."""
-    taken = ops.take(kernels, partners, axis=1)
+    taken = ops.take(kernels, ops.cast(partners, "int32"), axis=1)
     return ops.sum(upstream[..., None] * (taken - kernels[..., None]), axis=0)
 
 

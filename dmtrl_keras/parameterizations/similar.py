@@ -221,9 +221,8 @@ class SimilarKernels(Parameterization):
         columns = ops.reshape(kernel, (int(np.prod(shape)), outputs * tasks))
 
         def listed():
-            mixed = similar_kernels.aggregate_partners(
-                columns, partners, coefficients, learned=self.weights == "learned"
-            )
+            learned = self.weights == "learned"
+            mixed = similar_kernels.aggregate_partners(columns, coefficients, learned)
             return ops.reshape(mixed, kernel.shape)
 
         if partners.shape[1] >= self._most(kernel.shape):

@@ -505,8 +505,13 @@ def _constant(value):
 
 def task_layers(model):
     """The layers of a model that hold T kernels, nested models included, in order."""
-    return [
-        layer
-        for layer in model._flatten_layers(include_self=False)
-        if isinstance(layer, TaskLayer)
-    ]
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, TaskLayer):
+            found.append(layer)
+        elif isinstance(layer, keras.Model):
+            found += task_layers(layer)
+        else:
+            inner = layer._flatten_layers(include_self=False)
+            found += [child for child in inner if isinstance(child, TaskLayer)]
+    return found

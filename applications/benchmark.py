@@ -12,7 +12,8 @@ Training steps of the paper's LeNet with T tasks:
 Those of a backbone of `keras.applications`, T copies of it in one model against
 `multitask` of it, with the seconds that building takes.
 
-And what a tensor-normal prior, or a Task Relation Layer, adds to a backbone's step.
+And what a tensor-normal prior, a Task Relation Layer, or the sharing of similar kernels adds
+to a backbone's step.
 
     python -m applications.benchmark
     python -m applications.benchmark --parts prior --readme README.md
@@ -42,6 +43,7 @@ from dmtrl_keras import (
 from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
+from dmtrl_keras.parameterizations import SimilarKernels
 
 from .experiment import markdown_table, rich_table, write_block
 from .mnist import FACTORIZATIONS, Trainer, draw, lenet
@@ -49,7 +51,7 @@ from .mnist import parser as mnist_parser
 from .resnet import resnet18
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
-PARTS = ("lenet", "backbone", "prior", "relation")
+PARTS = ("lenet", "backbone", "prior", "relation", "similar")
 
 
 def plain_networks(tasks, padding, fc):
@@ -297,6 +299,55 @@ def relation_table(options):
     )
 
 
+def similar_table(options):
+    """What MTAL's sharing adds to the training step of T independent backbones.
+
+    All tasks start from one backbone, so that every kernel has a partner in each task.
+    """
+    name, size, tasks = options.similar_backbone, options.image_size, options.backbone_tasks
+    every = options.similar_update_every
+    rng = np.random.default_rng(0)
+    shape = (options.backbone_batch, size, size, 3)
+    images = {f"task_{t}": rng.normal(size=shape).astype("float32") for t in range(tasks)}
+    labels = {task: rng.integers(10, size=len(x)) for task, x in images.items()}
+    backbone = backbone_of(name, size)
+    never = 10**9
+    variants = {
+        "independent": "independent",
+        "kept": SimilarKernels(0.4, update_every=never),
+        "all": SimilarKernels(0.4),
+        "index": SimilarKernels(0.4, pairs="index"),
+        "many": SimilarKernels(0.0, update_every=never),
+    }
+    steps = {
+        key: training_step(
+            multitask(backbone, tasks, sharing=sharing, shared_input=False, heads=10),
+            images,
+            labels,
+            "sparse_categorical_crossentropy",
+        )
+        for key, sharing in variants.items()
+    }
+    times = in_turn(steps, options.repeats)
+    times["together"] = times["kept"] + (times["all"] - times["kept"]) / every
+    parts = {
+        "independent kernels": "independent",
+        "threshold 0.4, all pairs, chosen in every step": "all",
+        f"the same, chosen every {every} steps (computed)": "together",
+        "the same, never chosen anew": "kept",
+        "threshold 0.4, pairs of equal index, chosen in every step": "index",
+        "threshold 0, never chosen anew: more partners than are listed": "many",
+    }
+    return pd.DataFrame(
+        {
+            "Training step": part,
+            "ms": f"{times[key] * 1e3:.0f}",
+            "Ratio to independent": f"{times[key] / times['independent']:.2f}",
+        }
+        for part, key in parts.items()
+    )
+
+
 def naive_table(options):
     """The penalty and its gradient, with mode products and with the Kronecker product."""
     tf = tensorflow()
@@ -466,6 +517,8 @@ def parser():
     p.add_argument("--relation-batch", type=int, default=128)
     p.add_argument("--relation-image-size", type=int, default=64)
     p.add_argument("--relation-width", type=int, default=64, help="of the ResNet-18")
+    p.add_argument("--similar-backbone", default="VGG16", help="of keras.applications")
+    p.add_argument("--similar-update-every", type=int, default=20)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")
     p.add_argument(
@@ -594,6 +647,14 @@ def main(arguments=None):
         )
         console.print(rich_table(found["relation"], title))
         write("relation", f"{title}, {steps}\n\n{markdown_table(found['relation'])}")
+    if "similar" in options.parts:
+        found["similar"] = similar_table(options)
+        title = (
+            f"{options.similar_backbone}, T = {options.backbone_tasks}, images "
+            f"{options.image_size} x {options.image_size}, batch {options.backbone_batch}"
+        )
+        console.print(rich_table(found["similar"], title))
+        write("similar", f"{title}, {steps}\n\n{markdown_table(found['similar'])}")
     return found
 
 

@@ -86,7 +86,7 @@ def test_command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "backbone_of", small)
     readme = tmp_path / "README.md"
-    blocks = ("benchmark", "backbone", "prior", "relation")
+    blocks = ("benchmark", "backbone", "prior", "relation", "similar")
     marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks]
     readme.write_text("\n".join(marks))
     arguments = (
@@ -102,6 +102,7 @@ def test_command(tmp_path, monkeypatch):
             *"--backbone-tasks 2 --prior-kernel 12 6 2 --prior-image-size 32".split(),
             *"--prior-batch 2 --prior-update-every 4 --relation-features 6".split(),
             *"--relation-batch 4 --relation-image-size 16 --relation-width 2".split(),
+            *"--similar-backbone VGG16 --similar-update-every 5".split(),
             "--output",
             str(tmp_path / "out"),
             "--readme",
@@ -114,6 +115,8 @@ def test_command(tmp_path, monkeypatch):
     assert last == "together, with an update every 4 steps"
     assert len(tables["backbone"]) == 5 and "MobileNet, T = 2" in readme.read_text()
     assert tables["relation"]["Ratio to Cholesky"][1] == "1.0"
+    assert tables["similar"]["Ratio to independent"][0] == "1.00"
+    assert "every 5 steps" in tables["similar"]["Training step"][2]
     for name in blocks:
         text = (tmp_path / "out" / f"{name}.md").read_text().strip()
         assert text in readme.read_text()

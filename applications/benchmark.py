@@ -12,8 +12,8 @@ Training steps of the paper's LeNet with T tasks:
 Those of a backbone of `keras.applications`, T copies of it in one model against
 `multitask` of it, with the seconds that building takes.
 
-And what a tensor-normal prior, a Task Relation Layer, or the sharing of similar kernels adds
-to a backbone's step.
+And what a tensor-normal prior, a Task Relation Layer, or the sharing of similar kernels
+adds to a backbone's step.
 
     python -m applications.benchmark
     python -m applications.benchmark --parts prior --readme README.md

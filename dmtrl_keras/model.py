@@ -155,6 +155,19 @@ class MultiTaskModel(keras.Model):
             )
         return {task: list(entries) for task in self.task_names}
 
+    def call(self, inputs, training=None, mask=None):
+        """The outputs by task name, as of any functional model.
+
+        Args:
+            inputs: tensors in the structure of `model.input`.
+            training: bool or None, the mode of the layers. None: inference, unless an outer
+                call says otherwise.
+            mask: masks of the inputs, or None.
+        """
+        # Keras 3.15's image layers, such as Resizing, take None for training, and put all
+        # layers after them into that mode, in an exported model too.
+        return super().call(inputs, training=bool(training), mask=mask)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The total loss, as in Keras, after a check of the names in the labels.
 

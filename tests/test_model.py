@@ -6,6 +6,7 @@ import pytest
 from keras import layers as kl
 
 from dmtrl_keras import MultiTaskModel
+from dmtrl_keras.backend import tensorflow
 
 LOSS = "sparse_categorical_crossentropy"
 
@@ -152,3 +153,27 @@ def test_outputs_must_be_a_dict():
     for outputs in (inputs, [inputs], {}, {"a": [inputs]}, {1: inputs}):
         with pytest.raises(ValueError, match="`outputs` must be a dict"):
             MultiTaskModel(inputs, outputs)
+
+
+def test_image_layers_keep_inference(rng, tmp_path):
+    """A direct call and an exported model are in inference mode, also after Resizing."""
+    inputs = keras.Input((6, 6, 3), name="image")
+    x = keras.layers.Resizing(8, 8)(inputs)
+    x = keras.layers.BatchNormalization(name="normalization")(x)
+    x = keras.layers.Dropout(0.5)(keras.layers.Flatten()(x))
+    outputs = {name: keras.layers.Dense(2, name=name)(x) for name in ("a", "b")}
+    model = MultiTaskModel(inputs, outputs)
+    images = rng.uniform(size=(4, 6, 6, 3)).astype("float32")
+    expected = model.predict(images, verbose=0)
+    before = [keras.ops.convert_to_numpy(v) for v in model.variables]
+    called = model(images)
+    for value, variable in zip(before, model.variables):
+        np.testing.assert_array_equal(value, keras.ops.convert_to_numpy(variable))
+    for task in "ab":
+        np.testing.assert_allclose(called[task], expected[task], atol=1e-5)
+    if keras.config.backend() == "tensorflow":
+        model.export(tmp_path / "saved", verbose=False)
+        loaded = tensorflow().saved_model.load(str(tmp_path / "saved"))
+        np.testing.assert_allclose(loaded.serve(images)["a"], expected["a"], atol=1e-5)
+    trained = model(images, training=True)
+    assert np.abs(trained["a"] - expected["a"]).max() > 1e-2

@@ -1,0 +1,175 @@
+"""The MTAL experiment, on generated images of different sizes and colours."""
+
+import doctest
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from applications import mtal, vgg
+from applications.experiment import Results
+from dmtrl_keras import task_layers
+from dmtrl_keras.backend import tensorflow
+
+SMALL = (
+    "--network vgg11 --width 2 --size 12 --epochs 2 --batch-size 4 --repeats 1 "
+    "--learning-rate 0.05"
+).split()
+
+
+@pytest.fixture
+def tasks(tmp_path, rng):
+    """Three folders: bright and dark, grey and in colour, large and small."""
+    sources = []
+    for name, size, mode, classes in (
+        ("letters", (8, 8), "L", 2),
+        ("objects", (20, 14), "RGB", 3),
+        ("digits", (6, 6), "L", 2),
+    ):
+        for label in range(classes):
+            folder = tmp_path / name / str(label)
+            folder.mkdir(parents=True)
+            for index in range(6):
+                shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
+                image = rng.integers(80 * label, 80 * label + 60, size=shape)
+                image = Image.fromarray(image.astype("uint8"), mode)
+                image.save(folder / f"{index}.png")
+        sources.append(f"{name}=folder:{tmp_path / name}")
+    return ["--group", "own", "--tasks", *sources]
+
+
+def test_command(tasks, tmp_path, monkeypatch):
+    """Tables and figures, also in a README; finished runs are not run again."""
+    methods = ["single", "nddr", "mtal", "mtal_r"]
+    readme = tmp_path / "README.md"
+    blocks = ("mtal-own", "mtal-sharing-own")
+    readme.write_text("\n".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks))
+    arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--readme", str(readme)]
+    arguments += ["--related", "letters,digits", "--training-images", "3"]
+    arguments += ["--methods", *methods]
+    table = mtal.main(arguments)
+    assert list(table["Method"]) == [mtal.TITLES[method] for method in methods]
+    assert {"letters", "objects", "digits", "mean"} < set(table.columns)
+    runs = [
+        run["results"] for run in Results(tmp_path / "out" / "runs.jsonl")._runs.values()
+    ]
+    assert len(runs) == len(methods)
+    assert all(len(run["losses"]["objects"]) == 2 for run in runs)
+    sharing = [run["sharing"] for run in runs if "sharing" in run]
+    layers = [row["layer"] for row in sharing[0]]
+    assert layers[0] == "block1_conv1" and layers[-1] == "total" and len(layers) == 9
+    for name in ("losses_own", "activations_own_mtal_1", "activations_own_mtal_r_2"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5_000
+    for name in blocks:
+        assert (tmp_path / "out" / f"{name}.md").read_text().strip() in readme.read_text()
+    monkeypatch.setattr(mtal, "train", None)
+    assert mtal.main(arguments).equals(table)
+
+
+def test_sweep(tasks, tmp_path):
+    """Figure 9: one run for each threshold; fewer kernels are shared as it grows."""
+    arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--sweep"]
+    table = mtal.main([*arguments, "--thresholds", "0.0", "1.0"])
+    assert list(table["Threshold"]) == ["0", "1"]
+    shared = [float(entry.split()[0]) for entry in table["Kernels shared (%)"]]
+    assert shared[0] == 100 > shared[1]
+    assert (tmp_path / "out" / "sweep_own.png").stat().st_size > 5_000
+
+
+def test_model_takes_original_images(tasks, tmp_path):
+    """An exported network resizes and colours by itself, and takes bytes."""
+    options = mtal.parse([*tasks, *SMALL])
+    data = {
+        name: mtal.load_task(source, None, options.size)
+        for name, source in options.sources.items()
+    }
+    model = mtal.make_model(options, "mtal", data)
+    assert model.get_layer("objects_resizing").output.shape == (None, 12, 12, 3)
+    images = {name: task.images[:2] for name, task in data.items()}
+    assert {x.shape[1:] for x in images.values()} == {(8, 8, 1), (14, 20, 3), (6, 6, 1)}
+    expected = model.predict(images, verbose=0)
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tensorflow().saved_model.load(str(tmp_path / "saved"))
+    served = loaded.serve(images)
+    for name, output in expected.items():
+        assert output.shape == (2, len(data[name].classes))
+        np.testing.assert_allclose(served[name], output, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["vgg16", "resnet18"])
+def test_networks_and_starts(network, tasks):
+    """Methods have equally many kernels; tasks start equal, or apart where that is said."""
+    options = mtal.parse([*tasks, *SMALL, "--network", network, "--size", "16"])
+    data = {
+        name: mtal.load_task(source, None, options.size)
+        for name, source in options.sources.items()
+    }
+    models = {
+        m: mtal.make_model(options, m, data) for m in ("single", "mtal", "mtal_apart")
+    }
+    sizes = {
+        sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        for model in models.values()
+    }
+    assert len(sizes) == 1
+    for method, model in models.items():
+        first = keras.ops.convert_to_numpy(task_layers(model)[0].factors["kernel"])
+        assert (np.ptp(first, axis=-1).max() > 0) == (method == "mtal_apart")
+        shares = {layer.sharing.name for layer in task_layers(model)}
+        assert shares == {"independent" if method == "single" else "similar"}
+    fused = mtal.make_model(options, "stitch", data)
+    names = [layer.name for layer in fused._flatten_layers(recursive=True)]
+    assert sum(name.endswith("_fusion") for name in names) == 4
+    shared = mtal.make_model(options, "shared", data)
+    assert shared.count_params() < models["single"].count_params() / 2
+
+
+def test_split_keeps_classes(tasks):
+    """Each class has its share, and at most so many images; parts are disjoint."""
+    options = mtal.parse([*tasks, *SMALL, "--training-images", "3", "--test-images", "1"])
+    data = {
+        name: mtal.load_task(source, None, options.size)
+        for name, source in options.sources.items()
+    }
+    first, second = (mtal.split(data, options, seed) for seed in (0, 1))
+    for name, (train, test) in first.items():
+        labels = data[name].labels
+        assert np.bincount(labels[train]).tolist() == [3] * len(data[name].classes)
+        assert np.bincount(labels[test]).tolist() == [1] * len(data[name].classes)
+        assert not set(train) & set(test)
+    assert any(not np.array_equal(first[n][0], second[n][0]) for n in data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group", "own"], "or --tasks"),
+        (["--tasks", "usps"], "two or more"),
+        (["--tasks", "usps", "usps"], "different names"),
+        (["--tasks", "usps", "mnist", "--related", "usps,kmnist"], "kmnist"),
+        (["--threshold", "1.2"], "at most 1"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    """Errors of the command say what was expected."""
+    with pytest.raises(SystemExit):
+        mtal.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_single_task_in_mtal_r(tasks):
+    """A group of one has nobody to share with."""
+    options = mtal.parse([*tasks, *SMALL, "--related", "letters", "--methods", "mtal_r"])
+    data = {
+        name: mtal.load_task(source, None, options.size)
+        for name, source in options.sources.items()
+    }
+    with pytest.raises(ValueError, match="two or more different tasks"):
+        mtal.make_model(options, "mtal_r", data)
+
+
+def test_docstrings():
+    """The examples run."""
+    assert doctest.testmod(mtal).failed == 0
+    assert doctest.testmod(vgg).failed == 0

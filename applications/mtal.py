@@ -455,7 +455,10 @@ def parser():
     p.add_argument("--batch-size", type=in_range(int, 0), default=32, help="of each task")
     p.add_argument("--learning-rate", type=in_range(float, 0), default=0.02)
     p.add_argument(
-        "--fusion-rate", type=in_range(float, 0), default=10.0, help="times that"
+        "--fusion-rate",
+        type=in_range(float, 0),
+        default=1.0,
+        help="learning rate of Cross-Stitch and NDDR layers, as a factor",
     )
     p.add_argument("--weight-decay", type=in_range(float, -1e-9), default=1e-4)
     p.add_argument(

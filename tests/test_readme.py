@@ -32,7 +32,7 @@ def test_relations(tmp_path, monkeypatch):
     covariances = task_covariance(model)
     assert {matrix.shape for matrix in covariances.values()} == {(3, 3)}
     exec(compile(scripts()[3], "README.md", "exec"), {})
-    assert len(scripts()) == 5
+    assert len(scripts()) == 6
 
 
 def test_task_relations(tmp_path, monkeypatch):
@@ -42,6 +42,16 @@ def test_task_relations(tmp_path, monkeypatch):
     model = keras.saving.load_model("related.keras")
     assert set(model.similarities()) == {"output", "hidden", "label"}
     assert pathlib.Path("related/saved_model.pb").exists()
+
+
+def test_similar_kernels(tmp_path, monkeypatch, capsys):
+    """The script on MTAL trains, saves, merges and exports."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(scripts()[5], "README.md", "exec"), {})
+    model = keras.saving.load_model("similar.keras")
+    assert model.get_layer("conv3").sharing.update_every == 20
+    assert "Weights saved" in capsys.readouterr().out
+    assert pathlib.Path("merged/saved_model.pb").exists()
 
 
 def test_backbone(tmp_path, monkeypatch, capsys):
@@ -66,7 +76,14 @@ def test_tour(tmp_path, monkeypatch):
 TABLES = ["mnist", "office", "office-images", "mtfl", "mtfl-convergence", "benchmark"]
 
 
-@pytest.mark.parametrize("name", [*TABLES, "backbone", "prior", "relation"])
+TABLES += [
+    f"mtal-{kind}{group}"
+    for kind in ("", "sharing-", "sweep-")
+    for group in ("related", "unrelated")
+]
+
+
+@pytest.mark.parametrize("name", [*TABLES, "backbone", "prior", "relation", "similar"])
 def test_tables(name):
     """Measured tables, not empty marks."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -337,3 +337,26 @@ def test_bad_input(rng):
     with pytest.raises(Exception, match=r"TRL 'hidden': features .* not finite"):
         layer([x, y], training=True)
     np.testing.assert_array_equal(layer.covariance, before)
+
+
+def test_missing_examples(rng):
+    """Each pair's covariance is that of the examples that have both, with their share."""
+    x, y = features(rng, 12, (2, 3))
+    there = {"x": rng.random(12) < 0.6, "y": rng.random(12) < 0.7}
+    both, momentum = there["x"] & there["y"], 0.4
+    x[~there["x"]], y[~there["y"]] = np.nan, np.nan
+    layer = TRL(momentum=momentum)
+    layer({"x": x, "y": y}, training=True, present=there)
+    found = ops.convert_to_numpy(layer.covariance)
+    sides = {"x": slice(0, 2), "y": slice(2, 5)}
+    together = np.concatenate([x, y], axis=1)
+    for a, b in (("x", "x"), ("y", "y"), ("x", "y")):
+        chosen = there[a] & there[b]
+        assert 2 < chosen.sum() < 12
+        part = np.cov(np.where(np.isfinite(together), together, 0)[chosen].T)
+        share = (1 - momentum) * chosen.sum() / 12
+        expected = (1 - share) * np.eye(5) + share * part
+        block = found[sides[a], sides[b]]
+        np.testing.assert_allclose(block, expected[sides[a], sides[b]], atol=1e-5)
+        np.testing.assert_allclose(found[sides[b], sides[a]], block.T, atol=1e-6)
+    assert both.any()

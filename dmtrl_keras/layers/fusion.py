@@ -88,8 +88,8 @@ class CrossStitch(FusionLayer):
     >>> import numpy as np
     >>> from dmtrl_keras.layers import CrossStitch
     >>> x = np.array([[1.0, 2.0, 3.0, 4.0]])
-    >>> np.round(np.asarray(CrossStitch(2, own=0.9)(x)), 2).tolist()
-    [[1.2, 2.2, 2.8, 3.8]]
+    >>> print(np.round(np.asarray(CrossStitch(2, own=0.9)(x)), 2))
+    [[1.2 2.2 2.8 3.8]]
     """
 
     def __init__(self, tasks, own=0.9, per_channel=False, data_format=None, **kwargs):
@@ -162,8 +162,8 @@ class NDDR(FusionLayer):
     >>> from dmtrl_keras.layers import NDDR
     >>> x = np.array([[1.0, 2.0, 3.0, 4.0]])
     >>> layer = NDDR(2, own=0.9, batch_normalization=False)
-    >>> np.round(np.asarray(layer(x)), 2).tolist()
-    [[1.2, 2.2, 2.8, 3.8]]
+    >>> print(np.round(np.asarray(layer(x)), 2))
+    [[1.2 2.2 2.8 3.8]]
     """
 
     def __init__(

@@ -6,6 +6,7 @@ Kernel Pairs" (2021), section 4: Tables 2-5 (methods), Table 6 (shared kernels),
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -113,7 +114,9 @@ def make_model(options, method, tasks, threshold=None):
     if method == "shared":
         arguments["sharing"] = "hard"
     elif method in ("stitch", "nddr"):
-        layer = CrossStitch if method == "stitch" else NDDR
+        # As all batch normalization of the networks: there are few steps to average over.
+        nddr = functools.partial(NDDR, momentum=0.9)
+        layer = CrossStitch if method == "stitch" else nddr
         # After the pooling layers, or where ResNet's stages end.
         residual = options.network == "resnet18"
         arguments["between"] = {"*_block2_out": layer} if residual else layer

@@ -136,6 +136,7 @@ class NDDR(FusionLayer):
         tasks: positive int T, or the list of task names.
         own: float in [0, 1], see above.
         batch_normalization: bool. Without it, `own=1` is the identity exactly.
+        momentum: float in [0, 1), of the moving averages of batch normalization.
         kernel_regularizer: penalty on the kernel.
         data_format: `"channels_last"` or `"channels_first"`, Keras's setting by default.
         **kwargs: `name`, `trainable`, `dtype`.
@@ -171,17 +172,19 @@ class NDDR(FusionLayer):
         tasks,
         own=0.9,
         batch_normalization=True,
+        momentum=0.99,
         kernel_regularizer=None,
         data_format=None,
         **kwargs,
     ):
         super().__init__(tasks, own, data_format, **kwargs)
+        self.momentum = momentum
         self.batch_normalization = bool(batch_normalization)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.normalization = None
         if self.batch_normalization:
             self.normalization = keras.layers.BatchNormalization(
-                name="normalization", dtype=self.dtype_policy
+                momentum=momentum, name="normalization", dtype=self.dtype_policy
             )
 
     def build(self, input_shape):
@@ -210,5 +213,6 @@ class NDDR(FusionLayer):
         return {
             **super().get_config(),
             "batch_normalization": self.batch_normalization,
+            "momentum": self.momentum,
             "kernel_regularizer": regularizer,
         }

@@ -73,7 +73,7 @@ def test_start(cls, rng):
         (CrossStitch, {}),
         (CrossStitch, {"per_channel": True, "own": 0.5}),
         (CrossStitch, {"tasks": ["a", "b", "c"]}),
-        (NDDR, {"kernel_regularizer": "l2"}),
+        (NDDR, {"kernel_regularizer": "l2", "momentum": 0.8}),
         (NDDR, {"batch_normalization": False, "tasks": 1}),
     ],
 )

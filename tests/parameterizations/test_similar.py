@@ -230,6 +230,31 @@ def test_only_training_chooses(rng):
     assert int(ops.sum(ops.cast(layer.selection.tensors()["selection"], "int32"))) == 32
 
 
+@pytest.mark.parametrize("weights", [0.5, "learned"])
+def test_modes_of_training(weights, rng):
+    """Compiled by XLA, several steps at once, and in mixed precision: the same losses."""
+    x = rng.normal(size=(16, 6, 6, 6)).astype("float32")
+    y = rng.normal(size=(16, 4, 4, 60)).astype("float32")
+    losses = []
+    for dtype, jit, steps in (
+        ("float32", "auto", 1),
+        ("float32", True, 1),
+        ("float32", "auto", 2),
+        ("mixed_bfloat16", "auto", 1),
+    ):
+        keras.utils.set_random_seed(0)
+        layer = SimilarKernelConv2D(
+            20, 3, 3, threshold=0.3, weights=weights, common_draw=False, dtype=dtype
+        )
+        model = keras.Sequential([keras.Input((6, 6, 6)), layer])
+        sgd = keras.optimizers.SGD(0.1)
+        model.compile(sgd, "mse", jit_compile=jit, steps_per_execution=steps)
+        history = model.fit(x, y, batch_size=4, verbose=0, shuffle=False).history
+        losses.append(history["loss"][0])
+        assert int(layer.selection.step) == 4
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
+
+
 def test_learned_weights_are_trained(rng):
     """They move, stay between 0 and 1, and sum to 1 for each pair."""
     layer = SimilarKernelConv1D(3, 2, 3, threshold=0.1, weights="learned")

@@ -42,6 +42,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    parse_arguments,
     rich_table,
     run_all,
 )
@@ -425,7 +426,7 @@ def parser():
 
 def main(arguments=None):
     """Run the experiment; returns similarities, or a dict of tables, as data frames."""
-    options = parser().parse_args(arguments)
+    options = parse_arguments(parser(), arguments)
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.similarity:

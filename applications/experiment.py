@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pathlib
+import sys
 import time
 import typing
 
@@ -171,6 +172,63 @@ def write_block(path, name, text):
     head, rest = content.split(begin)
     _, tail = rest.split(end)
     path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")
+
+
+def parse_arguments(parser, arguments=None):
+    """Parse a command's arguments, of which a JSON file may hold some.
+
+    With `--config FILE`, the file's settings come first, so that what is given on the
+    command line wins. It is an object from the names of arguments, such as
+    `{"learning_rate": 0.01, "methods": ["stl", "tt"], "no_bias": true}`.
+
+    Args:
+        parser: `argparse.ArgumentParser`.
+        arguments: list of strings; None: those of the process.
+
+    Returns:
+        The parsed arguments, without `config`.
+
+    Raises:
+        SystemExit: on malformed arguments, a file that can't be read, unknown names in it.
+    """
+    parser.add_argument(
+        "--config",
+        type=pathlib.Path,
+        help="JSON file of settings, such as a search's best ones",
+    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    alone.add_argument("--config", type=pathlib.Path)
+    path = alone.parse_known_args(given)[0].config
+    first = [] if path is None else _arguments_of(path, parser)
+    options = parser.parse_args([*first, *given])
+    del options.config
+    return options
+
+
+def _arguments_of(path, parser):
+    """The settings in a file as command line arguments."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        parser.error(f"--config: {path} is no JSON file that can be read ({error})")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    if not isinstance(settings, dict) or not set(settings) <= known:
+        wrong = sorted(set(settings) - known) if isinstance(settings, dict) else settings
+        parser.error(
+            f"--config: {path} must be an object of settings from {sorted(known)}. "
+            f"Received: {wrong}"
+        )
+    arguments = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is None or value is False:
+            continue
+        arguments.append(flag)
+        if value is not True:
+            values = value if isinstance(value, list) else [value]
+            arguments += map(str, values)
+    return arguments
 
 
 def in_range(kind, low, high=math.inf):

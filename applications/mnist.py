@@ -46,6 +46,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    parse_arguments,
     rich_table,
     run_all,
     write_block,
@@ -500,7 +501,7 @@ def plan(options, digits, parts):
 
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
-    options = parser().parse_args(arguments)
+    options = parse_arguments(parser(), arguments)
     console = Console()
     digits = load_digits(options.data)
     parts = itertools.product(options.fraction, range(options.repeats))

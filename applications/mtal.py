@@ -39,6 +39,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    parse_arguments,
     rich_table,
     run_all,
     write_block,
@@ -515,7 +516,7 @@ def parse(arguments):
         SystemExit: on tasks that have one name or are too few, on unknown relations.
     """
     p = parser()
-    options = p.parse_args(arguments)
+    options = parse_arguments(p, arguments)
     tasks, related, threshold = GROUPS.get(options.group, ((), None, "related"))
     if options.tasks is None and not tasks:
         p.error(f"--group: expected one of {list(GROUPS)}, or --tasks with it")

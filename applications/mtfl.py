@@ -41,6 +41,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    parse_arguments,
     rich_table,
     run_all,
     write_block,
@@ -612,7 +613,7 @@ def plan(options, training, testing, digest):
 
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
-    options = parser().parse_args(arguments)
+    options = parse_arguments(parser(), arguments)
     console = Console()
     training, testing = load_mtfl(options.data, options.size)
     digest = hashlib.sha256(training.images.tobytes() + testing.images.tobytes())

@@ -47,6 +47,7 @@ from .experiment import (
     in_range,
     markdown_table,
     mean_and_spread,
+    parse_arguments,
     rich_table,
     run_all,
     write_block,
@@ -648,7 +649,7 @@ def plan(options, domains, trainer, source):
 
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
-    options = parser().parse_args(arguments)
+    options = parse_arguments(parser(), arguments)
     console = Console()
     domains, classes, new_backbone, source = load(options, console)
     # Before the first hour of training, not after it.

@@ -1,12 +1,17 @@
 """Results that survive interruptions, and tables."""
 
+import argparse
+import copy
+
 import pandas as pd
 import pytest
 
 from applications.experiment import (
     Results,
+    in_range,
     markdown_table,
     mean_and_spread,
+    parse_arguments,
     rich_table,
     write_block,
 )
@@ -65,3 +70,41 @@ def test_readme_block(tmp_path):
     assert path.read_text() == expected
     with pytest.raises(ValueError, match="b:begin"):
         write_block(path, "b", "new")
+
+
+def test_settings_from_a_file(tmp_path, capsys):
+    """A JSON file gives arguments, which those of the command line overrule."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--learning-rate", type=in_range(float, 0), default=0.1)
+    parser.add_argument("--methods", nargs="+", choices=("stl", "tt"), default=["stl"])
+    parser.add_argument("--no-bias", action="store_true")
+    parser.add_argument("--epochs", type=int, required=True)
+    path = tmp_path / "best.json"
+    path.write_text(
+        '{"learning_rate": 0.5, "methods": ["stl", "tt"], "no_bias": true, "epochs": 3}'
+    )
+
+    def parse(*arguments):
+        # A parser learns `--config` only once.
+        return parse_arguments(copy.deepcopy(parser), arguments)
+
+    options = parse("--config", str(path), "--epochs", "5")
+    assert vars(options) == {
+        "learning_rate": 0.5,
+        "methods": ["stl", "tt"],
+        "no_bias": True,
+        "epochs": 5,
+    }
+    assert parse("--epochs", "2").learning_rate == 0.1
+    for content, message in (
+        ('{"rate": 1}', "rate"),
+        ("[1]", "object of settings"),
+        ("{", "no JSON file"),
+        ('{"learning_rate": -1}', "more than 0"),
+    ):
+        path.write_text(content)
+        with pytest.raises(SystemExit):
+            parse("--config", str(path), "--epochs", "5")
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--config", str(tmp_path / "none.json"), "--epochs", "5")

@@ -473,7 +473,14 @@ def parser():
     p.add_argument("--weights", choices=["0.5", "learned"], default="0.5", help="phi")
     p.add_argument("--pairs", choices=["all", "index"], default="all")
     p.add_argument("--update-every", type=in_range(int, 0), default=1)
-    p.add_argument("--sweep", action="store_true", help="Figure 9: MTAL by threshold")
+    p.add_argument(
+        "--sweep",
+        nargs="?",
+        choices=SIMILAR,
+        const="mtal",
+        metavar="METHOD",
+        help="Figure 9: accuracy by threshold, of mtal, mtal_r or mtal_apart",
+    )
     p.add_argument(
         "--thresholds",
         nargs="+",
@@ -545,7 +552,7 @@ def parse(arguments):
 def plan(options, tasks, digest):
     """The runs, seed by seed."""
     thresholds = options.thresholds if options.sweep else [None]
-    methods = ["mtal"] if options.sweep else options.methods
+    methods = [options.sweep] if options.sweep else options.methods
     for repeat, method, threshold in itertools.product(
         range(options.repeats), methods, thresholds
     ):
@@ -583,11 +590,13 @@ def main(arguments=None):
         console,
         lambda found: f"accuracy {np.mean(list(found['accuracy'].values())):.1%}",
     )
-    kind = f"mtal-sweep-{options.group}" if options.sweep else f"mtal-{options.group}"
+    kind = f"mtal-{options.group}"
     tables = {}
     if options.sweep:
+        kind = f"{options.sweep.replace('_', '-')}-sweep-{options.group}"
         tables[kind] = table_of_sweep(runs, tasks)
-        plot_sweep(runs, options.output / f"sweep_{options.group}.png")
+        path = options.output / f"sweep_{options.sweep}_{options.group}.png"
+        plot_sweep(runs, path)
     else:
         tables[kind] = table_of_methods(runs, tasks)
         plot_curves(runs, options.output / f"losses_{options.group}.png")

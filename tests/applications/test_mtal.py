@@ -70,11 +70,11 @@ def test_command(tasks, tmp_path, monkeypatch):
 def test_sweep(tasks, tmp_path):
     """Figure 9: one run for each threshold; fewer kernels are shared as it grows."""
     arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--sweep"]
-    table = mtal.main([*arguments, "--thresholds", "0.0", "1.0"])
+    table = mtal.main([*arguments, "mtal_apart", "--thresholds", "0.0", "1.0"])
     assert list(table["Threshold"]) == ["0", "1"]
     shared = [float(entry.split()[0]) for entry in table["Kernels shared (%)"]]
     assert shared[0] == 100 > shared[1]
-    assert (tmp_path / "out" / "sweep_own.png").stat().st_size > 5_000
+    assert (tmp_path / "out" / "sweep_mtal_apart_own.png").stat().st_size > 5_000
 
 
 def test_model_takes_original_images(tasks, tmp_path):

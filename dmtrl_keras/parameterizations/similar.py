@@ -13,8 +13,9 @@ from dmtrl_keras.parameterizations.base import Parameterization, register
 from dmtrl_keras.parameterizations.independent import Independent
 from dmtrl_keras.state import state_weight
 
-# In training a kernel is aggregated with its partners alone if none has more than these.
-_PARTNERS = 8
+# In training a kernel is aggregated with its partners alone if none has more than these,
+# or than T - 1. Each one more costs time, whether it is used or not.
+_PARTNERS = 4
 
 
 @register

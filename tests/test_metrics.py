@@ -85,7 +85,6 @@ def test_state(cls):
             lambda y, f: sklearn.metrics.precision_score(y, f > 0.5),
         ),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("missing", [NAN, -5])
 def test_single_labels_left_out(metric, reference, missing, rng):

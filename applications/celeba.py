@@ -14,6 +14,7 @@ with a common trunk (`mtl`), and with the outputs held to the similarity of the 
 import argparse
 import hashlib
 import itertools
+import math
 import pathlib
 import time
 import typing
@@ -37,14 +38,17 @@ from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskSplit
 
 from .experiment import (
+    OPTIMIZERS,
     Results,
     Run,
+    add_training,
     in_range,
     markdown_table,
     mean_and_spread,
     parse_arguments,
     rich_table,
     run_all,
+    whole_batches,
 )
 from .resnet import resnet18
 
@@ -216,7 +220,7 @@ def _from_tfds(size, limit):
     return found
 
 
-def stream(part, names, size, batch_size, seed=None):
+def stream(part, names, size, batch_size, seed=None, count=None):
     """Batches of images and labels, a `tf.data.Dataset`.
 
     Args:
@@ -225,6 +229,7 @@ def stream(part, names, size, batch_size, seed=None):
         size: int, side of the images.
         batch_size: int.
         seed: int, to shuffle; None: in order.
+        count: int, how many examples of each pass are used; None: all.
     """
     tf = tensorflow()
     labels = {name: part.labels[name].to_numpy("float32")[:, None] for name in names}
@@ -238,6 +243,8 @@ def stream(part, names, size, batch_size, seed=None):
     data = tf.data.Dataset.from_tensor_slices((source, labels))
     if seed is not None:
         data = data.shuffle(min(len(source), 50_000), seed, True)
+    if count is not None:
+        data = data.take(count)
     if part.images is None:
         data = data.map(read, tf.data.AUTOTUNE)
     return data.batch(batch_size).prefetch(tf.data.AUTOTUNE)
@@ -262,7 +269,7 @@ def make_network(names, size, width):
     return MultiTaskModel(images, TaskSplit(names, name="split")(x))
 
 
-def run(options, method, names, parts, seed, tick):
+def run(options, method, names, parts, seed, tick, callbacks=None):
     """Train and test one network.
 
     Args:
@@ -272,10 +279,11 @@ def run(options, method, names, parts, seed, tick):
         parts: as from `load_images`.
         seed: int.
         tick: function without arguments, called after each epoch.
+        callbacks: None, or Keras callbacks that see the loss on the test part (`val_loss`).
 
     Returns:
         A dict of the error and the average precision of each attribute on the test
-        part, and the seconds of training.
+        part, the number of weights, and the seconds of training.
     """
     started = time.perf_counter()
     keras.utils.set_random_seed(seed)
@@ -286,16 +294,28 @@ def run(options, method, names, parts, seed, tick):
         groups = {"first": names[:half], "second": names[half:]}
         relation = Relation("output", options.weight, groups=groups)
         model = TaskRelationModel(model, relation, momentum=options.momentum)
-    train = stream(parts["train"], names, options.size, options.batch_size, seed)
+    count = whole_batches(options, len(parts["train"].labels))
+    train = stream(parts["train"], names, options.size, options.batch_size, seed, count)
     rate = keras.optimizers.schedules.CosineDecay(
         options.learning_rate, len(train) * options.epochs
     )
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(rate), loss)
-    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())
-    model.fit(train, epochs=options.epochs, verbose=0, shuffle=False, callbacks=[callback])
+    weights = {name: options.loss_weights.get(name, 1.0) for name in names}
+    model.compile(OPTIMIZERS[options.optimizer](rate), loss, loss_weights=weights)
+    testing = stream(parts["test"], names, options.size, 256)
+    model.fit(
+        train,
+        validation_data=None if callbacks is None else testing,
+        epochs=options.epochs,
+        verbose=0,
+        shuffle=False,
+        callbacks=[
+            keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick()),
+            *(callbacks or ()),
+        ],
+    )
     seconds = time.perf_counter() - started
-    logits = model.predict(stream(parts["test"], names, options.size, 256), verbose=0)
+    logits = model.predict(testing, verbose=0)
     labels = parts["test"].labels
     return {
         "error": {
@@ -305,6 +325,7 @@ def run(options, method, names, parts, seed, tick):
             name: float(average_precision_score(labels[name], logits[name][:, 0]))
             for name in names
         },
+        "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
         "seconds": seconds,
     }
 
@@ -313,6 +334,7 @@ def plan(options, parts, digest):
     """The runs: all attributes together (Table 2), and pairs (Table 3)."""
     every = list(parts["train"].labels)
     settings = ("size", "width", "epochs", "batch_size", "learning_rate", "images")
+    settings += ("optimizer", "loss_weights")
     whole = [options.attributes or every] if 2 in options.tables else []
     pairs = PAIRS if 3 in options.tables else []
     for repeat, names in itertools.product(range(options.repeats), [*whole, *pairs]):
@@ -381,6 +403,11 @@ def table_3(runs, labels):
     return pd.DataFrame(rows)
 
 
+def parse(arguments=None):
+    """The parsed arguments."""
+    return parse_arguments(parser(), arguments)
+
+
 def parser():
     """The command's arguments."""
     p = argparse.ArgumentParser(
@@ -417,6 +444,7 @@ def parser():
     c.add_argument("--epochs", type=in_range(int, 0), default=10)
     c.add_argument("--batch-size", type=in_range(int, 1), default=128)
     c.add_argument("--learning-rate", type=in_range(float, 0), default=1e-3)
+    add_training(c, "adam")
     c.add_argument("--weight", type=in_range(float, -1e-9), default=0.01, help="λ")
     c.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
     c.add_argument("--repeats", type=in_range(int, 0), default=1)
@@ -426,7 +454,7 @@ def parser():
 
 def main(arguments=None):
     """Run the experiment; returns similarities, or a dict of tables, as data frames."""
-    options = parse_arguments(parser(), arguments)
+    options = parse(arguments)
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     if options.similarity:
@@ -439,6 +467,9 @@ def classify(options, console):
     parts = load_images(options.data, options.size, options.images)
     labels = parts["train"].labels
     _checked(options.attributes, labels)
+    unknown = sorted(set(options.loss_weights) - set(labels))
+    if unknown:
+        raise ValueError(f"--loss-weights: there are no attributes {unknown}.")
     absent = {name for pair in PAIRS for name in pair} - set(labels)
     if 3 in options.tables and absent:
         raise ValueError(f"Table 3 needs the attributes {sorted(absent)} too.")
@@ -455,6 +486,7 @@ def classify(options, console):
             f"mean error {np.mean(list(found['error'].values())):.2%}, "
             f"mean AP {np.mean(list(found['precision'].values())):.2%}"
         ),
+        options.strategy,
     )
     tables = {}
     if 2 in options.tables:

@@ -8,9 +8,12 @@ import sys
 import time
 import typing
 
+import keras
 import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from dmtrl_keras.distribution import STRATEGIES, divisible, make_strategy
 
 
 class Results:
@@ -106,7 +109,7 @@ class Run(typing.NamedTuple):
     function: typing.Callable
 
 
-def run_all(results, runs, console, describe):
+def run_all(results, runs, console, describe, strategy):
     """Run what has no results yet, one after the other.
 
     Args:
@@ -114,6 +117,7 @@ def run_all(results, runs, console, describe):
         runs: list of `Run`.
         console: `rich.console.Console`.
         describe: function from the results of a run to a str for the screen.
+        strategy: `tf.distribute.Strategy`, in whose scope they run.
 
     Returns:
         A data frame with a row for each run, its settings and its results.
@@ -127,7 +131,8 @@ def run_all(results, runs, console, describe):
             progress.reset(inner, total=run.steps)
             if results.get(run.settings) is None:
                 started = time.perf_counter()
-                found = run.function(lambda: progress.advance(inner))
+                with strategy.scope():
+                    found = run.function(lambda: progress.advance(inner))
                 results.add(run.settings, found)
                 seconds = time.perf_counter() - started
                 console.print(f"{run.title}: {describe(found)}, {seconds:.0f} s")
@@ -181,21 +186,27 @@ def parse_arguments(parser, arguments=None):
     command line wins. It is an object from the names of arguments, such as
     `{"learning_rate": 0.01, "methods": ["stl", "tt"], "no_bias": true}`.
 
+    The other arguments that all experiments have are `--strategy` and `--replicas`, from
+    which the strategy is made.
+
     Args:
         parser: `argparse.ArgumentParser`.
         arguments: list of strings; None: those of the process.
 
     Returns:
-        The parsed arguments, without `config`.
+        The parsed arguments, without `config` and `replicas`; `strategy` is a
+        `tf.distribute.Strategy`.
 
     Raises:
-        SystemExit: on malformed arguments, a file that can't be read, unknown names in it.
+        SystemExit: on malformed arguments, a file that can't be read, unknown names in
+            it, devices that are not there, batches that don't divide among replicas.
     """
     parser.add_argument(
         "--config",
         type=pathlib.Path,
         help="JSON file of settings, such as a search's best ones",
     )
+    add_strategy(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     alone.add_argument("--config", type=pathlib.Path)
@@ -203,7 +214,98 @@ def parse_arguments(parser, arguments=None):
     first = [] if path is None else _arguments_of(path, parser)
     options = parser.parse_args([*first, *given])
     del options.config
+    set_strategy(parser, options)
     return options
+
+
+def add_strategy(parser):
+    """Add the arguments that say on which devices to train."""
+    parser.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default="auto",
+        help="'mirrored': data parallel on all GPUs; 'cpu': no GPU; 'auto': mirrored where "
+        "there are several GPUs",
+    )
+    parser.add_argument(
+        "--replicas",
+        type=in_range(int, 0),
+        help="how many GPUs, or logical CPU devices, which are made; all GPUs by default",
+    )
+
+
+def set_strategy(parser, options):
+    """Replace the name of the strategy by a `tf.distribute.Strategy`."""
+    try:
+        options.strategy = make_strategy(options.strategy, options.replicas)
+    except (ValueError, RuntimeError) as error:
+        parser.error(f"--strategy: {error}")
+    replicas = options.strategy.num_replicas_in_sync
+    batch_size = getattr(options, "batch_size", replicas)
+    if batch_size % replicas:
+        parser.error(
+            f"--batch-size: {batch_size} does not divide among {replicas} replicas"
+        )
+    del options.replicas
+
+
+def whole_batches(options, count):
+    """How many of `count` examples give batches that divide among the replicas."""
+    replicas = options.strategy.num_replicas_in_sync
+    return divisible(count, options.batch_size, replicas)
+
+
+OPTIMIZERS = {
+    "adam": keras.optimizers.Adam,
+    "adamw": keras.optimizers.AdamW,
+    "rmsprop": keras.optimizers.RMSprop,
+    # With the momentum that is usual for networks.
+    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
+}
+
+
+def add_training(parser, optimizer):
+    """Add the arguments of every experiment's training.
+
+    Args:
+        parser: `argparse.ArgumentParser`.
+        optimizer: a key of `OPTIMIZERS`, the default.
+    """
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=optimizer)
+    parser.add_argument(
+        "--loss-weights",
+        nargs="+",
+        action=ByName,
+        type=in_range(float, 0),
+        default={},
+        metavar="TASK=WEIGHT",
+        help="of tasks; 1 by default",
+    )
+
+
+class ByName(argparse.Action):
+    """Arguments such as `conv1=0.5 fc=3` as a dict.
+
+    `type` converts the values; a JSON file has them as an object.
+    """
+
+    def __init__(self, *arguments, type=str, **options):
+        self._convert = type
+        super().__init__(*arguments, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        found = {}
+        for text in values:
+            name, equals, value = text.partition("=")
+            try:
+                if not (name and equals):
+                    raise ValueError("no name, or no '='")
+                found[name] = self._convert(value)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise argparse.ArgumentError(
+                    self, f"expected {self.metavar}, got {text!r} ({error})"
+                ) from error
+        setattr(namespace, self.dest, found)
 
 
 def _arguments_of(path, parser):
@@ -222,10 +324,12 @@ def _arguments_of(path, parser):
     arguments = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if value is None or value is False:
+        if value is None or value is False or value == {}:
             continue
         arguments.append(flag)
         if value is not True:
+            if isinstance(value, dict):
+                value = [f"{key}={entry}" for key, entry in value.items()]
             values = value if isinstance(value, list) else [value]
             arguments += map(str, values)
     return arguments

@@ -41,20 +41,25 @@ from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 
 from .digits import FULL_SIZE, load_digits
 from .experiment import (
+    OPTIMIZERS,
+    ByName,
     Results,
     Run,
+    add_training,
     in_range,
     markdown_table,
     mean_and_spread,
     parse_arguments,
     rich_table,
     run_all,
+    whole_batches,
     write_block,
 )
 
 TASKS = 10
 FACTORIZATIONS = ("laf", "tucker", "tt")
 METHODS = ("stl", "ud-mtl", *FACTORIZATIONS)
+LAYERS = ("conv1", "conv2", "fc", "output")
 
 
 def lenet(shared_layers=0, padding="same", fc=128, dropout=0.0, use_bias=True, tasks=TASKS):
@@ -127,14 +132,17 @@ class Trainer:
         labels: int array of digits.
         seed: int.
         tick: function without arguments, called after each epoch.
+        watch: None, or `(callbacks, images, labels)`: Keras callbacks of each training, and
+            what they see the loss of as `val_loss`.
     """
 
-    def __init__(self, options, images, labels, seed, tick=lambda: None):
+    def __init__(self, options, images, labels, seed, tick=lambda: None, watch=None):
         self.options = options
         self.images = images.astype("float32")
         self.labels = labels
         self.seed = seed
         self.tick = tick
+        self.watch = watch
         self._half_trained = None
 
     def network(self, shared_layers=0):
@@ -151,12 +159,18 @@ class Trainer:
         images, labels = self.images, self.labels
         if subset is not None:
             images, labels = images[subset], labels[subset]
+        count = whole_batches(o, len(images))
+        images, labels = images[:count], labels[:count]
+        callbacks, watched = [], None
+        if self.watch is not None:
+            callbacks, *watched = self.watch
+            watched = (watched[0].astype("float32"), one_vs_rest(watched[1], TASKS))
 
         def rate(epoch):
             past = max(0.0, 2 * epoch / o.epochs - 1)
             return o.learning_rate * (1 + math.cos(math.pi * past)) / 2
 
-        model.compile(keras.optimizers.Adam(o.learning_rate), TaskHinge())
+        model.compile(OPTIMIZERS[o.optimizer](o.learning_rate), TaskHinge())
         if optimizer_state is not None:
             model.optimizer.build(model.trainable_variables)
             for variable, value in zip(model.optimizer.variables, optimizer_state):
@@ -165,16 +179,27 @@ class Trainer:
         model.fit(
             images,
             one_vs_rest(labels, TASKS),
+            sample_weight=self._weights(len(images)),
             batch_size=o.batch_size,
             initial_epoch=first,
             epochs=o.epochs if last is None else last,
             verbose=0,
+            validation_data=watched,
             callbacks=[
+                *callbacks,
                 keras.callbacks.LearningRateScheduler(rate),
                 keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: self.tick()),
             ],
         )
         return time.perf_counter() - start
+
+    def _weights(self, count):
+        """The weights of the tasks for each image, or None."""
+        given = self.options.loss_weights
+        if not given:
+            return None
+        weights = [given.get(str(digit), 1.0) for digit in range(TASKS)]
+        return np.tile(np.array(weights, "float32"), (count, 1))
 
     @property
     def half_is_trained(self):
@@ -214,7 +239,8 @@ class Trainer:
             model.set_weights(source.get_weights())
             own = state
         else:
-            model = factorize(source, method, tolerance=o.tolerance, verbose=False)
+            by = {"rank": o.ranks} if o.ranks else {"tolerance": o.tolerance}
+            model = factorize(source, method, **by, verbose=False)
             own = None
         seconds += time.perf_counter() - start
         return model, seconds + self.fit(model, first=o.epochs // 2, optimizer_state=own)
@@ -259,6 +285,8 @@ def settings_of(options, digits, method, fraction, repeat):
             "epochs",
             "batch_size",
             "learning_rate",
+            "optimizer",
+            "loss_weights",
             "padding",
             "fc",
             "dropout",
@@ -277,6 +305,7 @@ def settings_of(options, digits, method, fraction, repeat):
             settings["folds"] = options.folds
     if method in FACTORIZATIONS:
         settings["tolerance"] = options.tolerance
+        settings["ranks"] = options.ranks
     return settings
 
 
@@ -321,7 +350,7 @@ def run(trainer, options, digits, method):
 
 def _strengths(model):
     """Eq. 9 for all four layers; those before the tasks split are wholly shared."""
-    strengths = dict.fromkeys(("conv1", "conv2", "fc", "output"), 1.0)
+    strengths = dict.fromkeys(LAYERS, 1.0)
     if task_layers(model):
         strengths |= sharing_strength(model)
     return strengths
@@ -410,6 +439,32 @@ def plot_strengths(runs, path):
     plot_sharing_strength(strengths, path)
 
 
+def rank(text):
+    """A rank as `factorize` takes it: an int, or a float in (0, 1]."""
+    try:
+        return in_range(int, 0)(text)
+    except ValueError:
+        return in_range(float, 0, 1)(text)
+
+
+def parse(arguments=None):
+    """The arguments.
+
+    Raises:
+        SystemExit: on malformed arguments, layers or tasks that are not there.
+    """
+    p = parser()
+    options = parse_arguments(p, arguments)
+    for name, given, known in (
+        ("ranks", options.ranks, LAYERS),
+        ("loss-weights", options.loss_weights, [str(digit) for digit in range(TASKS)]),
+    ):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            p.error(f"--{name}: expected names from {list(known)}, got {unknown}")
+    return options
+
+
 def parser():
     """The command's arguments."""
     p = argparse.ArgumentParser(
@@ -465,6 +520,17 @@ def parser():
         default=0.1,
         help="relative error of the factorisations",
     )
+    p.add_argument(
+        "--ranks",
+        nargs="+",
+        action=ByName,
+        type=rank,
+        default={},
+        metavar="LAYER=RANK",
+        help="instead of the tolerance, of conv1, conv2, fc, output: an int (a cap), or a "
+        "fraction of the full ranks; layers that are left out stay independent",
+    )
+    add_training(p, "adam")
     p.add_argument("--output", type=pathlib.Path, default="results/mnist")
     p.add_argument(
         "--readme",
@@ -501,7 +567,7 @@ def plan(options, digits, parts):
 
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
-    options = parse_arguments(parser(), arguments)
+    options = parse(arguments)
     console = Console()
     digits = load_digits(options.data)
     parts = itertools.product(options.fraction, range(options.repeats))
@@ -510,6 +576,7 @@ def main(arguments=None):
         list(plan(options, digits, parts)),
         console,
         lambda found: f"multi-class error {found['multiclass_error']:.2%}",
+        options.strategy,
     )
     table = summarize(runs)
     console.print(rich_table(table, f"MNIST ({digits.name}), {options.epochs} epochs"))

@@ -34,8 +34,10 @@ from dmtrl_keras.parameterizations import SimilarKernels
 from dmtrl_keras.similar_kernels import cosine_similarity, kernel_rows
 
 from .experiment import (
+    OPTIMIZERS,
     Results,
     Run,
+    add_training,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -105,7 +107,7 @@ def make_model(options, method, tasks, threshold=None):
         options: parsed arguments.
         method: a key of `TITLES`.
         tasks: dict from name to `ImageTask`.
-        threshold: of MTAL; None: that of the options.
+        threshold: of MTAL, one for all layers; None: those of the options.
 
     Returns:
         A `MultiTaskModel` that takes each task's original images, uint8.
@@ -122,14 +124,18 @@ def make_model(options, method, tasks, threshold=None):
         residual = options.network == "resnet18"
         arguments["between"] = {"*_block2_out": layer} if residual else layer
     elif method in SIMILAR:
-        sharing = SimilarKernels(
-            options.threshold if threshold is None else threshold,
-            weights=options.weights,
-            pairs=options.pairs,
-            related=options.related if method == "mtal_r" else None,
-            update_every=options.update_every,
-        )
-        arguments["sharing"] = sharing
+        thresholds = options.threshold if threshold is None else [threshold]
+        patterns = ["*"] if len(thresholds) == 1 else block_patterns(options.network)
+        arguments["sharing"] = {
+            pattern: SimilarKernels(
+                value,
+                weights=options.weights,
+                pairs=options.pairs,
+                related=options.related if method == "mtal_r" else None,
+                update_every=options.update_every,
+            )
+            for pattern, value in zip(patterns, thresholds)
+        }
     model = multitask(
         make_network(options),
         names,
@@ -145,6 +151,12 @@ def make_model(options, method, tasks, threshold=None):
     }
     ready = {name: prepared(x, name, options.size) for name, x in inputs.items()}
     return MultiTaskModel(inputs, model(ready))
+
+
+def block_patterns(network):
+    """Patterns of the layers' names, one for each of the network's five blocks."""
+    name = "resnet_conv" if network == "resnet18" else "block"
+    return [f"{name}{number}_*" for number in range(1, 6)]
 
 
 def start_apart(model):
@@ -198,44 +210,69 @@ def _at_most(indices, labels, count):
     return indices[(own.groupby(own).cumcount() < count).to_numpy()]
 
 
-def train(options, method, tasks, parts, seed, tick, threshold=None):
+def train(options, method, tasks, parts, seed, tick, threshold=None, watch=None):
     """Train one network.
+
+    Args:
+        options: parsed arguments.
+        method: a key of `TITLES`.
+        tasks: dict from name to `ImageTask`.
+        parts: as from `split`.
+        seed: int.
+        tick: function without arguments, called after each epoch.
+        threshold: as for `make_model`.
+        watch: None, or a list of Keras callbacks that see the loss on the other part as
+            `val_loss`.
 
     Returns:
         `(model, history)`: the latter a dict from task to its training loss by epoch.
     """
     keras.utils.set_random_seed(seed)
     model = make_model(options, method, tasks, threshold)
-    data = {
-        name: (task.images[parts[name][0]], task.labels[parts[name][0]])
-        for name, task in tasks.items()
-    }
-    stream = zip_tasks(data, options.batch_size, seed=seed)
+    data = [
+        {
+            name: (task.images[parts[name][number]], task.labels[parts[name][number]])
+            for name, task in tasks.items()
+        }
+        for number in range(2)
+    ]
+    stream = zip_tasks(data[0], options.batch_size, seed=seed)
+    watched = None
+    if watch is not None:
+        watched = zip_tasks(data[1], options.batch_size, shuffle=False)
     rate = keras.optimizers.schedules.CosineDecay(
         options.learning_rate, len(stream) * options.epochs
     )
-    optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+    optimizer = OPTIMIZERS[options.optimizer](rate)
     if method in ("stitch", "nddr"):
         factor = {"*_fusion": options.fusion_rate}
         optimizer = LearningRateMultiplier(optimizer, factor)
-    model.compile(optimizer, "sparse_categorical_crossentropy")
+    model.compile(
+        optimizer,
+        "sparse_categorical_crossentropy",
+        loss_weights=options.loss_weights or None,
+    )
     each = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: tick())
     history = model.fit(
-        stream, epochs=options.epochs, shuffle=False, verbose=0, callbacks=[each]
+        stream,
+        validation_data=watched,
+        epochs=options.epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[each, *(watch or ())],
     )
     return model, {name: history.history[f"{name}_loss"] for name in tasks}
 
 
-def run(options, method, tasks, seed, tick, threshold=None):
-    """Train and test one method.
+def run(options, method, tasks, parts, seed, tick, threshold=None, watch=None):
+    """Train and test one method; arguments as for `train`.
 
     Returns:
         A dict that JSON takes: accuracy by task, the loss by task and epoch, parameters,
         seconds of training, and the shared kernels of MTAL.
     """
-    parts = split(tasks, options, seed)
     started = time.perf_counter()
-    model, losses = train(options, method, tasks, parts, seed, tick, threshold)
+    model, losses = train(options, method, tasks, parts, seed, tick, threshold, watch)
     seconds = time.perf_counter() - started
     outputs = model.predict(
         {name: task.images[_cycled(parts, name)] for name, task in tasks.items()},
@@ -258,7 +295,7 @@ def run(options, method, tasks, seed, tick, threshold=None):
             {"layer": row.layer, "ratio": row.ratio, "saved": row.saved}
             for row in kernel_sharing_ratio(model, verbose=False)
         ]
-        if seed == options.seed and threshold is None:
+        if seed == options.seed and threshold is None and watch is None:
             for number, layer in enumerate(_convolutions(model)[:2], start=1):
                 path = options.output / f"activations_{options.group}_{method}_{number}.png"
                 plot_activations(model, layer, tasks, parts, path)
@@ -464,11 +501,14 @@ def parser():
         default=1.0,
         help="learning rate of Cross-Stitch and NDDR layers, as a factor",
     )
+    add_training(p, "sgd")
     p.add_argument("--weight-decay", type=in_range(float, -1e-9), default=1e-4)
     p.add_argument(
         "--threshold",
+        nargs="+",
         type=in_range(float, -1e-9, 1),
-        help="of MTAL; by default 0.55 for the group 'unrelated', else 0.4",
+        help="of MTAL, one, or five, for the network's blocks (ResNet: its stages); by "
+        "default 0.55 for the group 'unrelated', else 0.4",
     )
     p.add_argument("--weights", choices=["0.5", "learned"], default="0.5", help="phi")
     p.add_argument("--pairs", choices=["all", "index"], default="all")
@@ -506,6 +546,8 @@ _SETTINGS = (
     "epochs",
     "batch_size",
     "learning_rate",
+    "optimizer",
+    "loss_weights",
     "fusion_rate",
     "weight_decay",
     "threshold",
@@ -516,7 +558,7 @@ _SETTINGS = (
 )
 
 
-def parse(arguments):
+def parse(arguments=None):
     """The arguments, with the group's tasks, relations and threshold filled in.
 
     Raises:
@@ -544,7 +586,12 @@ def parse(arguments):
     if options.related is None and "mtal_r" in options.methods:
         options.methods = [method for method in options.methods if method != "mtal_r"]
     if options.threshold is None:
-        options.threshold = {"related": 0.4, "unrelated": 0.55}[threshold]
+        options.threshold = [{"related": 0.4, "unrelated": 0.55}[threshold]]
+    if len(options.threshold) not in (1, 5):
+        p.error(f"--threshold: expected one or five, got {len(options.threshold)}")
+    unknown = sorted(set(options.loss_weights) - set(names))
+    if unknown:
+        p.error(f"--loss-weights: unknown tasks {unknown}; the tasks are {names}")
     options.weights = options.weights if options.weights == "learned" else 0.5
     return options
 
@@ -567,19 +614,24 @@ def plan(options, tasks, digest):
             settings,
             options.epochs,
             lambda tick, method=method, seed=seed, threshold=threshold: run(
-                options, method, tasks, seed, tick, threshold
+                options, method, tasks, split(tasks, options, seed), seed, tick, threshold
             ),
         )
+
+
+def load(options):
+    """The tasks, a dict from name to `ImageTask`."""
+    return {
+        name: load_task(source, options.data, options.size)
+        for name, source in options.sources.items()
+    }
 
 
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
     options = parse(arguments)
     console = Console()
-    tasks = {
-        name: load_task(source, options.data, options.size)
-        for name, source in options.sources.items()
-    }
+    tasks = load(options)
     digest = hashlib.sha256()
     for name, task in tasks.items():
         digest.update(name.encode() + task.images.tobytes() + task.labels.tobytes())
@@ -589,6 +641,7 @@ def main(arguments=None):
         list(plan(options, tasks, digest.hexdigest()[:16])),
         console,
         lambda found: f"accuracy {np.mean(list(found['accuracy'].values())):.1%}",
+        options.strategy,
     )
     kind = f"mtal-{options.group}"
     tables = {}

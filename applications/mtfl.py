@@ -36,14 +36,17 @@ from dmtrl_keras.backend import tensorflow
 from dmtrl_keras.layers import TRL
 
 from .experiment import (
+    OPTIMIZERS,
     Results,
     Run,
+    add_training,
     in_range,
     markdown_table,
     mean_and_spread,
     parse_arguments,
     rich_table,
     run_all,
+    whole_batches,
     write_block,
 )
 from .resnet import STAGES, resnet18
@@ -243,7 +246,7 @@ def make_model(options, method):
     return TaskRelationModel(network, relations, momentum=options.momentum)
 
 
-def train(options, method, training, seed, tick):
+def train(options, method, training, seed, tick, watch=None):
     """Train the network of a method.
 
     Args:
@@ -252,6 +255,8 @@ def train(options, method, training, seed, tick):
         training: `Faces`.
         seed: int.
         tick: function without arguments, called after each epoch.
+        watch: None, or `(callbacks, faces)`: Keras callbacks, which see the loss on these
+            `Faces` as `val_loss`.
 
     Returns:
         `(model, standard)`, the model, and mean and deviation of the landmarks.
@@ -266,29 +271,40 @@ def train(options, method, training, seed, tick):
         options.learning_rate, steps * options.epochs
     )
     model.compile(
-        keras.optimizers.Adam(rate),
+        OPTIMIZERS[options.optimizer](rate),
         {
             "landmarks": "mean_squared_error",
             "pose": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         },
+        loss_weights=options.loss_weights or None,
     )
+
+    def data(faces):
+        labels = (faces.landmarks - standard[0]) / standard[1]
+        return faces.images, {"landmarks": labels, "pose": faces.pose}
+
+    callbacks, watched = ([], None) if watch is None else (watch[0], data(watch[1]))
+    every = keras.callbacks.CallbackList(callbacks, model=model)
+    every.on_train_begin()
+    count = whole_batches(options, len(training.images))
     for epoch in range(options.epochs):
         # Arrays, since TensorFlow's generators make it return memory at every step, with
         # which a step of the small networks took twice as long.
-        part = cut_out(training, options.extent, rng)
-        labels = {
-            "landmarks": (part.landmarks - standard[0]) / standard[1],
-            "pose": part.pose,
-        }
-        model.fit(
-            part.images,
-            labels,
+        part = Faces(*(x[:count] for x in cut_out(training, options.extent, rng)))
+        fitted = model.fit(
+            *data(part),
             batch_size=options.batch_size,
             initial_epoch=epoch,
             epochs=epoch + 1,
+            validation_data=watched,
             verbose=0,
         )
         tick()
+        logs = {name: values[-1] for name, values in fitted.history.items()}
+        every.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    every.on_train_end()
     return model, standard
 
 
@@ -323,15 +339,25 @@ def similarities_of(features, faces):
     return {name: similarity_of(by_task) for name, by_task in sets.items()}
 
 
-def run(options, method, training, testing, seed, tick):
+def run(options, method, training, testing, seed, tick, callbacks=None):
     """Train and test one method.
+
+    Args:
+        options: the command's.
+        method: a key of `TITLES`.
+        training: `Faces`.
+        testing: `Faces`.
+        seed: int.
+        tick: function without arguments, called after each epoch.
+        callbacks: None, or Keras callbacks that see the loss on `testing` as `val_loss`.
 
     Returns:
         A dict of floats: errors in shares, similarities on the test part, seconds of
         training.
     """
     started = time.perf_counter()
-    model, (mean, deviation) = train(options, method, training, seed, tick)
+    watch = None if callbacks is None else (callbacks, testing)
+    model, (mean, deviation) = train(options, method, training, seed, tick, watch)
     seconds = time.perf_counter() - started
     features = features_of(model, testing.images)
     predicted = features["output"]["landmarks"] * deviation + mean
@@ -523,6 +549,11 @@ def convergence(options, training, digest, console):
     return pd.DataFrame(rows).sort_values("Features", kind="stable")
 
 
+def parse(arguments=None):
+    """The parsed arguments."""
+    return parse_arguments(parser(), arguments)
+
+
 def parser():
     """The command's arguments."""
     p = argparse.ArgumentParser(
@@ -549,6 +580,7 @@ def parser():
     p.add_argument("--epochs", type=in_range(int, 0), default=20)
     p.add_argument("--batch-size", type=in_range(int, 1), default=128)
     p.add_argument("--learning-rate", type=in_range(float, 0), default=1e-3)
+    add_training(p, "adam")
     p.add_argument("--output-weight", type=in_range(float, -1e-9), default=0.01, help="λ")
     p.add_argument("--hidden-weight", type=in_range(float, -1e-9), default=0.001, help="λ")
     p.add_argument(
@@ -580,6 +612,8 @@ _SETTINGS = (
     "epochs",
     "batch_size",
     "learning_rate",
+    "optimizer",
+    "loss_weights",
 )
 
 
@@ -611,13 +645,10 @@ def plan(options, training, testing, digest):
             )
 
 
-def main(arguments=None):
-    """Run the experiment; returns the table as a data frame."""
-    options = parse_arguments(parser(), arguments)
-    console = Console()
+def load(options):
+    """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
     training, testing = load_mtfl(options.data, options.size)
     digest = hashlib.sha256(training.images.tobytes() + testing.images.tobytes())
-    digest = digest.hexdigest()[:16]
     if options.training_images is not None:
         if options.training_images > len(training.images):
             raise ValueError(
@@ -626,6 +657,14 @@ def main(arguments=None):
             )
         order = np.random.default_rng(options.seed).permutation(len(training.images))
         training = Faces(*(x[order[: options.training_images]] for x in training))
+    return training, testing, digest.hexdigest()[:16]
+
+
+def main(arguments=None):
+    """Run the experiment; returns the table as a data frame."""
+    options = parse(arguments)
+    console = Console()
+    training, testing, digest = load(options)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.convergence:
         name, title = "mtfl-convergence", "Online and offline similarities"
@@ -637,6 +676,7 @@ def main(arguments=None):
             list(plan(options, training, testing, digest)),
             console,
             lambda found: f"error {found['error']:.2%}, accuracy {found['accuracy']:.1%}",
+            options.strategy,
         )
         table = summarize(runs)
     console.print(rich_table(table, title))

@@ -20,6 +20,7 @@ import argparse
 import functools
 import hashlib
 import itertools
+import math
 import pathlib
 import time
 
@@ -42,8 +43,10 @@ from dmtrl_keras.optimizers import LearningRateMultiplier
 
 from .domains import draw, load_features, load_images
 from .experiment import (
+    OPTIMIZERS,
     Results,
     Run,
+    add_training,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -213,9 +216,10 @@ class Trainer:
         model = self.network(method, strength)
         binary = METHODS[method].get("binary")
         loss = "binary_crossentropy" if binary else "sparse_categorical_crossentropy"
+        terms = self.classes if binary else 1
         model.compile(
             LearningRateMultiplier(
-                keras.optimizers.SGD(self.options.learning_rates[0], momentum=0.9),
+                OPTIMIZERS[self.options.optimizer](self.options.learning_rates[0]),
                 dict.fromkeys(
                     [name for name in NEW_LAYERS if _has_layer(model, name)],
                     self.options.multiplier,
@@ -223,7 +227,10 @@ class Trainer:
             ),
             loss,
             # The sum over the one-versus-rest classifiers, of which Keras takes the mean.
-            loss_weights=dict.fromkeys(self.domains, self.classes if binary else 1),
+            loss_weights={
+                name: self.options.loss_weights.get(name, 1) * terms
+                for name in self.domains
+            },
         )
         model.optimizer.build(model.trainable_variables)
         return model
@@ -370,6 +377,7 @@ def run(trainer, options, method, parts, seed):
     right = trainer.correct(model, test)
     results["accuracy"] = {name: float(np.mean(values)) for name, values in right.items()}
     results["learning_rate"], results["strength"] = best
+    results["parameters"] = sum(math.prod(v.shape) for v in model.trainable_variables)
     if METHODS[method]["prior"] is not None:
         results["task_correlation"] = {
             # One for each class with one-versus-rest classifiers; their mean.
@@ -396,6 +404,8 @@ def settings_of(options, source, method, fraction, number):
         "dropout",
         "multiplier",
         "learning_rates",
+        "optimizer",
+        "loss_weights",
         "folds",
         "stratified",
     )
@@ -480,6 +490,11 @@ def plot_embeddings(folder, domains, classes, path):
     figure.savefig(path)
 
 
+def parse(arguments=None):
+    """The parsed arguments."""
+    return parse_arguments(parser(), arguments)
+
+
 def parser():
     """The command's arguments."""
     p = argparse.ArgumentParser(
@@ -541,6 +556,7 @@ def parser():
         default=[1e-3],
         help="of the trunk; several are chosen from by cross-validation",
     )
+    add_training(p, "sgd")
     p.add_argument(
         "--multiplier",
         type=in_range(float, 0),
@@ -647,20 +663,31 @@ def plan(options, domains, trainer, source):
         )
 
 
+def check_weights(options, domains):
+    """Refuse loss weights of domains that are not there."""
+    unknown = sorted(set(options.loss_weights) - set(domains))
+    if unknown:
+        raise ValueError(
+            f"--loss-weights: expected names from {list(domains)}. Received: {unknown}."
+        )
+
+
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
-    options = parse_arguments(parser(), arguments)
+    options = parse(arguments)
     console = Console()
     domains, classes, new_backbone, source = load(options, console)
     # Before the first hour of training, not after it.
     for fraction in options.fractions:
         draw(domains, fraction, options.seed, options.stratified)
+    check_weights(options, domains)
     trainer = Trainer(options, domains, len(classes), new_backbone)
     runs = run_all(
         Results(options.output / "runs.jsonl"),
         list(plan(options, domains, trainer, source)),
         console,
         lambda found: f"{np.mean(list(found['accuracy'].values())):.1%}",
+        options.strategy,
     )
     table = summarize(runs, list(domains))
     console.print(rich_table(table, f"Accuracy in %, {source['data']}"))

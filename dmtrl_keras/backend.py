@@ -152,15 +152,20 @@ def fused(function):
     return call
 
 
+def replicas_in_sync():
+    """The number of replicas of the strategy that is in scope; 1 without any."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    return tensorflow().distribute.get_strategy().num_replicas_in_sync
+
+
 def all_reduce_sum(x):
     """The sum of a tensor over all replicas, where there are several."""
-    if keras.backend.backend() != "tensorflow":
+    if replicas_in_sync() == 1:
         return x
     distribute = tensorflow().distribute
     context = distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return x
-    return context.all_reduce(distribute.ReduceOp.SUM, x)
+    return x if context is None else context.all_reduce(distribute.ReduceOp.SUM, x)
 
 
 def share_of_replica(x):
@@ -168,7 +173,32 @@ def share_of_replica(x):
 
     Keras sums the losses of the replicas.
     """
-    if keras.backend.backend() != "tensorflow":
-        return x
-    strategy = tensorflow().distribute.get_strategy()
-    return x / strategy.num_replicas_in_sync
+    return x / replicas_in_sync()
+
+
+def check_replicas(examples, owner):
+    """Raise if this replica has no example: statistics of none of them are NaN.
+
+    Args:
+        examples: tensor, whose first axis are the examples of this replica.
+        owner: str, for the message.
+    """
+    if replicas_in_sync() > 1:
+        assert_true(
+            keras.ops.shape(examples)[0] > 0,
+            f"{owner}: a replica got no example. With {replicas_in_sync()} replicas "
+            "every batch, also the last one, must have as many examples at least: use "
+            "batch(n, drop_remainder=True), or see distribution.divisible.",
+        )
+
+
+def local_part(values, strategy):
+    """Of values that a strategy has distributed, those of the first replica here."""
+    distributed = tensorflow().distribute.DistributedValues
+
+    def first(value):
+        if isinstance(value, distributed):
+            return strategy.experimental_local_results(value)[0]
+        return value
+
+    return keras.tree.map_structure(first, values)

@@ -4,7 +4,13 @@ import keras
 import numpy as np
 from keras import tree
 
-from dmtrl_keras.backend import sharing_scope, teach_tf2onnx
+from dmtrl_keras.backend import (
+    check_replicas,
+    local_part,
+    replicas_in_sync,
+    sharing_scope,
+    teach_tf2onnx,
+)
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -85,8 +91,10 @@ class MultiTaskModel(keras.Model):
 
         Raises:
             ValueError: on unknown tasks, on weights of tasks without a loss, on lists of
-                one entry per task.
+                one entry per task; on what Keras can't do with several replicas:
+                `jit_compile=True`, `steps_per_execution` above 1.
         """
+        self._check_replicas(kwargs)
         self._check_tasks("loss", loss)
         self._check_tasks("loss_weights", loss_weights)
         if loss_weights is not None:
@@ -113,6 +121,18 @@ class MultiTaskModel(keras.Model):
             **kwargs,
         )
         self._tasks_with_loss = set(loss) if isinstance(loss, dict) else None
+
+    def _check_replicas(self, arguments):
+        """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
+        if replicas_in_sync() == 1:
+            return
+        jit, steps = (arguments.get(n) for n in ("jit_compile", "steps_per_execution"))
+        if jit is True or (steps or 1) > 1:
+            raise ValueError(
+                f"{self._owner()}: with several replicas expected jit_compile=False and "
+                f"steps_per_execution=1. Received: jit_compile={jit}, "
+                f"steps_per_execution={steps}."
+            )
 
     def compile_from_config(self, config):
         """Compile as a saved model was; Keras leaves it to classes with a `compile`."""
@@ -174,6 +194,7 @@ class MultiTaskModel(keras.Model):
         Raises:
             ValueError: on labels or weights of unknown tasks, on a list of labels, on a
                 task that has a loss and no labels.
+            tf.errors.InvalidArgumentError: in training, if a replica has no example.
         """
         for argument, value in (("y", y), ("sample_weight", sample_weight)):
             self._check_tasks(argument, value)
@@ -186,7 +207,19 @@ class MultiTaskModel(keras.Model):
                     f"{self._owner()}: expected labels for every task with a loss, also "
                     f"for {absent}. Received: labels for {sorted(y)}."
                 )
+        if training and y is not None:
+            check_replicas(tree.flatten(y)[0], self._owner())
         return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Keras 3.15 takes the mean of the replicas' batches to know their shapes, which
+        # fails where they differ, and where other machines have some of them.
+        if iterator is not None and self._distribute_strategy is not None:
+            for _, _, batches in iterator:
+                data_batch = local_part(next(batches), self.distribute_strategy)
+                break
+            iterator = None
+        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def export(self, filepath, format="tf_saved_model", **kwargs):
         """Export for inference, as `keras.Model.export`; outputs keep the task names.

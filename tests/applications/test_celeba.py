@@ -202,7 +202,7 @@ def test_classification(tmp_path, rng, capsys):
 def test_table_3(tmp_path, rng):
     """An attribute in two pairs is learned alone once; each value is in its place."""
     write_images(tmp_path, rng)
-    options = celeba.parser().parse_args(
+    options = celeba.parse(
         ["--classification", "--data", "x", "--tables", "3", "--methods", *celeba.METHODS]
     )
     parts = celeba.load_images(tmp_path, 16)

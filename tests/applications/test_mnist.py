@@ -62,7 +62,7 @@ def test_stl_is_ten_networks(rng):
 def test_same_budget_for_every_method(tmp_path, rng):
     """Each method sees every epoch of the budget once."""
     write_folder(tmp_path, rng)
-    options = mnist.parser().parse_args([*TINY, "--epochs", "5"])
+    options = mnist.parse([*TINY, "--epochs", "5"])
     digits = mnist.load_digits(str(tmp_path))
     for method in mnist.METHODS:
         ticks = []
@@ -81,7 +81,7 @@ def test_stl_is_not_interrupted(tmp_path, rng):
     """STL in two halves, the optimizer's state carried over, is STL in one."""
     write_folder(tmp_path, rng)
     digits = mnist.load_digits(str(tmp_path))
-    options = mnist.parser().parse_args([*TINY, "--epochs", "4"])
+    options = mnist.parse([*TINY, "--epochs", "4"])
     trainer = mnist.Trainer(options, digits.train_images, digits.train_labels, 0)
     source, state, _ = trainer.half_trained()
     model, _ = trainer.train("stl")
@@ -158,7 +158,7 @@ def test_draws_are_the_same_for_all_methods():
 def test_learns_real_digits():
     """DMTRL on 600 real digits is far better than chance within a minute."""
     arguments = ["--padding", "valid", "--fc", "32", "--epochs", "4"]
-    options = mnist.parser().parse_args(arguments)
+    options = mnist.parse(arguments)
     digits = mnist.load_digits("sample")
     chosen = mnist.draw(digits, 0.01, 0)
     trainer = mnist.Trainer(
@@ -184,5 +184,5 @@ def test_learns_real_digits():
 def test_bad_arguments(arguments, capsys):
     """Argparse says which argument, and what it takes."""
     with pytest.raises(SystemExit):
-        mnist.parser().parse_args(arguments)
+        mnist.parse(arguments)
     assert arguments[0] in capsys.readouterr().err

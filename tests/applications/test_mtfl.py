@@ -121,7 +121,7 @@ def test_error(rng):
 @pytest.mark.parametrize("method", mtfl.TITLES)
 def test_networks(method):
     """STL shares nothing; the others the first four stages; relations where they belong."""
-    options = mtfl.parser().parse_args(["--data", "x", *SMALL])
+    options = mtfl.parse(["--data", "x", *SMALL])
     model = mtfl.make_model(options, method)
     names = {layer.name for layer in model.layers}
     shared = "shared_conv4_block2_out"
@@ -156,7 +156,7 @@ def test_command(tmp_path, rng):
     assert "| MTL |" in readme.read_text()
     mtfl.main(arguments)
     assert (output / "runs.jsonl").read_text() == lines
-    options = mtfl.parser().parse_args([*arguments, "--scales", "1", "100"])
+    options = mtfl.parse([*arguments, "--scales", "1", "100"])
     plan = [run.settings for run in mtfl.plan(options, None, None, "digest")]
     weights = [(own["output_weight"], own["hidden_weight"]) for own in plan[:3]]
     assert weights == [(None, None), (0.01, 0.001), (1.0, 0.1)] and len(plan) == 3

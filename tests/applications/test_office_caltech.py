@@ -16,7 +16,7 @@ TINY = ["--steps", "3", "--bottleneck", "4", "--draws", "2", "--fractions", "0.3
 
 def options_of(folder, *arguments):
     """Parsed arguments."""
-    return office.parser().parse_args(["--features", str(folder), *TINY, *arguments])
+    return office.parse(["--features", str(folder), *TINY, *arguments])
 
 
 def test_command(tmp_path, rng, monkeypatch):
@@ -95,7 +95,7 @@ def test_learns(tmp_path, rng):
 def test_real_features(data_dir):
     """DRN above MTCNN above STL with 5% of the examples, as the paper has it."""
     folder = data_dir / "office_caltech10_features"
-    options = office.parser().parse_args(["--features", str(folder)])
+    options = office.parse(["--features", str(folder)])
     domains, classes = office.load_features(folder)
     trainer = office.Trainer(options, domains, len(classes), lambda: (1280,))
     parts = office.draw(domains, 0.05, 0)
@@ -165,7 +165,7 @@ def test_images(tune_from, tmp_path, rng, monkeypatch):
         arguments += ["--tune-from", tune_from]
     assert len(office.main(arguments)) == 2
     monkeypatch.setattr(office.Trunk, "run_lower", None)
-    options = office.parser().parse_args(arguments)
+    options = office.parse(arguments)
     domains, _, new_backbone, _ = office.load(options, None)
     backbone = new_backbone()
     x = domains["amazon"].x

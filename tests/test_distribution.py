@@ -1,0 +1,327 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from dmtrl_keras import MultiTaskModel
+from dmtrl_keras.distribution import divisible, make_strategy, train
+
+tensorflow_only = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+
+# A network of two tasks for each family, in the scope of whatever strategy.
+NETWORKS = """
+import keras
+import numpy as np
+from dmtrl_keras import (
+    Relation, TaskRelationModel, TensorNormalRegularizer, multitask, relationship_network
+)
+from dmtrl_keras.layers import NDDR, CrossStitch
+
+rng = np.random.default_rng(0)
+TASKS = ["a", "b"]
+X = rng.normal(size=(24, 8, 8, 1)).astype("float32")
+# One feature of the image and its square, so that there is something to learn.
+Y = {"a": X.mean((1, 2, 3), keepdims=True)[:, 0, 0], "b": X[:, 0, 0] ** 2}
+
+
+def backbone():
+    return keras.Sequential([
+        keras.Input((8, 8, 1)),
+        keras.layers.Conv2D(4, 3, activation="tanh", name="conv"),
+        keras.layers.MaxPooling2D(),
+        keras.layers.Flatten(),
+        keras.layers.Dense(6, "tanh", name="fc"),
+    ])
+
+
+def make(family):
+    keras.utils.set_random_seed(0)
+    heads = {t: keras.layers.Dense(1, name=f"{t}_head") for t in TASKS}
+    arguments = dict(heads=heads, verbose=False)
+    if family in ("independent", "hard", "laf", "tucker", "tt"):
+        ranks = dict(rank=2) if family in ("laf", "tucker", "tt") else {}
+        model = multitask(backbone(), TASKS, family, **ranks, **arguments)
+    elif family == "similar":
+        model = multitask(backbone(), TASKS, "similar", threshold=0.3, **arguments)
+    elif family == "prior":
+        prior = TensorNormalRegularizer(0.01, ["feature", "class", "task"], 2)
+        model = multitask(backbone(), TASKS, prior=prior, **arguments)
+    elif family == "stitch":
+        model = multitask(backbone(), TASKS, between=CrossStitch, **arguments)
+    elif family == "relation":
+        model = multitask(backbone(), TASKS, **arguments)
+        model = TaskRelationModel(model, [Relation("output", 0.5)], momentum=0.5)
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    return model
+
+
+def values(model):
+    return [keras.ops.convert_to_numpy(v) for v in model.weights]
+"""
+FAMILIES = [
+    "independent",
+    "hard",
+    "laf",
+    "tucker",
+    "tt",
+    "similar",
+    "prior",
+    "stitch",
+    "relation",
+]
+
+SAME_AS_ONE = """
+def learn(family):
+    model = make(family)
+    fitted = model.fit(X, Y, batch_size=8, epochs=3, shuffle=False, verbose=0,
+                       validation_data=(X, Y))
+    return model, fitted.history
+
+two = tf.distribute.MirroredStrategy(["cpu:0", "cpu:1"])
+for family in FAMILIES:
+    one_model, one = learn(family)
+    with two.scope():
+        model, history = learn(family)
+    assert set(one) == set(history), family
+    for name in one:
+        np.testing.assert_allclose(history[name], one[name], rtol=2e-3, atol=1e-5,
+                                   err_msg=f"{family}, {name}")
+    for variable, ours, expected in zip(model.weights, values(model), values(one_model)):
+        np.testing.assert_allclose(ours, expected, atol=1e-4,
+                                   err_msg=f"{family}, {variable.path}")
+        copies = [copy.numpy() for copy in variable.value.values]
+        assert len(copies) == 2
+        np.testing.assert_array_equal(*copies, err_msg=f"{family}, {variable.path}")
+    # Neither testing nor prediction changes anything.
+    before = values(model)
+    model.evaluate(X, Y, batch_size=8, verbose=0)
+    model.predict(X, batch_size=8, verbose=0)
+    for old, new in zip(before, values(model)):
+        np.testing.assert_array_equal(old, new)
+    print(family, "ok")
+"""
+
+SAVED = """
+import tempfile
+folder = tempfile.mkdtemp()
+two = tf.distribute.MirroredStrategy(["cpu:0", "cpu:1"])
+
+
+class Stop(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+def learn(family, backup=None, stop=False):
+    with two.scope():
+        model = make(family)
+    callbacks = [] if backup is None else [keras.callbacks.BackupAndRestore(backup)]
+    callbacks += [Stop()] if stop else []
+    model.fit(X, Y, batch_size=8, epochs=4, shuffle=False, verbose=0,
+              callbacks=callbacks)
+    return model
+
+for family in FAMILIES:
+    whole = learn(family)
+    backup = f"{folder}/{family}_backup"
+    try:
+        learn(family, backup, stop=True)
+    except KeyboardInterrupt:
+        pass
+    model = learn(family, backup)
+    for ours, expected in zip(values(model), values(whole)):
+        np.testing.assert_allclose(ours, expected, atol=1e-6, err_msg=family)
+    outputs = model.predict(X, batch_size=8, verbose=0)
+    model.save(f"{folder}/{family}.keras")
+    loaded = keras.saving.load_model(f"{folder}/{family}.keras")
+    model.export(f"{folder}/{family}", verbose=False)
+    served = tf.saved_model.load(f"{folder}/{family}").serve(X)
+    for task in TASKS:
+        np.testing.assert_allclose(loaded.predict(X, verbose=0)[task], outputs[task],
+                                   atol=1e-5)
+        np.testing.assert_allclose(served[task], outputs[task], atol=1e-5)
+    print(family, "ok")
+"""
+
+UNEVEN = """
+two = tf.distribute.MirroredStrategy(["cpu:0", "cpu:1"])
+with two.scope():
+    model = make("independent")
+# The first batch, and the last one, differ between the replicas.
+model.fit(X[:21], {t: y[:21] for t, y in Y.items()}, batch_size=7, verbose=0)
+assert model.predict(X[:3], verbose=0)["a"].shape == (3, 1)
+# A mean over all examples, with or without a replica that has none.
+with tf.device("cpu:0"):
+    one = make("independent")
+one.set_weights(model.get_weights())
+labels = {t: y[:17] for t, y in Y.items()}
+found = model.evaluate(X[:17], labels, batch_size=8, verbose=0, return_dict=True)
+expected = one.evaluate(X[:17], labels, batch_size=8, verbose=0, return_dict=True)
+np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+try:
+    model.fit(X[:17], labels, batch_size=8, verbose=0)
+except tf.errors.InvalidArgumentError as error:
+    assert "a replica got no example" in str(error), error
+else:
+    raise AssertionError("a replica without examples is no error")
+for wrong in ({"jit_compile": True}, {"steps_per_execution": 2}):
+    try:
+        with two.scope():
+            model.compile("sgd", "mse", **wrong)
+    except ValueError as error:
+        assert "several replicas" in str(error), error
+    else:
+        raise AssertionError(wrong)
+"""
+
+
+@tensorflow_only
+@pytest.mark.parametrize("script", [SAME_AS_ONE, SAVED], ids=["same", "saved"])
+def test_families_on_two_devices(on_two_devices, script):
+    """Losses, weights and state of one device; equal replicas; saved, resumed, exported."""
+    on_two_devices(f"{NETWORKS}\nFAMILIES = {FAMILIES}\n{script}")
+
+
+@tensorflow_only
+def test_batches_that_do_not_divide(on_two_devices):
+    on_two_devices(NETWORKS + UNEVEN)
+
+
+STRATEGIES = """
+from dmtrl_keras.distribution import make_strategy
+
+assert make_strategy().num_replicas_in_sync == 1
+assert make_strategy("cpu").num_replicas_in_sync == 1
+for name in ("auto", "mirrored", "cpu"):
+    assert make_strategy(name, replicas=2).num_replicas_in_sync == 2
+tf.constant(1)
+try:
+    make_strategy("cpu", replicas=3)
+except RuntimeError as error:
+    assert "TensorFlow runs already" in str(error), error
+else:
+    raise AssertionError("devices were divided too late")
+"""
+
+
+@tensorflow_only
+def test_make_strategy(on_two_devices):
+    on_two_devices(STRATEGIES)
+    with pytest.raises(ValueError, match=r"('auto', 'mirrored', 'cpu')"):
+        make_strategy("tpu")
+    with pytest.raises(ValueError, match="replicas"):
+        make_strategy("cpu", replicas=0)
+
+
+def test_divisible():
+    assert [divisible(n, 8, 4) for n in (32, 33, 35, 36, 39)] == [32, 32, 32, 36, 36]
+    assert divisible(7, 3, 1) == 7
+    with pytest.raises(ValueError, match="a multiple of 4"):
+        divisible(32, 6, 4)
+    with pytest.raises(ValueError, match="too few"):
+        divisible(3, 8, 4)
+
+
+def model_and_data():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    model = MultiTaskModel(inputs, {"a": keras.layers.Dense(1)(inputs)})
+    model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+    rng = np.random.default_rng(0)
+    return model, rng.normal(size=(12, 3)), {"a": rng.normal(size=(12, 1))}
+
+
+@tensorflow_only
+def test_train_is_fit():
+    """Without a strategy the loop does what `fit` does, callbacks included."""
+    import tensorflow as tf
+
+    model, x, y = model_and_data()
+    expected = model.fit(
+        x, y, batch_size=4, epochs=3, shuffle=False, validation_data=(x, y), verbose=0
+    ).history
+    other, x, y = model_and_data()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    found = train(other, data, 3, validation_data=data).history
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5)
+    np.testing.assert_allclose(other.get_weights()[0], model.get_weights()[0], rtol=1e-5)
+    stopping = keras.callbacks.EarlyStopping("loss", patience=0, mode="max")
+    assert len(train(other, data, 3, callbacks=[stopping]).history["loss"]) == 2
+    with pytest.raises(ValueError, match="must be compiled"):
+        train(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]), data)
+
+
+# TensorFlow must not start before the cluster is known.
+CLUSTER = """
+import json
+import os
+import tensorflow as tf
+if "TF_CONFIG" in os.environ:
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    assert strategy.num_replicas_in_sync == 2
+else:
+    strategy = tf.distribute.get_strategy()
+"""
+MACHINE = """
+from dmtrl_keras.distribution import train
+
+data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8, drop_remainder=True)
+results = {}
+for family in FAMILIES:
+    with strategy.scope():
+        model = make(family)
+    history = train(model, data, 3, validation_data=data).history
+    results[family] = {"history": history, "weights": [v.tolist() for v in values(model)]}
+print(json.dumps(results))
+"""
+
+
+@tensorflow_only
+def test_two_machines():
+    """Two processes learn what one does, for each family."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (one, two)]
+    script = f"{CLUSTER}\n{NETWORKS}\nFAMILIES = {FAMILIES}\n{MACHINE}"
+
+    def start(index=None):
+        own = dict(os.environ)
+        if index is not None:
+            task = {"type": "worker", "index": index}
+            own["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+        return subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=own,
+        )
+
+    # One after the other on two cores; the machines wait for each other.
+    alone = start().communicate(timeout=300)
+    machines = [start(0), start(1)]
+    found = [machine.communicate(timeout=300) for machine in machines]
+    for process, (_, errors) in zip(machines, found):
+        assert process.returncode == 0, errors[-2000:]
+    expected = json.loads(alone[0].splitlines()[-1])
+    for output, _ in found:
+        results = json.loads(output.splitlines()[-1])
+        for family in FAMILIES:
+            ours, theirs = results[family], expected[family]
+            for name, values in theirs["history"].items():
+                np.testing.assert_allclose(
+                    ours["history"][name], values, rtol=2e-3, atol=1e-5, err_msg=family
+                )
+            for own, value in zip(ours["weights"], theirs["weights"]):
+                np.testing.assert_allclose(own, value, atol=1e-4, err_msg=family)

@@ -264,8 +264,21 @@ def train(options, method, tasks, parts, seed, tick, threshold=None, watch=None)
     return model, {name: history.history[f"{name}_loss"] for name in tasks}
 
 
-def run(options, method, tasks, parts, seed, tick, threshold=None, watch=None):
-    """Train and test one method; arguments as for `train`.
+def run(
+    options, method, tasks, parts, seed, tick, threshold=None, watch=None, figures=False
+):
+    """Train and test one method.
+
+    Args:
+        options: parsed arguments.
+        method: a key of `TITLES`.
+        tasks: dict from name to `ImageTask`.
+        parts: as from `split`.
+        seed: int.
+        tick: function without arguments, called after each epoch.
+        threshold: as for `make_model`.
+        watch: as for `train`.
+        figures: bool, whether to draw the activation maps of MTAL.
 
     Returns:
         A dict that JSON takes: accuracy by task, the loss by task and epoch, parameters,
@@ -295,7 +308,7 @@ def run(options, method, tasks, parts, seed, tick, threshold=None, watch=None):
             {"layer": row.layer, "ratio": row.ratio, "saved": row.saved}
             for row in kernel_sharing_ratio(model, verbose=False)
         ]
-        if seed == options.seed and threshold is None and watch is None:
+        if figures:
             for number, layer in enumerate(_convolutions(model)[:2], start=1):
                 path = options.output / f"activations_{options.group}_{method}_{number}.png"
                 plot_activations(model, layer, tasks, parts, path)
@@ -614,7 +627,14 @@ def plan(options, tasks, digest):
             settings,
             options.epochs,
             lambda tick, method=method, seed=seed, threshold=threshold: run(
-                options, method, tasks, split(tasks, options, seed), seed, tick, threshold
+                options,
+                method,
+                tasks,
+                split(tasks, options, seed),
+                seed,
+                tick,
+                threshold,
+                figures=seed == options.seed and threshold is None,
             ),
         )
 

@@ -1,0 +1,241 @@
+"""Keras Tuner hypermodels: one for each family, of any backbone.
+
+hypermodel = Factorized("tucker", backbone, {"age": "mse", "gender": "mse"}, heads=...)
+tuner = keras_tuner.BayesianOptimization(hypermodel, "val_loss")
+"""
+
+import keras
+import keras_tuner as kt
+
+from dmtrl_keras import (
+    Relation,
+    TaskRelationModel,
+    TensorNormalRegularizer,
+    multitask,
+    parameterizations,
+)
+from dmtrl_keras.networks import PRIORS
+
+from . import application, spaces
+
+OPTIMIZERS = application("experiment").OPTIMIZERS
+TUNABLE = ("sharing", "learning_rate", "optimizer", "loss_weights")
+
+
+class MultiTask(kt.HyperModel):
+    """A network of T tasks of one family, compiled; here with independent kernels.
+
+    Hyperparameters of all families are, if they are asked for, `learning_rate`,
+    `optimizer` and `loss_weight/<task>`; the subclasses add their own.
+
+    Args:
+        method: str, one of the family's methods.
+        backbone: function without arguments that returns a Keras model, as for
+            `dmtrl_keras.multitask`; or the model, which is not changed.
+        losses: dict from task name to loss, as in `compile`.
+        heads: as in `multitask`.
+        metrics: dict from task name to metrics, as in `compile`.
+        tune: what is searched for, some of `"sharing"` (the family's own),
+            `"learning_rate"`, `"optimizer"`, `"loss_weights"`.
+        per_layer: bool, whether ranks, or thresholds, are searched for each layer.
+        shared_input: as in `multitask`.
+        optimizer: str, the default.
+        learning_rate: float, the default.
+        loss_weights: dict of the defaults by task; 1 where there is none.
+        defaults: dict of the defaults of the family's hyperparameters.
+
+    Raises:
+        ValueError: on unknown methods or things to tune.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_tuner
+    >>> backbone = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(8, "relu", name="fc")]
+    ... )
+    >>> hypermodel = Factorized(
+    ...     "tucker", backbone, {"age": "mse", "income": "mse"}, heads=1
+    ... )
+    >>> hp = keras_tuner.HyperParameters()
+    >>> model = hypermodel.build(hp)
+    >>> sorted(hp.values)
+    ['learning_rate', 'tolerance']
+    """
+
+    methods = ("independent",)
+    defaults = {}
+
+    def __init__(
+        self,
+        method,
+        backbone,
+        losses,
+        heads=None,
+        metrics=None,
+        tune=("sharing", "learning_rate"),
+        per_layer=False,
+        shared_input=True,
+        optimizer="adam",
+        learning_rate=1e-3,
+        loss_weights=None,
+        defaults=None,
+    ):
+        super().__init__(name=method)
+        unknown = sorted(set(tune) - set(TUNABLE))
+        unknown += sorted(set(defaults or {}) - set(self.defaults))
+        if method not in self.methods or unknown:
+            raise ValueError(
+                f"{type(self).__name__}: expected a method from {self.methods}, `tune` from "
+                f"{TUNABLE}, `defaults` from {sorted(self.defaults)}. "
+                f"Received: {method!r}, and unknown {unknown}."
+            )
+        self.method = method
+        self.losses = losses
+        self.tasks = list(losses)
+        self.heads = heads
+        self.metrics = metrics
+        self.tune = tuple(tune)
+        self.per_layer = per_layer
+        self.shared_input = shared_input
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.loss_weights = loss_weights or {}
+        self.defaults = {**self.defaults, **(defaults or {})}
+        self._backbone = backbone
+
+    def backbone(self):
+        """The model that is every task's backbone."""
+        is_model = isinstance(self._backbone, keras.Model)
+        return self._backbone if is_model else self._backbone()
+
+    def network(self, hp, **arguments):
+        """The network of all tasks, not compiled.
+
+        Args:
+            hp: `keras_tuner.HyperParameters`.
+            **arguments: of `multitask`, as the family wants them.
+        """
+        return multitask(
+            arguments.pop("backbone", None) or self.backbone(),
+            self.tasks,
+            heads=self.heads,
+            shared_input=self.shared_input,
+            verbose=False,
+            **arguments,
+        )
+
+    def build(self, hp):
+        """The compiled network with some hyperparameters."""
+        optimizer, rate = spaces.optimizer_and_rate(
+            hp, self.optimizer, self.learning_rate, self.tune
+        )
+        weights = spaces.loss_weights(hp, self.tasks, self.loss_weights, self.tune)
+        model = self.network(hp)
+        model.compile(
+            OPTIMIZERS[optimizer](rate),
+            self.losses,
+            loss_weights=weights or None,
+            weighted_metrics=self.metrics,
+        )
+        return model
+
+
+class HardSharing(MultiTask):
+    """All tasks have the same kernels, up to the heads."""
+
+    methods = ("hard",)
+
+    def network(self, hp):
+        return super().network(hp, sharing="hard")
+
+
+class Factorized(MultiTask):
+    """DMTRL: `"laf"`, `"tucker"` or `"tt"`, by one tolerance or a rank for each layer."""
+
+    methods = ("laf", "tucker", "tt")
+    defaults = {"tolerance": 0.1}
+
+    def network(self, hp):
+        tolerance = self.defaults["tolerance"]
+        if "sharing" not in self.tune:
+            return super().network(hp, sharing=self.method, tolerance=tolerance)
+        backbone = self.backbone()
+        layers = [
+            layer.name
+            for layer in backbone._flatten_layers(include_self=False)
+            if getattr(layer, "kernel", None) is not None
+        ]
+        tolerance, ranks = spaces.factorization(hp, layers, tolerance, self.per_layer)
+        if ranks is None:
+            return super().network(
+                hp, backbone=backbone, sharing=self.method, tolerance=tolerance
+            )
+        kind = type(parameterizations.get(self.method))
+        sharing = {layer: kind(rank) for layer, rank in ranks.items()}
+        return super().network(hp, backbone=backbone, sharing=sharing)
+
+
+class Similar(MultiTask):
+    """MTAL: one threshold, or one for each convolution."""
+
+    methods = ("similar",)
+    defaults = {"threshold": 0.4}
+
+    def network(self, hp):
+        threshold = self.defaults["threshold"]
+        if "sharing" not in self.tune:
+            return super().network(hp, sharing="similar", threshold=threshold)
+        backbone = self.backbone()
+        layers = [
+            layer.name
+            for layer in backbone._flatten_layers(include_self=False)
+            if isinstance(
+                layer, (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+            )
+        ]
+        found = spaces.threshold(hp, threshold, layers, self.per_layer)
+        several = len(found) > 1
+        found = dict(zip(layers, found)) if several else found[0]
+        return super().network(hp, backbone=backbone, sharing="similar", threshold=found)
+
+
+class Prior(MultiTask):
+    """`"drn"` or `"mrn"`: a tensor-normal prior over the kernels of all layers."""
+
+    methods = ("drn", "mrn")
+    defaults = {"strength": 1e-3, "epsilon": 1e-3, "update_every": 10}
+
+    def network(self, hp):
+        strength, epsilon = self.defaults["strength"], self.defaults["epsilon"]
+        if "sharing" in self.tune:
+            strength, epsilon = spaces.prior(hp, strength, epsilon)
+        ridges = {**PRIORS[self.method], "task": epsilon}
+        prior = TensorNormalRegularizer(
+            strength, list(ridges), self.defaults["update_every"], epsilon=ridges
+        )
+        return super().network(hp, prior=prior)
+
+
+class RelationNetwork(MultiTask):
+    """`"trn"`: a common network whose outputs are held to the labels' similarity."""
+
+    methods = ("trn",)
+    defaults = {"output_weight": 0.01, "momentum": 0.99, "share_until": None}
+
+    def network(self, hp):
+        weight, momentum = self.defaults["output_weight"], self.defaults["momentum"]
+        if "sharing" in self.tune:
+            weights, momentum = spaces.relation(hp, {"output": weight}, momentum)
+            weight = weights["output"]
+        until = self.defaults["share_until"]
+        how = {"sharing": "hard"} if until is None else {"share_until": until}
+        model = super().network(hp, **how)
+        return TaskRelationModel(model, Relation("output", weight), momentum=momentum)
+
+
+FAMILIES = {
+    method: family
+    for family in (MultiTask, HardSharing, Factorized, Similar, Prior, RelationNetwork)
+    for method in family.methods
+}

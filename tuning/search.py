@@ -1,0 +1,520 @@
+"""Search for the best settings of a method, on an experiment or on your own data.
+
+    python -m tuning.search --experiment mnist --method tucker --tuner bayesian
+    python -m tuning.search --experiment mtfl --method trn --data FOLDER --width 8
+    python -m tuning.search --model module:backbone --data module:data --method tt
+
+What follows the arguments of the search are those of the experiment, its default settings:
+the first trial. Trials are compared on a part of the training data; the test part is
+used once, with the best settings, at the end. Called again, it goes on where it was.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import pathlib
+import sys
+import threading
+import time
+
+import keras
+import keras_tuner as kt
+import numpy as np
+import pandas as pd
+from keras_tuner import errors
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from . import hypermodels, oracles, studies
+from .studies import experiment
+
+_DEFAULT_TRIALS = 20
+# A process that was killed so often in one trial was killed by it.
+_MOST_STARTS = 3
+
+
+class Search(kt.Tuner):
+    """Runs the trials of a study.
+
+    Args:
+        study: `studies.Study`.
+        oracle: `oracles.SearchOracle`.
+        options: the parsed arguments of the search.
+        console: `rich.console.Console`.
+    """
+
+    def __init__(self, study, oracle, options, console):
+        self.study = study
+        self.search_options = options
+        self.console = console
+        self._ran = True
+        super().__init__(
+            oracle, directory=options.directory.parent, project_name=options.directory.name
+        )
+
+    def pre_create_trial(self):
+        """Wait a little where the chief had nothing to do."""
+        if not self._ran:
+            time.sleep(1)
+        self._ran = False
+
+    def on_trial_begin(self, trial):
+        """Say what is tried, and to the chief, from now on, that this process lives."""
+        self._ran = True
+        values = ", ".join(
+            f"{name}={_short(value)}"
+            for name, value in trial.hyperparameters.values.items()
+        )
+        self.console.print(f"Trial {trial.trial_id}: {values}", highlight=False)
+        self._ended = threading.Event()
+        if self._is_worker():
+            arguments = (trial.trial_id, self._ended)
+            threading.Thread(target=self._beat, args=arguments, daemon=True).start()
+
+    def _beat(self, trial_id, ended):
+        while not ended.wait(self.search_options.worker_timeout / 4):
+            self.oracle.get_trial(trial_id)
+
+    def run_trial(self, trial):
+        """Train and validate; the results, means over the repeats."""
+        try:
+            with _counted(pathlib.Path(self.get_trial_dir(trial.trial_id))):
+                metrics = self._metrics(trial)
+        except Exception as error:
+            raise errors.FailedTrialError(_reason(error)) from error
+        _write_hparams(self.search_options.directory, trial, metrics)
+        return metrics
+
+    def _metrics(self, trial):
+        study, options = self.study, self.search_options
+        hp = trial.hyperparameters
+        settings = study.settings(hp)
+        own = study.with_settings(settings, hp.values.get("tuner/epochs"))
+        found = []
+        with experiment.progress_bars(self.console) as progress:
+            steps = options.repeats * study.epochs(own)
+            bar = progress.add_task(f"trial {trial.trial_id}", total=steps)
+            for repeat in range(options.repeats):
+                keras.utils.clear_session()
+                gc.collect()
+                with own.strategy.scope():
+                    found.append(
+                        study.learn(
+                            own,
+                            True,
+                            repeat,
+                            lambda: progress.advance(bar),
+                            study.stopping(options.patience),
+                        )
+                    )
+        frame = pd.DataFrame(found)
+        metrics = frame.mean().to_dict()
+        for name in options.objectives:
+            if name not in metrics:
+                raise errors.FatalValueError(
+                    f"--objective: expected one of {sorted(metrics)}. Received: {name!r}."
+                )
+            if not np.isfinite(metrics[name]):
+                raise ValueError(f"{name} is {metrics[name]}")
+        if options.repeats > 1:
+            metrics |= {f"{n}_spread": v for n, v in frame.std().to_dict().items()}
+        return metrics
+
+    def on_trial_end(self, trial):
+        """Record the trial and say how it went."""
+        self._ended.set()
+        if trial.status == "COMPLETED":
+            done = self.oracle.get_trial(trial.trial_id)
+            text = ", ".join(
+                f"{name} {_short(done.metrics.get_best_value(name))}"
+                for name in self.search_options.objectives
+            )
+        else:
+            text = f"failed, {reason_of(trial)}"
+        self.console.print(f"Trial {trial.trial_id}: {text}", highlight=False)
+        super().on_trial_end(trial)
+
+
+class _counted:
+    """Counts how often a trial was begun and its process ended in it."""
+
+    def __init__(self, folder):
+        self._file = folder / "starts.txt"
+
+    def __enter__(self):
+        starts = int(self._file.read_text()) if self._file.exists() else 0
+        if starts >= _MOST_STARTS:
+            raise MemoryError(
+                f"the process was ended from outside in each of {starts} tries"
+            )
+        self._file.write_text(str(starts + 1))
+
+    def __exit__(self, kind, error, trace):
+        # Also when a user interrupts it, which says nothing of the trial.
+        self._file.unlink(missing_ok=True)
+
+
+def _reason(error):
+    """Why a trial failed, in a line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def reason_of(trial):
+    """Why a trial failed, from the record that Keras Tuner keeps of it."""
+    lines = [line for line in (trial.message or "").splitlines() if line.strip()]
+    last = lines[-1] if lines else "no reason given"
+    return last.partition("FailedTrialError: ")[2] or last
+
+
+def _write_hparams(folder, trial, metrics):
+    """What TensorBoard shows under HPARAMS."""
+    from tensorboard.plugins.hparams import api as hparams
+
+    from dmtrl_keras.backend import tensorflow
+
+    summary = tensorflow().summary
+    path = folder / "tensorboard" / trial.trial_id
+    with summary.create_file_writer(str(path)).as_default():
+        hparams.hparams(trial.hyperparameters.values, trial_id=trial.trial_id)
+        for name, value in metrics.items():
+            summary.scalar(name, value, step=0)
+
+
+def _short(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- what comes of it ---------------------------------------------------------------
+
+
+def table_of(trials, objectives):
+    """All completed trials, the best first.
+
+    Args:
+        trials: list of Keras Tuner's trials.
+        objectives: list of `keras_tuner.Objective`.
+
+    Returns:
+        A data frame: the trial, results, hyperparameters, and with several objectives
+        whether it is on the Pareto front.
+    """
+    done = [trial for trial in trials if trial.status == "COMPLETED"]
+    rows = []
+    for trial in done:
+        row = {"trial": trial.trial_id}
+        row |= {name: trial.metrics.get_best_value(name) for name in trial.metrics.metrics}
+        rows.append(row | trial.hyperparameters.values)
+    frame = pd.DataFrame(rows)
+    values = np.array([oracles.objective_values(t, objectives) for t in done])
+    if len(objectives) > 1:
+        frame.insert(1, "pareto", oracles.pareto_front(values))
+    order = np.lexsort(values.T[::-1])
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def shown(frame, options, count=10):
+    """The first rows of the table, as strings, without what is of no interest."""
+    names = ["trial", *options.objectives]
+    names += ["pareto"] if "pareto" in frame else []
+    hidden = {"tuner/trial_id", "tuner/bracket", "tuner/round", "tuner/initial_epoch"}
+    results = set(options.results)
+    names += [n for n in frame if n not in {*names, *hidden} and n not in results]
+    text = frame[names].head(count).copy()
+    for name in options.objectives:
+        if f"{name}_spread" in frame:
+            spread = frame[f"{name}_spread"].map(_short)
+            text[name] = frame[name].map(_short) + " ± " + spread
+    return text.map(lambda value: "-" if pd.isna(value) else _short(value))
+
+
+def plot_pareto(frame, objectives, path):
+    """All trials, those on the front joined, for each pair of objectives."""
+    names = [one.name for one in objectives]
+    pairs = list(itertools.combinations(names, 2))
+    figure = Figure(figsize=(4.5 * len(pairs), 3.5), layout="constrained")
+    for axes, (one, other) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
+        front = frame[frame.pareto].sort_values(one)
+        axes.scatter(frame[one], frame[other], color="lightgray", label="trials")
+        axes.plot(front[one], front[other], "o-", label="Pareto front")
+        axes.set(xlabel=one, ylabel=other)
+    axes.legend()
+    figure.savefig(path)
+
+
+def finish(study, trials, options, objectives, console):
+    """Tables, files, and the test of the best settings.
+
+    Returns:
+        A dict: `best`, the settings; `validation` and `test`, their results; `default`, the
+        results of the first trial, None if it failed; `table`, a data frame.
+
+    Raises:
+        SystemExit: if no trial was completed.
+    """
+    folder = options.directory
+    failed = [trial for trial in trials if trial.status == "FAILED"]
+    for trial in failed:
+        console.print(f"Trial {trial.trial_id} failed: {reason_of(trial)}", highlight=False)
+    if len(failed) == len(trials):
+        raise SystemExit(f"All {len(trials)} trials failed; the reasons are above.")
+    frame = table_of(trials, objectives)
+    by_id = {trial.trial_id: trial for trial in trials}
+    text = shown(frame, options)
+    console.print(experiment.rich_table(text, "Best trials"))
+    folder.joinpath("trials.md").write_text(experiment.markdown_table(text))
+    frame.to_csv(folder / "trials.csv", index=False)
+    if len(objectives) > 1:
+        plot_pareto(frame, objectives, folder / "pareto.png")
+        front = shown(frame[frame.pareto], options, len(frame))
+        console.print(experiment.rich_table(front, "Pareto front"))
+        for trial_id in frame.trial[frame.pareto]:
+            settings = study.settings(by_id[trial_id].hyperparameters)
+            _write(folder / f"pareto_{trial_id}.json", study.config(settings))
+    best = by_id[frame.trial[0]]
+    settings = study.settings(best.hyperparameters)
+    _write(folder / "best.json", study.config(settings))
+    validation = dict(zip(frame, frame.iloc[0]))
+    first = frame[frame.trial == min(by_id)]
+    name = objectives[0].name
+    default = None if first.empty else float(first[name].iloc[0])
+    said = "failed" if default is None else f"{name} {_short(default)}"
+    console.print(
+        f"Validation: the default settings {said}, the best (trial {best.trial_id}) "
+        f"{name} {_short(validation[name])}.",
+        highlight=False,
+    )
+    test = tested(study, settings, best.trial_id, options, console)
+    console.print(f"Trials, figures and settings are in {folder}.")
+    command = study.command(folder / "best.json")
+    if command is not None:
+        console.print(f"Run them: {command}", highlight=False, soft_wrap=True)
+    return {
+        "best": settings,
+        "validation": validation,
+        "default": default,
+        "test": test,
+        "table": frame,
+    }
+
+
+def tested(study, settings, trial_id, options, console):
+    """The results of the best settings on the test part, trained on all training data."""
+    results = experiment.Results(options.directory / "test.jsonl")
+    found = []
+    for repeat in range(options.repeats):
+        key = {"trial": trial_id, "settings": settings, "repeat": repeat}
+        if results.get(key) is None:
+            console.print(
+                "Training on the whole training part with the best settings; the test part "
+                "is used here for the first time."
+            )
+            own = study.with_settings(settings)
+            with own.strategy.scope():
+                results.add(key, study.learn(own, False, repeat, lambda: None, None))
+            path = study.keep(options.directory)
+            if path is not None:
+                console.print(f"The model is {path}.")
+        found.append(results.get(key))
+    frame = pd.DataFrame(found)
+    text = ", ".join(
+        f"{name} {experiment.mean_and_spread(frame[name], 4)}" for name in frame
+    )
+    console.print(f"Test: {text}", highlight=False)
+    return frame.mean().to_dict()
+
+
+def _write(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# --- the command --------------------------------------------------------------------
+
+
+def parser():
+    """The search's own arguments; others are those of the experiment."""
+    p = argparse.ArgumentParser(
+        prog="python -m tuning.search",
+        description="Search for the best settings of a method. Further arguments are those "
+        "of the experiment, such as --data; with --model, see --help with it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--experiment", choices=studies.EXPERIMENTS)
+    what.add_argument("--model", metavar="MODULE:FUNCTION", help="your own; needs --data")
+    p.add_argument(
+        "--method", required=True, help="a family, or the experiment's name of it"
+    )
+    p.add_argument("--tuner", choices=oracles.TUNERS, default="bayesian")
+    p.add_argument(
+        "--objective",
+        nargs="+",
+        dest="objectives",
+        metavar="NAME[:max]",
+        help="several give a Pareto front; by default the mean error of the tasks",
+    )
+    p.add_argument(
+        "--tune",
+        nargs="+",
+        choices=hypermodels.TUNABLE,
+        default=["sharing", "learning_rate"],
+        help="'sharing': ranks, thresholds, strengths, ... of the family",
+    )
+    p.add_argument(
+        "--per-layer",
+        action="store_true",
+        help="also a rank for each layer, or a threshold for each block",
+    )
+    p.add_argument(
+        "--max-trials",
+        type=experiment.in_range(int, 0),
+        help=f"by default {_DEFAULT_TRIALS}, and all for grid and hyperband",
+    )
+    p.add_argument("--repeats", type=experiment.in_range(int, 0), default=1)
+    p.add_argument(
+        "--validation-share", type=experiment.in_range(float, 0, 0.9), default=0.25
+    )
+    p.add_argument(
+        "--patience",
+        type=experiment.in_range(int, 0),
+        help="epochs without a better validation loss after which a training is stopped",
+    )
+    p.add_argument(
+        "--factor", type=experiment.in_range(int, 1), default=3, help="Hyperband"
+    )
+    p.add_argument("--seed", type=experiment.in_range(int, -1), default=0)
+    p.add_argument("--directory", type=pathlib.Path, help="results/tuning/... by default")
+    p.add_argument(
+        "--worker-timeout",
+        type=experiment.in_range(float, 0),
+        default=120.0,
+        help="seconds of silence after which a worker's trial is given to another",
+    )
+    return p
+
+
+def make_study(p, options, rest):
+    """The study that the arguments describe.
+
+    Raises:
+        SystemExit: on methods that the experiment doesn't have, and on what its own parser
+            refuses.
+    """
+    kind = studies.Own if options.model else studies.EXPERIMENTS[options.experiment]
+    if options.method not in kind.methods:
+        p.error(f"--method: expected one of {list(kind.methods)}, got {options.method!r}")
+    if options.patience is not None and not kind.early_stopping:
+        p.error(f"--patience: {kind.name} trains without epochs, it can't be stopped early")
+    extra = {"model": options.model} if options.model else {}
+    return kind(
+        options.method,
+        [*rest, "--seed", str(options.seed)],
+        options.tune,
+        options.per_layer,
+        options.validation_share,
+        **extra,
+    )
+
+
+def make_objectives(p, options, known):
+    """Keras Tuner's objectives, and their names in the options.
+
+    Raises:
+        SystemExit: on names of which it is not clear what is better.
+    """
+    found = []
+    for text in options.objectives or [next(iter(known))]:
+        name, _, direction = text.partition(":")
+        direction = direction or known.get(name)
+        if direction is None:
+            try:
+                direction = kt.Oracle(text).objective.direction
+            except ValueError:
+                pass
+        if direction not in ("min", "max"):
+            p.error(f"--objective: say {name}:min or {name}:max, got {text!r}")
+        found.append(kt.Objective(name, direction))
+    options.objectives = [one.name for one in found]
+    if len(set(options.objectives)) < len(found):
+        p.error(f"--objective: expected different ones, got {options.objectives}")
+    return found
+
+
+def check_same(p, study, options, objectives):
+    """Refuse to mix the trials of different searches in one directory."""
+    path = options.directory / "search.json"
+    own = study.describe() | {
+        name: getattr(options, name)
+        for name in (
+            "tuner",
+            "tune",
+            "per_layer",
+            "repeats",
+            "validation_share",
+            "patience",
+            "factor",
+            "seed",
+        )
+    }
+    own["objectives"] = [f"{one.name}:{one.direction}" for one in objectives]
+    own = json.loads(json.dumps(own))
+    if path.exists():
+        there = json.loads(path.read_text())
+        different = sorted(
+            k for k in {*own, *there} if own.get(k, None) != there.get(k, None)
+        )
+        if different:
+            p.error(
+                f"--directory: {options.directory} has a search with other {different}. "
+                "Give another directory, or delete it."
+            )
+    options.directory.mkdir(parents=True, exist_ok=True)
+    _write(path, own)
+
+
+def main(arguments=None):
+    """Search; returns what `finish` does, or None in a worker."""
+    p = parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--model" in given and {"-h", "--help"} & set(given):
+        p.print_help()
+        studies.Own.parser().parse_args(["--help"])
+    options, rest = p.parse_known_args(given)
+    study = make_study(p, options, rest)
+    objectives = make_objectives(p, options, study.objectives)
+    if options.directory is None:
+        name = f"{study.name}_{study.family}_{options.tuner}"
+        options.directory = pathlib.Path("results", "tuning", name)
+    check_same(p, study, options, objectives)
+    space = kt.HyperParameters()
+    with study.options.strategy.scope():
+        study.settings(space)
+    if not space.space:
+        p.error(f"--tune: {options.method} has nothing to search for in {options.tune}")
+    limit = options.max_trials
+    if limit is None and options.tuner in ("random", "bayesian"):
+        limit = _DEFAULT_TRIALS
+    console = Console()
+    oracle = oracles.make_oracle(
+        options.tuner,
+        space,
+        objectives,
+        limit,
+        options.seed,
+        getattr(study.options, study.budget),
+        options.factor,
+        options.worker_timeout,
+    )
+    tuner = Search(study, oracle, options, console)
+    tuner.search()
+    if tuner._is_worker():
+        return None
+    trials = [oracle.trials[trial_id] for trial_id in sorted(oracle.trials)]
+    options.results = {name for trial in trials for name in trial.metrics.metrics}
+    return finish(study, trials, options, objectives, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -47,7 +47,6 @@ from dmtrl_keras.parameterizations import SimilarKernels
 
 from .experiment import markdown_table, rich_table, write_block
 from .mnist import FACTORIZATIONS, Trainer, draw, lenet
-from .mnist import parser as mnist_parser
 from .resnet import resnet18
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
@@ -439,7 +438,7 @@ def trained_networks(options):
     digits = load_digits("sample")
     chosen = draw(digits, 0.01, 0)
     trainer = Trainer(
-        mnist_parser().parse_args(arguments),
+        parse_mnist(arguments),
         digits.train_images[chosen],
         digits.train_labels[chosen],
         0,

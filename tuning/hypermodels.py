@@ -86,8 +86,8 @@ class MultiTask(kt.HyperModel):
         unknown += sorted(set(defaults or {}) - set(self.defaults))
         if method not in self.methods or unknown:
             raise ValueError(
-                f"{type(self).__name__}: expected a method from {self.methods}, `tune` from "
-                f"{TUNABLE}, `defaults` from {sorted(self.defaults)}. "
+                f"{type(self).__name__}: expected a method from {self.methods}, `tune` "
+                f"from {TUNABLE}, `defaults` from {sorted(self.defaults)}. "
                 f"Received: {method!r}, and unknown {unknown}."
             )
         self.method = method

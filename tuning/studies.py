@@ -680,8 +680,8 @@ def _checked(data, owner):
     """The data of a user's function.
 
     Args:
-        data: dict with `"train"` and `"test"`, and perhaps `"validation"`, each `(x, y)`: `x`
-            an array, or a dict of one for each task that has examples of its own, `y` a
+        data: dict with `"train"` and `"test"`, and perhaps `"validation"`, each `(x, y)`:
+            `x` an array, or a dict of one for each task that has examples of its own, `y` a
             dict of arrays by task; `"losses"`, a dict by task; and perhaps `"heads"` and
             `"metrics"`, as `multitask` and `compile` take them.
         owner: str, for errors.

@@ -47,6 +47,7 @@ from dmtrl_keras.parameterizations import SimilarKernels
 
 from .experiment import markdown_table, rich_table, write_block
 from .mnist import FACTORIZATIONS, Trainer, draw, lenet
+from .mnist import parse as parse_mnist
 from .resnet import resnet18
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")

@@ -13,6 +13,7 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import pathlib
 import sys
 import threading
@@ -68,7 +69,7 @@ class Search(kt.Tuner):
         )
         self.console.print(f"Trial {trial.trial_id}: {values}", highlight=False)
         self._ended = threading.Event()
-        if self._is_worker():
+        if _is_worker():
             arguments = (trial.trial_id, self._ended)
             threading.Thread(target=self._beat, args=arguments, daemon=True).start()
 
@@ -81,6 +82,8 @@ class Search(kt.Tuner):
         try:
             with _counted(pathlib.Path(self.get_trial_dir(trial.trial_id))):
                 metrics = self._metrics(trial)
+        except errors.FatalError:
+            raise
         except Exception as error:
             raise errors.FailedTrialError(_reason(error)) from error
         _write_hparams(self.search_options.directory, trial, metrics)
@@ -428,12 +431,7 @@ def make_objectives(p, options, known):
     found = []
     for text in options.objectives or [next(iter(known))]:
         name, _, direction = text.partition(":")
-        direction = direction or known.get(name)
-        if direction is None:
-            try:
-                direction = kt.Oracle(text).objective.direction
-            except ValueError:
-                pass
+        direction = direction or known.get(name) or _direction_of_metric(name)
         if direction not in ("min", "max"):
             p.error(f"--objective: say {name}:min or {name}:max, got {text!r}")
         found.append(kt.Objective(name, direction))
@@ -443,8 +441,21 @@ def make_objectives(p, options, known):
     return found
 
 
+def _direction_of_metric(name):
+    """What Keras Tuner knows of a metric; `val_<task>_accuracy` is an accuracy."""
+    while name:
+        try:
+            return kt.Oracle(name).objective.direction
+        except ValueError:
+            name = name.partition("_")[2]
+    return None
+
+
 def check_same(p, study, options, objectives):
     """Refuse to mix the trials of different searches in one directory."""
+    if _is_worker():
+        # The chief has the trials.
+        return
     path = options.directory / "search.json"
     own = study.describe() | {
         name: getattr(options, name)
@@ -473,6 +484,12 @@ def check_same(p, study, options, objectives):
             )
     options.directory.mkdir(parents=True, exist_ok=True)
     _write(path, own)
+
+
+def _is_worker():
+    """Whether another process, the chief, gives out the trials (see Keras Tuner)."""
+    tuner_id = os.environ.get("KERASTUNER_TUNER_ID", "")
+    return "KERASTUNER_ORACLE_IP" in os.environ and "chief" not in tuner_id
 
 
 def main(arguments=None):
@@ -509,8 +526,11 @@ def main(arguments=None):
         options.worker_timeout,
     )
     tuner = Search(study, oracle, options, console)
-    tuner.search()
-    if tuner._is_worker():
+    try:
+        tuner.search()
+    except errors.FatalError as error:
+        raise SystemExit(str(error)) from error
+    if _is_worker():
         return None
     trials = [oracle.trials[trial_id] for trial_id in sorted(oracle.trials)]
     options.results = {name for trial in trials for name in trial.metrics.metrics}

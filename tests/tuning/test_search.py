@@ -1,0 +1,358 @@
+"""The command, on two small tasks of a user's own."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from keras_tuner import Objective
+
+from tuning import search, studies
+
+pytestmark = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="searches run on TensorFlow"
+)
+
+USERS = '''
+import os
+import pathlib
+import time
+
+import keras
+import numpy as np
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 6)).astype("float32")
+    y = {"a": (x[:, :1] > 0) * 1.0, "b": (x[:, 1:2] + x[:, :1] > 0) * 1.0}
+    part = lambda own: (x[own], {task: labels[own] for task, labels in y.items()})
+    return {
+        "train": part(slice(40)),
+        "test": part(slice(40, 60)),
+        "losses": {"a": "binary_crossentropy", "b": "binary_crossentropy"},
+        "heads": 1,
+        "metrics": {"a": ["accuracy"], "b": ["accuracy"]},
+    }
+
+
+def missing():
+    found = data()
+    for labels in found["train"][1].values():
+        labels[:] = np.nan
+    return found
+
+
+def backbone():
+    layers = [keras.Input((6,)), keras.layers.Dense(5, "tanh", name="fc")]
+    return keras.Sequential(layers)
+
+
+def limited(hp):
+    """Fails with more than two units; slow where a file says so."""
+    from dmtrl_keras import multitask
+
+    units = hp.Int("units", 1, 4, default=2)
+    if units > 2:
+        raise ValueError(f"{units} units are too many")
+    layers = [keras.Input((6,)), keras.layers.Dense(units, "tanh", name="fc")]
+    model = multitask(keras.Sequential(layers), ["a", "b"], heads=1, verbose=False)
+    return model
+
+
+def slow(hp):
+    """Writes down each training, and waits."""
+    from dmtrl_keras import multitask
+
+    scale = hp.Float("scale", 0.1, 1.0, default=0.5)
+    with open(os.environ["TRAININGS"], "a") as file:
+        file.write(f"{os.environ.get('KERASTUNER_TUNER_ID', 'alone')} {scale:.6f}\\n")
+    layers = [keras.Input((6,)), keras.layers.Dense(2, name="fc")]
+    pause = pathlib.Path(os.environ["TRAININGS"]).with_name("pause")
+    while pause.exists() and abs(scale - 0.5) > 1e-6:
+        time.sleep(0.1)
+    return multitask(keras.Sequential(layers), ["a", "b"], heads=1, verbose=False)
+'''
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch):
+    """The arguments for a user's module, in a folder of its own."""
+    (tmp_path / "users_own.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("users_own", None)
+    arguments = ["--data", "users_own:data", "--epochs", "2"]
+    arguments += ["--directory", str(tmp_path / "search")]
+    yield arguments
+    sys.modules.pop("users_own", None)
+
+
+TUCKER = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", "random"]
+LIMITED = ["--model", "users_own:limited", "--method", "own", "--tune", "sharing"]
+
+
+def test_command(users, tmp_path, monkeypatch, capsys):
+    """Tables, settings, logs, a model; resumed; the test part is used once, at the end."""
+    learn, calls = studies.Own.learn, []
+
+    def spied(self, options, validation, *rest):
+        calls.append(validation)
+        return learn(self, options, validation, *rest)
+
+    monkeypatch.setattr(studies.Own, "learn", spied)
+    found = search.main([*TUCKER, *users, "--max-trials", "3"])
+    assert calls == [True, True, True, False]
+    assert sorted(found["table"].trial) == ["0", "1", "2"]
+    assert (found["table"].task_loss.diff()[1:] >= 0).all()
+    first = found["table"].set_index("trial").loc["0"]
+    assert first.learning_rate == 1e-3 and first.tolerance == 0.1
+    assert found["default"] == first.task_loss
+    assert found["validation"]["task_loss"] <= found["default"]
+    assert {"val_a_accuracy", "parameters", "seconds"} < set(found["table"])
+    folder = tmp_path / "search"
+    settings = json.loads((folder / "best.json").read_text())
+    assert settings["hyperparameters"] == found["best"]
+    assert settings["arguments"]["epochs"] == 2
+    assert pd.read_csv(folder / "trials.csv").shape[0] == 3
+    for trial in "012":
+        files = list((folder / "tensorboard" / trial).glob("events.out*"))
+        assert files and b"_hparams_" in files[0].read_bytes()
+    # The model that was trained on all training data, and tested.
+    model = keras.saving.load_model(folder / "best.keras")
+    x, y = studies._function("users_own:data")()["test"]
+    again = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert again["a_loss"] == pytest.approx(found["test"]["val_a_loss"], rel=1e-4)
+    assert "used here for the first time" in " ".join(capsys.readouterr().out.split())
+    # The same command: nothing is trained again.
+    calls.clear()
+    assert search.main([*TUCKER, *users, "--max-trials", "3"])["test"] == found["test"]
+    assert calls == []
+    # More trials go on from there.
+    search.main([*TUCKER, *users, "--max-trials", "4", "--tuner", "random"])
+    assert calls in ([True], [True, False])
+    with pytest.raises(SystemExit):
+        search.main([*TUCKER, *users, "--repeats", "2"])
+    assert "other ['repeats']" in capsys.readouterr().err
+
+
+def test_several_objectives(users, tmp_path):
+    """The Pareto front, printed, drawn, and each of its settings in a file."""
+    arguments = ["--objective", "task_loss", "val_a_accuracy", "parameters", "--repeats"]
+    arguments += ["2", "--per-layer", "--patience", "1"]
+    found = search.main([*TUCKER, *users, "--max-trials", "3", *arguments])
+    table = found["table"]
+    best = table.sort_values("task_loss").iloc[0]
+    assert table.pareto[0] and best.trial == table.trial[0]
+    assert (table.task_loss_spread >= 0).all()
+    folder = tmp_path / "search"
+    assert (folder / "pareto.png").stat().st_size > 5_000
+    written = {path.stem.removeprefix("pareto_") for path in folder.glob("pareto_*.json")}
+    assert written == set(table.trial[table.pareto])
+
+
+def test_failures(users, tmp_path, capsys):
+    """What can't be trained is recorded with its reason, and the search goes on."""
+    found = search.main([*LIMITED, *users, "--max-trials", "4", "--tuner", "grid"])
+    assert sorted(found["table"].units) == [1, 2]
+    trials = [json.loads(p.read_text()) for p in tmp_path.rglob("trial.json")]
+    status = {t["hyperparameters"]["values"]["units"]: t["status"] for t in trials}
+    assert status == {1: "COMPLETED", 2: "COMPLETED", 3: "FAILED", 4: "FAILED"}
+    printed = capsys.readouterr().out
+    assert "failed: ValueError: 3 units are too many" in printed
+
+
+def test_all_fail(users, capsys):
+    """Not in silence: an error, with each trial's reason."""
+    users[1] = "users_own:missing"
+    with pytest.raises(SystemExit, match="All 2 trials failed"):
+        search.main([*TUCKER, *users, "--max-trials", "2"])
+    assert "ValueError: task_loss is nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tuner", ["hyperband", "bayesian"])
+def test_tuners(users, tuner, monkeypatch):
+    """Each runs to its end; Hyperband's trials have fewer epochs than the best."""
+    epochs = []
+
+    def learn(self, options, validation, repeat, tick, callbacks):
+        epochs.append(options.epochs)
+        rate = options.values["learning_rate"]
+        return {"task_loss": (np.log10(rate) + 2.5) ** 2 + 1 / options.epochs}
+
+    monkeypatch.setattr(studies.Own, "learn", learn)
+    monkeypatch.setattr(studies.Own, "keep", lambda self, folder: None)
+    users[3] = "9"
+    arguments = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", tuner]
+    found = search.main([*arguments, *users, "--max-trials", "12"])
+    assert found["default"] == pytest.approx(0.25 + 1 / epochs[0])
+    assert found["validation"]["task_loss"] < found["default"]
+    assert epochs[-1] == 9
+    assert (min(epochs) == 1) == (tuner == "hyperband")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--objective", "niceness"], "say niceness:min or niceness:max"),
+        (["--objective", "task_loss", "task_loss"], "expected different ones"),
+        (["--tune", "nothing"], "invalid choice"),
+        (["--method", "dmtrl"], "expected one of"),
+        (["--data", "users_own:none"], "users_own:none"),
+        (["--data", "users_own"], "expected MODULE:FUNCTION"),
+    ],
+)
+def test_malformed(users, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        search.main([*TUCKER, *users, *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_to_tune(users, capsys):
+    arguments = ["--model", "users_own:backbone", "--method", "hard", "--tune", "sharing"]
+    with pytest.raises(SystemExit):
+        search.main([*arguments, *users])
+    assert "nothing to search for" in capsys.readouterr().err
+
+
+def test_unknown_objective(users):
+    """A result that there isn't ends the search at once: no trial would have it."""
+    with pytest.raises(SystemExit, match=r"val_a_accuracy.*Received: 'val_c_accuracy'"):
+        search.main([*TUCKER, *users, "--objective", "val_c_accuracy", "--max-trials", "9"])
+
+
+def test_directions():
+    options = search.parser().parse_args(
+        ["--model", "m:f", "--method", "laf", "--objective", "val_a_accuracy", "own:max"]
+    )
+    found = search.make_objectives(search.parser(), options, {"task_loss": "min"})
+    assert found == [Objective("val_a_accuracy", "max"), Objective("own", "max")]
+
+
+def test_a_trial_that_kills_the_process(tmp_path):
+    """Killed three times in one trial, the search goes on without it."""
+    folder = tmp_path / "trial_0"
+    folder.mkdir()
+    for _ in range(3):
+        search._counted(folder).__enter__()
+    with pytest.raises(MemoryError, match="3 tries"):
+        search._counted(folder).__enter__()
+    with pytest.raises(KeyboardInterrupt), search._counted(tmp_path):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "starts.txt").exists()
+
+
+def process(arguments, tmp_path, **variables):
+    """The command in a process of its own."""
+    root = pathlib.Path(search.__file__).parents[1]
+    path = os.pathsep.join([str(root), str(tmp_path)])
+    own = {**os.environ, "PYTHONPATH": path, "TRAININGS": str(tmp_path / "trainings")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tuning.search", *arguments],
+        cwd=root,
+        env={**own, "PYTHONUNBUFFERED": "1", **variables},
+        stdout=(tmp_path / f"log_{variables.get('KERASTUNER_TUNER_ID', 'alone')}").open(
+            "a"
+        ),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def trainings(tmp_path, count=None, seconds=180):
+    """What was trained: `(worker, scale)`. Waits until it is so many."""
+    path = tmp_path / "trainings"
+    until = time.monotonic() + seconds
+    while True:
+        found = (
+            [line.split() for line in path.read_text().splitlines()]
+            if path.exists()
+            else []
+        )
+        if count is None or len(found) >= count:
+            return found
+        assert time.monotonic() < until, found
+        time.sleep(0.2)
+
+
+SLOW = ["--model", "users_own:slow", "--method", "own", "--tune", "sharing"]
+
+
+def test_killed_and_resumed(users, tmp_path, monkeypatch):
+    """The trial that was running is run again; finished ones are not."""
+    arguments = [*SLOW, *users, "--tuner", "random", "--max-trials", "3"]
+    (tmp_path / "pause").touch()
+    running = process(arguments, tmp_path)
+    # The declaration of the space, the first trial, and the second, which waits.
+    begun = trainings(tmp_path, 3)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    (tmp_path / "pause").unlink()
+    monkeypatch.setenv("TRAININGS", str(tmp_path / "trainings"))
+    found = search.main(arguments)
+    assert len(found["table"]) == 3
+    after = [scale for _, scale in trainings(tmp_path)[3:]]
+    # The declaration, what was killed, the last, and the best on all training data.
+    assert len(after) == 4 and after[1] == begun[2][1] != after[2]
+
+
+def test_chief_and_workers(users, tmp_path):
+    """Three processes: each trial runs once, and a killed worker's is not lost."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [*SLOW, *users, "--tuner", "random", "--max-trials", "5"]
+    arguments += ["--worker-timeout", "8"]
+    cluster = {"KERASTUNER_ORACLE_IP": "127.0.0.1", "KERASTUNER_ORACLE_PORT": port}
+    (tmp_path / "pause").touch()
+
+    def start(name):
+        return process(arguments, tmp_path, KERASTUNER_TUNER_ID=name, **cluster)
+
+    chief = start("chief")
+    workers = {name: start(name) for name in ("worker1", "worker2")}
+    # Three declarations, the default trial, and one for each worker, where they wait.
+    begun = trainings(tmp_path, 6)
+    waiting = {who: scale for who, scale in begun if scale != "0.500000"}
+    assert set(waiting) == set(workers)
+    workers["worker1"].send_signal(signal.SIGKILL)
+    (tmp_path / "pause").unlink()
+    assert workers["worker2"].wait(180) == 0
+    assert chief.wait(180) == 0
+    log = (tmp_path / "log_chief").read_text()
+    table = pd.read_csv(tmp_path / "search" / "trials.csv")
+    assert len(table) == 5, log
+    # Each once, but for the killed one, which the other worker ran too.
+    ran = [(who, f"{scale}") for who, scale in trainings(tmp_path) if who in workers]
+    scales = [scale for who, scale in ran if scale != "0.500000"]
+    assert sorted(scales) == sorted([*set(scales), waiting["worker1"]])
+    assert ("worker2", waiting["worker1"]) in ran
+    assert "Test: " in log
+
+
+TWO = """
+import pathlib, tempfile
+from applications import mnist
+from tuning import search
+
+folder = tempfile.mkdtemp()
+two = ["--strategy", "cpu", "--replicas", "2"]
+small = ["--epochs", "2", "--fraction", "0.0011", "--batch-size", "8"]
+table = mnist.main([*two, *small, "--methods", "tucker", "--output", folder + "/mnist"])
+assert list(table.Method) == ["DMTRL-Tucker"], table
+found = search.main([*SEARCH, "--max-trials", "1", *two, "--batch-size", "6"])
+assert len(found["table"]) == 1
+assert tf.config.list_logical_devices("CPU")[1:], "one device"
+"""
+
+
+def test_replicas(users, tmp_path, on_two_devices):
+    """An experiment and a search on two devices; 66 and 30 examples, uneven batches."""
+    script = f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, '.']\n"
+    on_two_devices(f"{script}SEARCH = {[*TUCKER, *users]!r}\n{TWO}")

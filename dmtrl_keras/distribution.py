@@ -5,6 +5,8 @@ Layers, priors and relations need nothing of this module: they work in the scope
 summed over them first, and what is derived from weights is equal anyway.
 """
 
+import functools
+
 import keras
 
 from dmtrl_keras.backend import local_part, tensorflow
@@ -27,7 +29,7 @@ def make_strategy(name="auto", replicas=None):
 
     Returns:
         A `tf.distribute.Strategy`, whose `num_replicas_in_sync` says how many replicas
-        there are.
+        there are; the same one for the same devices.
 
     Raises:
         ValueError: on an unknown name, on more replicas than GPUs.
@@ -60,14 +62,21 @@ def make_strategy(name="auto", replicas=None):
             )
         if name == "auto" and count == 1:
             return tf.distribute.get_strategy()
-        return tf.distribute.MirroredStrategy([f"/gpu:{n}" for n in range(count)])
+        return _mirrored("gpu", count)
     count = 1 if replicas is None else replicas
     if count > 1:
         _divide_cpu(tf, count)
-        return tf.distribute.MirroredStrategy([f"/cpu:{n}" for n in range(count)])
+        return _mirrored("cpu", count)
     if name == "auto":
         return tf.distribute.get_strategy()
     return tf.distribute.OneDeviceStrategy("/cpu:0")
+
+
+@functools.cache
+def _mirrored(kind, count):
+    """One strategy for the same devices: several take each other's collectives."""
+    devices = [f"/{kind}:{number}" for number in range(count)]
+    return tensorflow().distribute.MirroredStrategy(devices)
 
 
 def _divide_cpu(tf, count):

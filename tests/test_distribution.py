@@ -94,7 +94,7 @@ for family in FAMILIES:
         np.testing.assert_allclose(history[name], one[name], rtol=2e-3, atol=1e-5,
                                    err_msg=f"{family}, {name}")
     for variable, ours, expected in zip(model.weights, values(model), values(one_model)):
-        np.testing.assert_allclose(ours, expected, atol=1e-4,
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4,
                                    err_msg=f"{family}, {variable.path}")
         copies = [copy.numpy() for copy in variable.value.values]
         assert len(copies) == 2
@@ -138,7 +138,7 @@ for family in FAMILIES:
         pass
     model = learn(family, backup)
     for ours, expected in zip(values(model), values(whole)):
-        np.testing.assert_allclose(ours, expected, atol=1e-6, err_msg=family)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5, err_msg=family)
     outputs = model.predict(X, batch_size=8, verbose=0)
     model.save(f"{folder}/{family}.keras")
     loaded = keras.saving.load_model(f"{folder}/{family}.keras")
@@ -324,4 +324,4 @@ def test_two_machines():
                     ours["history"][name], values, rtol=2e-3, atol=1e-5, err_msg=family
                 )
             for own, value in zip(ours["weights"], theirs["weights"]):
-                np.testing.assert_allclose(own, value, atol=1e-4, err_msg=family)
+                np.testing.assert_allclose(own, value, rtol=1e-3, atol=1e-4, err_msg=family)

@@ -166,7 +166,9 @@ class Factorized(MultiTask):
             for layer in backbone._flatten_layers(include_self=False)
             if getattr(layer, "kernel", None) is not None
         ]
-        tolerance, ranks = spaces.factorization(hp, layers, tolerance, self.per_layer)
+        tolerance, ranks = spaces.factorization(
+            hp, layers, tolerance, self.per_layer, highest=0.95
+        )
         if ranks is None:
             return super().network(
                 hp, backbone=backbone, sharing=self.method, tolerance=tolerance

@@ -34,11 +34,11 @@ def optimizer_and_rate(hp, optimizer, rate, tune):
     if "learning_rate" not in tune:
         return chosen, rates[chosen]
     if "optimizer" not in tune:
-        return chosen, around(hp, "learning_rate", rate, 10)
+        return chosen, around(hp, "learning_rate", rate, 5)
     found = {}
     for name in sorted(_RATES):
         with hp.conditional_scope("optimizer", [name]):
-            found[name] = around(hp, f"learning_rate/{name}", rates[name], 10)
+            found[name] = around(hp, f"learning_rate/{name}", rates[name], 5)
     return chosen, found[chosen]
 
 
@@ -51,7 +51,7 @@ def loss_weights(hp, tasks, given, tune):
     }
 
 
-def factorization(hp, layers, tolerance, per_layer):
+def factorization(hp, layers, tolerance, per_layer, highest=0.5):
     """How kernels are approximated.
 
     Args:
@@ -60,15 +60,17 @@ def factorization(hp, layers, tolerance, per_layer):
         tolerance: float, the default error.
         per_layer: bool, whether a rank for each layer is searched, too: a fraction of its
             full ranks.
+        highest: float, the most of the tolerances: kernels that aren't trained yet have
+            nearly full rank, and only a large one saves anything.
 
     Returns:
         `(tolerance, ranks)`: a float and None, or None and a dict from layer to rank.
     """
     by = hp.Choice("ranks", ["tolerance", "layers"]) if per_layer else "tolerance"
     if not per_layer:
-        return _tolerance(hp, tolerance), None
+        return _tolerance(hp, tolerance, highest), None
     with hp.conditional_scope("ranks", ["tolerance"]):
-        found = _tolerance(hp, tolerance)
+        found = _tolerance(hp, tolerance, highest)
     with hp.conditional_scope("ranks", ["layers"]):
         ranks = {
             layer: hp.Float(f"rank/{layer}", 0.05, 1.0, sampling="log", default=0.5)
@@ -77,8 +79,8 @@ def factorization(hp, layers, tolerance, per_layer):
     return (found, None) if by == "tolerance" else (None, ranks)
 
 
-def _tolerance(hp, default):
-    low, high = min(0.01, default), max(0.7, default)
+def _tolerance(hp, default, highest):
+    low, high = min(0.02, default), max(highest, default)
     return hp.Float("tolerance", low, high, sampling="log", default=default)
 
 

@@ -202,7 +202,7 @@ class Mnist(Study):
         "tucker": "tucker",
         "tt": "tt",
     }
-    objectives = Study.objectives | {"binary_error": "min"}
+    objectives = Study.objectives | {"multiclass_error": "min"}
 
     @property
     def tasks(self):
@@ -238,8 +238,9 @@ class Mnist(Study):
         trainer = mnist.Trainer(options, images[chosen], labels[chosen], seed, tick, watch)
         found = mnist.run(trainer, options, digits, self.method)
         return {
-            "error": found["multiclass_error"],
-            "binary_error": found["binary_error"],
+            # The mean over the ten tasks.
+            "error": found["binary_error"],
+            "multiclass_error": found["multiclass_error"],
             "parameters": found["parameters"],
             "seconds": found["seconds"],
         }

@@ -1,0 +1,135 @@
+"""The hypermodels of the families, also with Keras Tuner's own tuners."""
+
+import doctest
+import functools
+
+import keras
+import keras_tuner as kt
+import numpy as np
+import pytest
+
+from dmtrl_keras import TaskRelationModel, task_layers
+from tuning import hypermodels
+from tuning.hypermodels import FAMILIES, TUNABLE
+
+TASKS = {"a": "mse", "b": "mse"}
+
+
+def backbone():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            keras.layers.Conv2D(3, 3, activation="relu", name="conv"),
+            keras.layers.Flatten(name="flatten"),
+            keras.layers.Dense(4, "relu", name="fc"),
+        ]
+    )
+
+
+def test_examples():
+    assert doctest.testmod(hypermodels).failed == 0
+
+
+@pytest.mark.parametrize("method", sorted(FAMILIES))
+def test_every_family(method):
+    """All is declared in one call, defaults are the settings, and values are used."""
+    hypermodel = FAMILIES[method](
+        method, backbone, TASKS, heads=1, tune=TUNABLE, per_layer=True, learning_rate=0.003
+    )
+    hp = kt.HyperParameters()
+    model = hypermodel.build(hp)
+    assert model.task_names == ("a", "b")
+    assert hp.values["optimizer"] == "adam"
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.003)
+    assert hp.values["loss_weight/a"] == 1.0
+    declared = {one.name for one in hp.space}
+    own = {
+        "laf": {"tolerance", "rank/conv", "rank/fc"},
+        "tucker": {"tolerance", "rank/conv", "rank/fc"},
+        "tt": {"tolerance", "rank/conv", "rank/fc"},
+        "similar": {"threshold", "threshold/conv"},
+        "drn": {"strength", "epsilon"},
+        "mrn": {"strength", "epsilon"},
+        "trn": {"lambda/output", "momentum"},
+    }.get(method, set())
+    assert own <= declared
+    # Nothing is declared later: what is there says all.
+    again = hypermodel.build(hp.copy())
+    assert again.count_params() == model.count_params()
+
+
+def build(method, values, **arguments):
+    hp = kt.HyperParameters()
+    hp.values = values
+    return FAMILIES[method](method, backbone, TASKS, heads=1, **arguments).build(hp)
+
+
+def test_values_are_used():
+    by_tolerance = [build("tucker", {"tolerance": value}) for value in (0.9, 0.02)]
+    few, many = (model.count_params() for model in by_tolerance)
+    assert few < many
+    ranks = {"ranks": "layers", "rank/conv": 1.0, "rank/fc": 0.05}
+    by_layer = build("tt", ranks, per_layer=True)
+    by_name = {layer.name: layer for layer in task_layers(by_layer)}
+    shapes = {n: [v.shape for v in by_name[n].factors.values()] for n in ("conv", "fc")}
+    assert max(min(shape) for shape in shapes["fc"]) == 1
+    assert max(min(shape) for shape in shapes["conv"]) > 1
+    (similar,) = (
+        layer
+        for layer in task_layers(build("similar", {"threshold": 0.7}))
+        if layer.selection is not None
+    )
+    assert similar.sharing.threshold == 0.7
+    prior = build("mrn", {"strength": 0.5, "epsilon": 0.02})
+    layer = next(layer for layer in task_layers(prior) if layer.prior is not None)
+    assert layer.kernel_regularizer.strength == 0.5
+    assert layer.kernel_regularizer.epsilon["task"] == 0.02
+    related = build("trn", {"lambda/output": 0.2, "momentum": 0.9})
+    assert isinstance(related, TaskRelationModel)
+    assert related.relations[0].weight == 0.2
+    rate = {"optimizer": "sgd", "learning_rate/sgd": 0.05, "loss_weight/a": 3.0}
+    model = build("independent", rate, tune=TUNABLE)
+    assert isinstance(model.optimizer, keras.optimizers.SGD)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+def test_fixed_where_it_is_not_searched():
+    hp = kt.HyperParameters()
+    hypermodel = FAMILIES["tucker"](
+        "tucker",
+        backbone,
+        TASKS,
+        heads=1,
+        tune=("loss_weights",),
+        defaults={"tolerance": 0.5},
+    )
+    hypermodel.build(hp)
+    assert {one.name for one in hp.space} == {"loss_weight/a", "loss_weight/b"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"tune": ("everything",)}, {"defaults": {"threshold": 1}}, {"method": "similar"}],
+)
+def test_malformed(arguments):
+    make = functools.partial(FAMILIES["tucker"], backbone=backbone, losses=TASKS)
+    with pytest.raises(ValueError, match="Factorized: expected a method from"):
+        make(**{"method": "tucker", **arguments})
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="Keras Tuner's logs are TensorFlow's"
+)
+def test_keras_tuner_takes_them(tmp_path, rng):
+    """In a script of one's own: any tuner, any of Keras Tuner's features."""
+    x = rng.normal(size=(12, 6, 6, 1))
+    y = {task: rng.normal(size=(12, 1)) for task in TASKS}
+    tuner = kt.RandomSearch(
+        FAMILIES["laf"]("laf", backbone, TASKS, heads=1),
+        kt.Objective("val_a_loss", "min"),
+        max_trials=1,
+        directory=tmp_path,
+    )
+    tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+    (model,) = tuner.get_best_models()
+    assert np.isfinite(model.predict(x, verbose=0)["a"]).all()

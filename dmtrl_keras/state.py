@@ -13,8 +13,8 @@ def state_weight(layer, name, value):
     Args:
         layer: the layer that gets it.
         name: str.
-        value: NumPy array, its start; ints keep their dtype, floats get that of the layer's
-            variables.
+        value: NumPy array, its start; ints and bools keep their dtype, floats get that of
+            the layer's variables.
 
     Returns:
         A `keras.Variable`.
@@ -27,5 +27,5 @@ def state_weight(layer, name, value):
         trainable=False,
         autocast=False,
         aggregation="none",
-        dtype=value.dtype.name if value.dtype.kind == "i" else layer.variable_dtype,
+        dtype=value.dtype.name if value.dtype.kind in "ib" else layer.variable_dtype,
     )

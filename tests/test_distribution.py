@@ -51,7 +51,8 @@ def make(family):
     elif family == "similar":
         model = multitask(backbone(), TASKS, "similar", threshold=0.3, **arguments)
     elif family == "prior":
-        prior = TensorNormalRegularizer(0.01, ["feature", "class", "task"], 2)
+        modes = {"feature": 1.0, "class": 1.0, "task": 1e-2}
+        prior = TensorNormalRegularizer(0.01, list(modes), 2, epsilon=modes)
         model = multitask(backbone(), TASKS, prior=prior, **arguments)
     elif family == "stitch":
         model = multitask(backbone(), TASKS, between=CrossStitch, **arguments)
@@ -77,11 +78,13 @@ FAMILIES = [
     "relation",
 ]
 
+# Those with a state of their own, and one of the others.
+WITH_STATE = ["tucker", "similar", "prior", "relation"]
+
 SAME_AS_ONE = """
 def learn(family):
     model = make(family)
-    fitted = model.fit(X, Y, batch_size=8, epochs=3, shuffle=False, verbose=0,
-                       validation_data=(X, Y))
+    fitted = model.fit(X, Y, batch_size=8, epochs=3, shuffle=False, verbose=0)
     return model, fitted.history
 
 two = tf.distribute.MirroredStrategy(["cpu:0", "cpu:1"])
@@ -99,12 +102,13 @@ for family in FAMILIES:
         copies = [copy.numpy() for copy in variable.value.values]
         assert len(copies) == 2
         np.testing.assert_array_equal(*copies, err_msg=f"{family}, {variable.path}")
-    # Neither testing nor prediction changes anything.
-    before = values(model)
-    model.evaluate(X, Y, batch_size=8, verbose=0)
-    model.predict(X, batch_size=8, verbose=0)
-    for old, new in zip(before, values(model)):
-        np.testing.assert_array_equal(old, new)
+    if family in WITH_STATE:
+        # Neither testing nor prediction changes anything.
+        before = values(model)
+        model.evaluate(X, Y, batch_size=8, verbose=0)
+        model.predict(X, batch_size=8, verbose=0)
+        for old, new in zip(before, values(model)):
+            np.testing.assert_array_equal(old, new)
     print(family, "ok")
 """
 
@@ -143,7 +147,8 @@ for family in FAMILIES:
     model.save(f"{folder}/{family}.keras")
     loaded = keras.saving.load_model(f"{folder}/{family}.keras")
     model.export(f"{folder}/{family}", verbose=False)
-    served = tf.saved_model.load(f"{folder}/{family}").serve(X)
+    saved = tf.saved_model.load(f"{folder}/{family}")
+    served = saved.serve(X)
     for task in TASKS:
         np.testing.assert_allclose(loaded.predict(X, verbose=0)[task], outputs[task],
                                    atol=1e-5)
@@ -165,7 +170,9 @@ one.set_weights(model.get_weights())
 labels = {t: y[:17] for t, y in Y.items()}
 found = model.evaluate(X[:17], labels, batch_size=8, verbose=0, return_dict=True)
 expected = one.evaluate(X[:17], labels, batch_size=8, verbose=0, return_dict=True)
-np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+# (Keras's losses by task are means over batches, not over examples.)
+for name in ("loss", "a_mae", "b_mae"):
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 try:
     model.fit(X[:17], labels, batch_size=8, verbose=0)
 except tf.errors.InvalidArgumentError as error:
@@ -184,10 +191,16 @@ for wrong in ({"jit_compile": True}, {"steps_per_execution": 2}):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("script", [SAME_AS_ONE, SAVED], ids=["same", "saved"])
-def test_families_on_two_devices(on_two_devices, script):
-    """Losses, weights and state of one device; equal replicas; saved, resumed, exported."""
-    on_two_devices(f"{NETWORKS}\nFAMILIES = {FAMILIES}\n{script}")
+def test_families_on_two_devices(on_two_devices):
+    """Losses, weights and state of one device, and equal replicas."""
+    names = f"FAMILIES = {FAMILIES}\nWITH_STATE = {WITH_STATE}"
+    on_two_devices(f"{NETWORKS}\n{names}\n{SAME_AS_ONE}")
+
+
+@tensorflow_only
+def test_saved_on_two_devices(on_two_devices):
+    """Resumed by `BackupAndRestore`, saved, exported."""
+    on_two_devices(f"{NETWORKS}\nFAMILIES = {WITH_STATE}\n{SAVED}")
 
 
 @tensorflow_only
@@ -280,7 +293,9 @@ results = {}
 for family in FAMILIES:
     with strategy.scope():
         model = make(family)
-    history = train(model, data, 3, validation_data=data).history
+    # The test step is the same for all of them.
+    testing = data if family == FAMILIES[0] else None
+    history = train(model, data, 3, validation_data=testing).history
     results[family] = {"history": history, "weights": [v.tolist() for v in values(model)]}
 print(json.dumps(results))
 """
@@ -288,12 +303,12 @@ print(json.dumps(results))
 
 @tensorflow_only
 def test_two_machines():
-    """Two processes learn what one does, for each family."""
+    """Two processes learn what one does."""
     with socket.socket() as one, socket.socket() as two:
         one.bind(("127.0.0.1", 0))
         two.bind(("127.0.0.1", 0))
         addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (one, two)]
-    script = f"{CLUSTER}\n{NETWORKS}\nFAMILIES = {FAMILIES}\n{MACHINE}"
+    script = f"{CLUSTER}\n{NETWORKS}\nFAMILIES = {WITH_STATE}\n{MACHINE}"
 
     def start(index=None):
         own = dict(os.environ)
@@ -317,7 +332,7 @@ def test_two_machines():
     expected = json.loads(alone[0].splitlines()[-1])
     for output, _ in found:
         results = json.loads(output.splitlines()[-1])
-        for family in FAMILIES:
+        for family in WITH_STATE:
             ours, theirs = results[family], expected[family]
             for name, values in theirs["history"].items():
                 np.testing.assert_allclose(

@@ -603,15 +603,29 @@ class Own(Study):
         )
         seconds = time.perf_counter() - started
         found = model.evaluate(self._stream(options, test), verbose=0, return_dict=True)
-        losses = [found.get(f"{task}_loss", found["loss"]) for task in self.tasks]
+        # Keras's losses by task are means over batches, of which the last one is smaller.
+        found |= self._losses(model, test, options.batch_size)
         self._trained = model
         return {
             # Without penalties, and with equal weights, which may be searched for.
-            "task_loss": float(np.mean(losses)),
+            "task_loss": float(np.mean([found[f"{task}_loss"] for task in self.tasks])),
             **{f"val_{name}": float(value) for name, value in found.items()},
             "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
             "seconds": seconds,
         }
+
+    def _losses(self, model, part, batch_size):
+        """The mean loss of each task over a part of the data, a dict."""
+        x, y = part
+        if self.per_task:
+            longest = max(map(len, x.values()))
+            x = {t: np.resize(own, (longest, *own.shape[1:])) for t, own in x.items()}
+        outputs = model.predict(x, batch_size=batch_size, verbose=0)
+        found = {}
+        for task, loss in self._data["losses"].items():
+            values = keras.losses.get(loss)(y[task], outputs[task][: len(y[task])])
+            found[f"{task}_loss"] = float(np.mean(keras.ops.convert_to_numpy(values)))
+        return found
 
     def _parts(self, validation, seed):
         """`(train, test)`, each `(x, y)`."""

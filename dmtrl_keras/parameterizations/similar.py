@@ -170,7 +170,7 @@ class SimilarKernels(Parameterization):
             step: int or int tensor, the training step, for a schedule.
 
         Returns:
-            A dict: `"selection"`, an int8 tensor `(groups, size, size)`, 1 for the pairs;
+            A dict: `"selection"`, a bool tensor `(groups, size, size)`, True for the pairs;
             and the same as lists, `"partners"` and `"counts"`.
         """
         tasks = kernel.shape[-1]
@@ -183,7 +183,8 @@ class SimilarKernels(Parameterization):
         capacity = self._capacity(kernel.shape)
         partners, counts = similar_kernels.partners_of(selection, capacity)
         return {
-            "selection": ops.cast(selection, "int8"),
+            # TensorFlow sends no int8 to other machines.
+            "selection": ops.cast(selection, "bool"),
             "partners": partners,
             "counts": counts,
         }

@@ -128,7 +128,7 @@ def test_command(users, tmp_path, monkeypatch, capsys):
     # The model that was trained on all training data, and tested.
     model = keras.saving.load_model(folder / "best.keras")
     x, y = studies._function("users_own:data")()["test"]
-    again = model.evaluate(x, y, verbose=0, return_dict=True)
+    again = model.evaluate(x, y, batch_size=20, verbose=0, return_dict=True)
     assert again["a_loss"] == pytest.approx(found["test"]["val_a_loss"], rel=1e-4)
     assert "used here for the first time" in " ".join(capsys.readouterr().out.split())
     # The same command: nothing is trained again.

@@ -287,6 +287,11 @@ def test_own_data(monkeypatch, per_task):
     found = study.learn(options, True, 0, lambda: None, study.stopping(1))
     expected = (found["val_a_loss"] + found["val_b_loss"]) / 2
     assert found["task_loss"] == pytest.approx(expected, rel=1e-5)
+    x, y = study._parts(True, 0)[1]
+    own_x = x["a"] if per_task else x
+    outputs = study._trained.predict({"a": own_x, "b": own_x} if per_task else x, verbose=0)
+    error = np.mean((outputs["a"] - y["a"]) ** 2)
+    assert found["val_a_loss"] == pytest.approx(error, rel=1e-4)
     assert set(study.objectives) <= set(found)
 
 

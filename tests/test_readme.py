@@ -2,11 +2,14 @@
 
 import pathlib
 import re
+import sys
 
 import keras
+import numpy as np
 import pytest
 
 from dmtrl_keras import task_covariance
+from tuning import search
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -32,7 +35,7 @@ def test_relations(tmp_path, monkeypatch):
     covariances = task_covariance(model)
     assert {matrix.shape for matrix in covariances.values()} == {(3, 3)}
     exec(compile(scripts()[3], "README.md", "exec"), {})
-    assert len(scripts()) == 6
+    assert len(scripts()) == 10
 
 
 def test_task_relations(tmp_path, monkeypatch):
@@ -42,6 +45,31 @@ def test_task_relations(tmp_path, monkeypatch):
     model = keras.saving.load_model("related.keras")
     assert set(model.similarities()) == {"output", "hidden", "label"}
     assert pathlib.Path("related/saved_model.pb").exists()
+
+
+def test_searches(tmp_path, monkeypatch):
+    """The user's module is searched by the command, and in a script of one's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    faces, script = scripts()[6:8]
+    pathlib.Path("faces.py").write_text(faces)
+    command = re.search(r"python -m tuning.search (--model .*)", README.read_text())
+    arguments = [*command[1].split(), "--max-trials", "1", "--epochs", "1"]
+    found = search.main([*arguments, "--directory", "found"])
+    assert np.isfinite(found["test"]["val_gender_accuracy"])
+    assert pathlib.Path("found", "best.keras").exists()
+    space = {}
+    exec(compile(script, "README.md", "exec"), space)
+    assert space["model"].task_names == ("age", "gender")
+    sys.modules.pop("faces")
+
+
+def test_distribution(capsys):
+    """The scripts on several GPUs and machines run, here on one device."""
+    for script in scripts()[8:10]:
+        space = {}
+        exec(compile(script, "README.md", "exec"), space)
+    assert len(space["history"]["loss"]) == 2
 
 
 def test_similar_kernels(tmp_path, monkeypatch, capsys):

@@ -283,12 +283,22 @@ def finish(study, trials, options, objectives, console):
     name = objectives[0].name
     default = None if first.empty else float(first[name].iloc[0])
     said = "failed" if default is None else f"{name} {_short(default)}"
-    console.print(
-        f"Validation: the default settings {said}, the best (trial {best.trial_id}) "
-        f"{name} {_short(validation[name])}.",
-        highlight=False,
+    verdict = (
+        f"Validation: the default settings (trial {min(by_id)}) {said}, the best (trial "
+        f"{best.trial_id}) {name} {_short(validation[name])}."
     )
+    console.print(verdict, highlight=False)
     test = tested(study, settings, best.trial_id, options, console)
+    digits = {name: 0 if test[name].min() > 100 else 4 for name in test}
+    results = ", ".join(
+        f"{name} {experiment.mean_and_spread(test[name], digits[name])}" for name in test
+    )
+    verdict += f" That one, trained on all training data, on the test part: {results}."
+    console.print(f"Test: {results}", highlight=False)
+    if options.readme is not None:
+        block = f"search-{study.name}-{study.family}"
+        table = experiment.markdown_table(text)
+        experiment.write_block(options.readme, block, f"{table}\n{verdict}")
     console.print(f"Trials, figures and settings are in {folder}.")
     command = study.command(folder / "best.json")
     if command is not None:
@@ -297,13 +307,17 @@ def finish(study, trials, options, objectives, console):
         "best": settings,
         "validation": validation,
         "default": default,
-        "test": test,
+        "test": test.mean().to_dict(),
         "table": frame,
     }
 
 
 def tested(study, settings, trial_id, options, console):
-    """The results of the best settings on the test part, trained on all training data."""
+    """The results of the best settings on the test part, trained on all training data.
+
+    Returns:
+        A data frame with a row for each repeat.
+    """
     results = experiment.Results(options.directory / "test.jsonl")
     found = []
     for repeat in range(options.repeats):
@@ -322,11 +336,7 @@ def tested(study, settings, trial_id, options, console):
                 console.print(f"The model is {path}.")
         found.append(results.get(key))
     frame = pd.DataFrame(found)
-    text = ", ".join(
-        f"{name} {experiment.mean_and_spread(frame[name], 4)}" for name in frame
-    )
-    console.print(f"Test: {text}", highlight=False)
-    return frame.mean().to_dict()
+    return frame
 
 
 def _write(path, content):
@@ -390,6 +400,7 @@ def parser():
     )
     p.add_argument("--seed", type=experiment.in_range(int, -1), default=0)
     p.add_argument("--directory", type=pathlib.Path, help="results/tuning/... by default")
+    p.add_argument("--readme", type=pathlib.Path, help="write the table into this file")
     p.add_argument(
         "--worker-timeout",
         type=experiment.in_range(float, 0),

@@ -108,7 +108,11 @@ def test_command(users, tmp_path, monkeypatch, capsys):
         return learn(self, options, validation, *rest)
 
     monkeypatch.setattr(studies.Own, "learn", spied)
-    found = search.main([*TUCKER, *users, "--max-trials", "3"])
+    readme = tmp_path / "README.md"
+    block = "search-own-tucker"
+    readme.write_text(f"<!-- {block}:begin -->\n<!-- {block}:end -->")
+    written = ["--readme", str(readme)]
+    found = search.main([*TUCKER, *users, "--max-trials", "3", *written])
     assert calls == [True, True, True, False]
     assert sorted(found["table"].trial) == ["0", "1", "2"]
     assert (found["table"].task_loss.diff()[1:] >= 0).all()
@@ -131,6 +135,9 @@ def test_command(users, tmp_path, monkeypatch, capsys):
     again = model.evaluate(x, y, batch_size=20, verbose=0, return_dict=True)
     assert again["a_loss"] == pytest.approx(found["test"]["val_a_loss"], rel=1e-4)
     assert "used here for the first time" in " ".join(capsys.readouterr().out.split())
+    text = readme.read_text()
+    assert (folder / "trials.md").read_text().strip() in text
+    assert "on the test part: task_loss" in text
     # The same command: nothing is trained again.
     calls.clear()
     assert search.main([*TUCKER, *users, "--max-trials", "3"])["test"] == found["test"]

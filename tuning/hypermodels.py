@@ -119,7 +119,7 @@ class MultiTask(kt.HyperModel):
         return multitask(
             arguments.pop("backbone", None) or self.backbone(),
             self.tasks,
-            heads=self.heads,
+            heads=_new(self.heads),
             shared_input=self.shared_input,
             verbose=False,
             **arguments,
@@ -136,9 +136,19 @@ class MultiTask(kt.HyperModel):
             OPTIMIZERS[optimizer](rate),
             self.losses,
             loss_weights=weights or None,
-            weighted_metrics=self.metrics,
+            weighted_metrics=_new(self.metrics),
         )
         return model
+
+
+def _new(value):
+    """Copies of layers and metrics, which would take their state from trial to trial."""
+
+    def copy(one):
+        stateful = isinstance(one, (keras.layers.Layer, keras.metrics.Metric))
+        return type(one).from_config(one.get_config()) if stateful else one
+
+    return keras.tree.map_structure(copy, value)
 
 
 class HardSharing(MultiTask):

@@ -93,6 +93,21 @@ def test_values_are_used():
     assert float(model.optimizer.learning_rate) == pytest.approx(0.05)
 
 
+def test_trials_have_nothing_in_common():
+    """Heads and metrics that were given as objects begin anew, the backbone stays."""
+    whole = backbone()
+    heads = {"a": keras.layers.Dense(1), "b": 1}
+    metrics = {"a": [keras.metrics.MeanAbsoluteError()]}
+    hypermodel = FAMILIES["hard"]("hard", whole, TASKS, heads=heads, metrics=metrics)
+    one, other = (hypermodel.build(kt.HyperParameters()) for _ in range(2))
+    assert not heads["a"].built
+    assert not {id(v) for v in one.weights} & {id(v) for v in other.weights}
+    before = whole.get_weights()
+    one.set_weights([value + 1 for value in one.get_weights()])
+    for old, new in zip(before, whole.get_weights()):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_fixed_where_it_is_not_searched():
     hp = kt.HyperParameters()
     hypermodel = FAMILIES["tucker"](

@@ -19,7 +19,7 @@ from dmtrl_keras.networks import PRIORS
 from . import application, spaces
 
 OPTIMIZERS = application("experiment").OPTIMIZERS
-TUNABLE = ("sharing", "learning_rate", "optimizer", "loss_weights")
+TUNABLE = ("sharing", "learning_rate", "dropout", "optimizer", "loss_weights")
 
 
 class MultiTask(kt.HyperModel):
@@ -36,7 +36,8 @@ class MultiTask(kt.HyperModel):
         heads: as in `multitask`.
         metrics: dict from task name to metrics, as in `compile`.
         tune: what is searched for, some of `"sharing"` (the family's own),
-            `"learning_rate"`, `"optimizer"`, `"loss_weights"`.
+            `"learning_rate"`, `"optimizer"`, `"loss_weights"`; `"dropout"` is for
+            experiments that have such an argument, and does nothing here.
         per_layer: bool, whether ranks, or thresholds, are searched for each layer.
         shared_input: as in `multitask`.
         optimizer: str, the default.

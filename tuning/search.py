@@ -373,8 +373,9 @@ def parser():
         "--tune",
         nargs="+",
         choices=hypermodels.TUNABLE,
-        default=["sharing", "learning_rate"],
-        help="'sharing': ranks, thresholds, strengths, ... of the family",
+        default=["sharing", "learning_rate", "dropout"],
+        help="'sharing': ranks, thresholds, strengths, ... of the family; 'dropout' where "
+        "the experiment has it",
     )
     p.add_argument(
         "--per-layer",

@@ -105,6 +105,9 @@ class Study:
         name, rate = spaces.optimizer_and_rate(hp, options.optimizer, self.rate, self.tune)
         weights = spaces.loss_weights(hp, self.tasks, options.loss_weights, self.tune)
         found = {"optimizer": name, "loss_weights": weights, **self.rate_settings(rate)}
+        if "dropout" in self.tune and hasattr(options, "dropout"):
+            most = max(0.6, options.dropout)
+            found["dropout"] = hp.Float("dropout", 0.0, most, default=options.dropout)
         return found | (self.sharing(hp) if "sharing" in self.tune else {})
 
     @property

@@ -154,7 +154,7 @@ def test_several_objectives(users, tmp_path):
     """The Pareto front, printed, drawn, and each of its settings in a file."""
     arguments = ["--objective", "task_loss", "val_a_accuracy", "parameters", "--repeats"]
     arguments += ["2", "--per-layer", "--patience", "1"]
-    found = search.main([*TUCKER, *users, "--max-trials", "3", *arguments])
+    found = search.main([*TUCKER, *users, "--max-trials", "2", *arguments])
     table = found["table"]
     best = table.sort_values("task_loss").iloc[0]
     assert table.pareto[0] and best.trial == table.trial[0]
@@ -198,7 +198,7 @@ def test_tuners(users, tuner, monkeypatch):
     monkeypatch.setattr(studies.Own, "keep", lambda self, folder: None)
     users[3] = "9"
     arguments = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", tuner]
-    found = search.main([*arguments, *users, "--max-trials", "12"])
+    found = search.main([*arguments, *users, "--max-trials", "8"])
     assert found["default"] == pytest.approx(0.25 + 1 / epochs[0])
     assert found["validation"]["task_loss"] < found["default"]
     assert epochs[-1] == 9
@@ -350,7 +350,7 @@ from tuning import search
 
 folder = tempfile.mkdtemp()
 two = ["--strategy", "cpu", "--replicas", "2"]
-small = ["--epochs", "2", "--fraction", "0.0011", "--batch-size", "8"]
+small = ["--epochs", "2", "--fraction", "0.0011", "--batch-size", "8", "--fc", "4"]
 table = mnist.main([*two, *small, "--methods", "tucker", "--output", folder + "/mnist"])
 assert list(table.Method) == ["DMTRL-Tucker"], table
 found = search.main([*SEARCH, "--max-trials", "1", *two, "--batch-size", "6"])

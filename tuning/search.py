@@ -373,7 +373,7 @@ def parser():
         "--tune",
         nargs="+",
         choices=hypermodels.TUNABLE,
-        default=["sharing", "learning_rate", "dropout"],
+        default=["sharing", "learning_rate"],
         help="'sharing': ranks, thresholds, strengths, ... of the family; 'dropout' where "
         "the experiment has it",
     )

@@ -34,11 +34,11 @@ def optimizer_and_rate(hp, optimizer, rate, tune):
     if "learning_rate" not in tune:
         return chosen, rates[chosen]
     if "optimizer" not in tune:
-        return chosen, around(hp, "learning_rate", rate, 5)
+        return chosen, around(hp, "learning_rate", rate, 10)
     found = {}
     for name in sorted(_RATES):
         with hp.conditional_scope("optimizer", [name]):
-            found[name] = around(hp, f"learning_rate/{name}", rates[name], 5)
+            found[name] = around(hp, f"learning_rate/{name}", rates[name], 10)
     return chosen, found[chosen]
 
 
@@ -51,7 +51,7 @@ def loss_weights(hp, tasks, given, tune):
     }
 
 
-def factorization(hp, layers, tolerance, per_layer, highest=0.5):
+def factorization(hp, layers, tolerance, per_layer, highest=0.7):
     """How kernels are approximated.
 
     Args:
@@ -80,7 +80,7 @@ def factorization(hp, layers, tolerance, per_layer, highest=0.5):
 
 
 def _tolerance(hp, default, highest):
-    low, high = min(0.02, default), max(highest, default)
+    low, high = min(0.01, default), max(highest, default)
     return hp.Float("tolerance", low, high, sampling="log", default=default)
 
 

@@ -142,5 +142,5 @@ def _check_mixed_precision(make_layer, inputs):
         assert np.all(np.isfinite(_values(output)))
     for weight in layer.weights:
         dtype = keras.backend.standardize_dtype(weight.dtype)
-        counter = dtype.startswith("int")
-        assert dtype == "float32" or counter, f"{weight.path} is {dtype}"
+        discrete = dtype.startswith(("int", "bool"))
+        assert dtype == "float32" or discrete, f"{weight.path} is {dtype}"

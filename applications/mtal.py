@@ -364,7 +364,9 @@ def plot_activations(model, layer, tasks, parts, path, columns=8):
     )
     maps = keras.Model(inner.input, layer.output)(ready(images))
     maps = keras.ops.convert_to_numpy(maps)[0]
-    threshold = float(layer.sharing.threshold_at(int(layer.selection.step)))
+    threshold = float(
+        layer.sharing.threshold_at(int(keras.ops.convert_to_numpy(layer.selection.step)))
+    )
     figure = Figure(figsize=(1.3 * len(pairs), 3.2), layout="constrained")
     axes = figure.subplots(2, len(pairs), squeeze=False)
     for column, pair in zip(axes.T, pairs):

@@ -200,7 +200,8 @@ def test_families_on_two_devices(on_two_devices):
 @tensorflow_only
 def test_saved_on_two_devices(on_two_devices):
     """Resumed by `BackupAndRestore`, saved, exported."""
-    on_two_devices(f"{NETWORKS}\nFAMILIES = {WITH_STATE}\n{SAVED}")
+    names = ["similar", "prior", "relation"]
+    on_two_devices(f"{NETWORKS}\nFAMILIES = {names}\n{SAVED}")
 
 
 @tensorflow_only

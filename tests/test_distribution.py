@@ -200,7 +200,7 @@ def test_families_on_two_devices(on_two_devices):
 @tensorflow_only
 def test_saved_on_two_devices(on_two_devices):
     """Resumed by `BackupAndRestore`, saved, exported."""
-    names = ["similar", "prior", "relation"]
+    names = ["similar", "relation"]
     on_two_devices(f"{NETWORKS}\nFAMILIES = {names}\n{SAVED}")
 
 

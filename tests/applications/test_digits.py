@@ -64,6 +64,7 @@ def test_real_mnist(data_dir):
     assert set(digits.train_labels) == set(range(10))
 
 
+@pytest.mark.long
 def test_tfds_is_the_folder(data_dir, tmp_path, monkeypatch):
     """TensorFlow Datasets, prepared offline from the original files, gives the same."""
     tfds = pytest.importorskip("tensorflow_datasets")

@@ -89,6 +89,8 @@ def test_settings_from_a_file(tmp_path, capsys):
         return parse_arguments(copy.deepcopy(parser), arguments)
 
     options = parse("--config", str(path), "--epochs", "5")
+    assert options.strategy.num_replicas_in_sync == 1
+    del options.strategy
     assert vars(options) == {
         "learning_rate": 0.5,
         "methods": ["stl", "tt"],

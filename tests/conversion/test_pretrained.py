@@ -51,6 +51,7 @@ def accuracy(model, images, labels):
     return np.mean(model.predict(images, verbose=0).argmax(-1) == labels)
 
 
+@pytest.mark.long
 def test_tucker_on_two_domains(domains, backbone, rng, tmp_path):
     """Trains, beats chance by far, and ships a network for one domain."""
     if keras.config.backend() != "tensorflow":

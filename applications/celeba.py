@@ -14,7 +14,6 @@ with a common trunk (`mtl`), and with the outputs held to the similarity of the 
 import argparse
 import hashlib
 import itertools
-import math
 import pathlib
 import time
 import typing
@@ -48,6 +47,7 @@ from .experiment import (
     parse_arguments,
     rich_table,
     run_all,
+    trainable_parameters,
     whole_batches,
 )
 from .resnet import resnet18
@@ -325,7 +325,7 @@ def run(options, method, names, parts, seed, tick, callbacks=None):
             name: float(average_precision_score(labels[name], logits[name][:, 0]))
             for name in names
         },
-        "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
+        "parameters": trainable_parameters(model),
         "seconds": seconds,
     }
 

@@ -9,6 +9,7 @@ import time
 import typing
 
 import keras
+import numpy as np
 import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -253,6 +254,22 @@ def whole_batches(options, count):
     """How many of `count` examples give batches that divide among the replicas."""
     replicas = options.strategy.num_replicas_in_sync
     return divisible(count, options.batch_size, replicas)
+
+
+def trainable_parameters(model):
+    """The number of weights that are trained."""
+    return sum(math.prod(v.shape) for v in model.trainable_variables)
+
+
+def predict_by_task(model, inputs, batch_size):
+    """Outputs by task for inputs of different lengths, dicts of arrays."""
+    longest = max(len(x) for x in inputs.values())
+    padded = {
+        name: np.concatenate([x, np.zeros((longest - len(x), *x.shape[1:]), x.dtype)])
+        for name, x in inputs.items()
+    }
+    outputs = model.predict(padded, batch_size=batch_size, verbose=0)
+    return {name: outputs[name][: len(x)] for name, x in inputs.items()}
 
 
 OPTIMIZERS = {

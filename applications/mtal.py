@@ -42,8 +42,10 @@ from .experiment import (
     markdown_table,
     mean_and_spread,
     parse_arguments,
+    predict_by_task,
     rich_table,
     run_all,
+    trainable_parameters,
     write_block,
 )
 from .image_tasks import load_task
@@ -287,20 +289,16 @@ def run(
     started = time.perf_counter()
     model, losses = train(options, method, tasks, parts, seed, tick, threshold, watch)
     seconds = time.perf_counter() - started
-    outputs = model.predict(
-        {name: task.images[_cycled(parts, name)] for name, task in tasks.items()},
-        batch_size=100,
-        verbose=0,
-    )
+    inputs = {name: task.images[parts[name][1]] for name, task in tasks.items()}
+    outputs = predict_by_task(model, inputs, 100)
     accuracy = {}
     for name, task in tasks.items():
-        test = parts[name][1]
-        found = outputs[name][: len(test)].argmax(axis=-1)
-        accuracy[name] = float(np.mean(found == task.labels[test]))
+        found = outputs[name].argmax(axis=-1)
+        accuracy[name] = float(np.mean(found == task.labels[parts[name][1]]))
     results = {
         "accuracy": accuracy,
         "losses": losses,
-        "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
+        "parameters": trainable_parameters(model),
         "seconds": seconds,
     }
     if method in SIMILAR:
@@ -313,12 +311,6 @@ def run(
                 path = options.output / f"activations_{options.group}_{method}_{number}.png"
                 plot_activations(model, layer, tasks, parts, path)
     return results
-
-
-def _cycled(parts, name):
-    """Test images of a task, repeated to the number of the largest test part."""
-    most = max(len(test) for _, test in parts.values())
-    return np.resize(parts[name][1], most)
 
 
 def _convolutions(model):

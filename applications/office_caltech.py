@@ -20,7 +20,6 @@ import argparse
 import functools
 import hashlib
 import itertools
-import math
 import pathlib
 import time
 
@@ -51,8 +50,10 @@ from .experiment import (
     markdown_table,
     mean_and_spread,
     parse_arguments,
+    predict_by_task,
     rich_table,
     run_all,
+    trainable_parameters,
     write_block,
 )
 
@@ -270,7 +271,8 @@ class Trainer:
 
     def correct(self, model, parts):
         """For each domain, which examples were classified right, a boolean array."""
-        outputs = _predict(model, {n: self.domains[n].x[i] for n, i in parts.items()})
+        inputs = {n: self.domains[n].x[i] for n, i in parts.items()}
+        outputs = predict_by_task(model, inputs, PREDICT_BATCH)
         return {
             name: output.argmax(axis=-1) == self.domains[name].labels[parts[name]]
             for name, output in outputs.items()
@@ -315,17 +317,6 @@ class Trainer:
 
 def _has_layer(model, name):
     return any(layer.name == name for layer in model.layers)
-
-
-def _predict(model, inputs):
-    """Outputs by task for inputs of different lengths."""
-    longest = max(len(x) for x in inputs.values())
-    padded = {
-        name: np.concatenate([x, np.zeros((longest - len(x), *x.shape[1:]), x.dtype)])
-        for name, x in inputs.items()
-    }
-    outputs = model.predict(padded, batch_size=PREDICT_BATCH, verbose=0)
-    return {name: outputs[name][: len(x)] for name, x in inputs.items()}
 
 
 def embeddings(model, inputs):
@@ -377,7 +368,7 @@ def run(trainer, options, method, parts, seed):
     right = trainer.correct(model, test)
     results["accuracy"] = {name: float(np.mean(values)) for name, values in right.items()}
     results["learning_rate"], results["strength"] = best
-    results["parameters"] = sum(math.prod(v.shape) for v in model.trainable_variables)
+    results["parameters"] = trainable_parameters(model)
     if METHODS[method]["prior"] is not None:
         results["task_correlation"] = {
             # One for each class with one-versus-rest classifiers; their mean.

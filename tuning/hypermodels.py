@@ -152,6 +152,15 @@ def _new(value):
     return keras.tree.map_structure(copy, value)
 
 
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+
+
+def _names(backbone, fits):
+    """Names of the layers of a backbone, also of nested models, that fit."""
+    layers = backbone._flatten_layers(include_self=False)
+    return [layer.name for layer in layers if fits(layer)]
+
+
 class HardSharing(MultiTask):
     """All tasks have the same kernels, up to the heads."""
 
@@ -172,11 +181,7 @@ class Factorized(MultiTask):
         if "sharing" not in self.tune:
             return super().network(hp, sharing=self.method, tolerance=tolerance)
         backbone = self.backbone()
-        layers = [
-            layer.name
-            for layer in backbone._flatten_layers(include_self=False)
-            if getattr(layer, "kernel", None) is not None
-        ]
+        layers = _names(backbone, lambda one: getattr(one, "kernel", None) is not None)
         tolerance, ranks = spaces.factorization(
             hp, layers, tolerance, self.per_layer, highest=0.95
         )
@@ -200,13 +205,7 @@ class Similar(MultiTask):
         if "sharing" not in self.tune:
             return super().network(hp, sharing="similar", threshold=threshold)
         backbone = self.backbone()
-        layers = [
-            layer.name
-            for layer in backbone._flatten_layers(include_self=False)
-            if isinstance(
-                layer, (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-            )
-        ]
+        layers = _names(backbone, lambda one: isinstance(one, _CONVOLUTIONS))
         found = spaces.threshold(hp, threshold, layers, self.per_layer)
         several = len(found) > 1
         found = dict(zip(layers, found)) if several else found[0]

@@ -322,12 +322,12 @@ def tested(study, settings, trial_id, options, console):
     found = []
     for repeat in range(options.repeats):
         key = {"trial": trial_id, "settings": settings, "repeat": repeat}
-        if results.get(key) is None and not repeat:
-            console.print(
-                "Training on the whole training part with the best settings; the test part "
-                "is used here for the first time."
-            )
         if results.get(key) is None:
+            if not repeat:
+                console.print(
+                    "Training on the whole training part with the best settings; the test "
+                    "part is used here for the first time."
+                )
             own = study.with_settings(settings)
             with own.strategy.scope():
                 results.add(key, study.learn(own, False, repeat, lambda: None, None))
@@ -335,8 +335,7 @@ def tested(study, settings, trial_id, options, console):
             if path is not None:
                 console.print(f"The model is {path}.")
         found.append(results.get(key))
-    frame = pd.DataFrame(found)
-    return frame
+    return pd.DataFrame(found)
 
 
 def _write(path, content):

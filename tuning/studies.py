@@ -151,7 +151,7 @@ class Study:
         return {
             "experiment": self.name,
             "method": self.family,
-            "arguments": {name: _plain(value) for name, value in self.given.items()},
+            "arguments": _plain(self.given),
         }
 
     def stopping(self, patience):
@@ -189,6 +189,36 @@ def _held_out(indices, labels, share, seed):
         random_state=seed,
         stratify=own if enough else None,
     )
+
+
+def _held_out_by_task(parts, tasks, share, seed):
+    """For each task, `(train, valid)` of its training part.
+
+    Args:
+        parts: dict from task to `(train, test)`, indices.
+        tasks: dict from task to what has `labels`.
+        share: float.
+        seed: int.
+    """
+    return {
+        name: _held_out(train, tasks[name].labels, share, seed)
+        for name, (train, _) in parts.items()
+    }
+
+
+def _errors(accuracy):
+    """The error of each task, from a dict of accuracies."""
+    return {f"{name}_error": 1 - value for name, value in accuracy.items()}
+
+
+def _results(errors, found):
+    """What `learn` returns, of the tasks' errors and an experiment's results."""
+    return {
+        "error": float(np.mean(list(errors.values()))),
+        **errors,
+        "parameters": found["parameters"],
+        "seconds": found["seconds"],
+    }
 
 
 class Mnist(Study):
@@ -287,20 +317,11 @@ class Mtal(Study):
         mtal, seed = application("mtal"), options.seed + repeat
         parts = mtal.split(self._data, options, seed)
         if validation:
-            parts = {
-                name: _held_out(train, self._data[name].labels, self.validation_share, seed)
-                for name, (train, _) in parts.items()
-            }
+            parts = _held_out_by_task(parts, self._data, self.validation_share, seed)
         found = mtal.run(
             options, self.method, self._data, parts, seed, tick, watch=callbacks
         )
-        errors = {f"{name}_error": 1 - found["accuracy"][name] for name in self.tasks}
-        return {
-            "error": float(np.mean(list(errors.values()))),
-            **errors,
-            "parameters": found["parameters"],
-            "seconds": found["seconds"],
-        }
+        return _results(_errors(found["accuracy"]), found)
 
 
 class Mtfl(Study):
@@ -351,12 +372,7 @@ class Mtfl(Study):
             training = mtfl.Faces(*(x[train] for x in training))
         found = mtfl.run(options, self.method, training, testing, seed, tick, callbacks)
         errors = {"landmarks_error": found["error"], "pose_error": 1 - found["accuracy"]}
-        return {
-            "error": float(np.mean(list(errors.values()))),
-            **errors,
-            "parameters": found["weights"],
-            "seconds": found["seconds"],
-        }
+        return _results(errors, found | {"parameters": found["weights"]})
 
 
 class OfficeCaltech(Study):
@@ -414,19 +430,10 @@ class OfficeCaltech(Study):
             domains, options.fractions[0], seed, options.stratified
         )
         if validation:
-            parts = {
-                name: _held_out(train, domains[name].labels, self.validation_share, seed)
-                for name, (train, _) in parts.items()
-            }
+            parts = _held_out_by_task(parts, domains, self.validation_share, seed)
         trainer = office.Trainer(options, domains, len(classes), new_backbone, tick)
         found, _ = office.run(trainer, options, self.method, parts, seed)
-        errors = {f"{name}_error": 1 - found["accuracy"][name] for name in domains}
-        return {
-            "error": float(np.mean(list(errors.values()))),
-            **errors,
-            "parameters": found["parameters"],
-            "seconds": found["seconds"],
-        }
+        return _results(_errors(found["accuracy"]), found)
 
 
 class Celeba(Study):
@@ -580,10 +587,6 @@ class Own(Study):
     def command(self, path):
         return None
 
-    def describe(self):
-        arguments = {name: _plain(value) for name, value in self.given.items()}
-        return {"experiment": self.name, "method": self.method, "arguments": arguments}
-
     def learn(self, options, validation, repeat, tick, callbacks):
         seed = options.seed + repeat
         train, test = self._parts(validation, seed)
@@ -613,7 +616,7 @@ class Own(Study):
             # Without penalties, and with equal weights, which may be searched for.
             "task_loss": float(np.mean([found[f"{task}_loss"] for task in self.tasks])),
             **{f"val_{name}": float(value) for name, value in found.items()},
-            "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
+            "parameters": experiment.trainable_parameters(model),
             "seconds": seconds,
         }
 
@@ -621,12 +624,12 @@ class Own(Study):
         """The mean loss of each task over a part of the data, a dict."""
         x, y = part
         if self.per_task:
-            longest = max(map(len, x.values()))
-            x = {t: np.resize(own, (longest, *own.shape[1:])) for t, own in x.items()}
-        outputs = model.predict(x, batch_size=batch_size, verbose=0)
+            outputs = experiment.predict_by_task(model, x, batch_size)
+        else:
+            outputs = model.predict(x, batch_size=batch_size, verbose=0)
         found = {}
         for task, loss in self._data["losses"].items():
-            values = keras.losses.get(loss)(y[task], outputs[task][: len(y[task])])
+            values = keras.losses.get(loss)(y[task], outputs[task])
             found[f"{task}_loss"] = float(np.mean(keras.ops.convert_to_numpy(values)))
         return found
 

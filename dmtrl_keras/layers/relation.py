@@ -36,7 +36,7 @@ def correlation_along(first, cross, second, a, b):
     """
 
     def form(left, matrix, right):
-        return ops.sum(left * _apply(matrix, right), -1)
+        return ops.sum(ops.multiply(left, _apply(matrix, right)), -1)
 
     return form(a, cross, b) / ops.sqrt(form(a, first, a) * form(b, second, b))
 
@@ -73,19 +73,25 @@ def _largest_singular_vectors(matrix):
         fallbacks.append(ops.broadcast_to(start, (*matrix.shape[:-2], size)))
     transposed = ops.swapaxes(matrix, -1, -2)
     # In the row space, which as many steps as the rank then exhaust.
-    v = _orthonormal(_apply(transposed, fallbacks[0]), [])
-    v = _nonzero(v, fallbacks[1])
-    us, vs = [], []
-    for _ in range(min(_STEPS, *matrix.shape[-2:])):
-        vs.append(v)
-        us.append(_orthonormal(_apply(matrix, v), us))
-        v = _orthonormal(_apply(transposed, us[-1]), vs)
-    left, right = ops.stack(us, axis=-1), ops.stack(vs, axis=-1)
+    v = _nonzero(_orthonormal(_apply(transposed, fallbacks[0])), fallbacks[1])
+    steps = min(_STEPS, *matrix.shape[-2:])
+
+    def step(i, state):
+        v, left, right = state
+        column = ops.one_hot(i, steps, dtype=matrix.dtype)
+        right = right + v[..., None] * column
+        u = _orthonormal(_apply(matrix, v), left)
+        left = left + u[..., None] * column
+        return _orthonormal(_apply(transposed, u), right), left, right
+
+    # One loop in the graph: traced step by step it was most of a model's compile time.
+    bases = [ops.zeros((*x.shape, steps), matrix.dtype) for x in fallbacks]
+    _, left, right = ops.fori_loop(0, steps, step, (v, *bases))
     # In the small basis the matrix is bidiagonal, but for rounding.
     small = ops.matmul(ops.swapaxes(left, -1, -2), ops.matmul(matrix, right))
     _, vectors = ops.eigh(ops.matmul(ops.swapaxes(small, -1, -2), small))
     v = _apply(right, vectors[..., -1])
-    u = _orthonormal(_apply(matrix, v), [])
+    u = _orthonormal(_apply(matrix, v))
     return _nonzero(u, fallbacks[0]), _nonzero(v, fallbacks[1])
 
 
@@ -98,11 +104,10 @@ def _apply(matrix, vector):
     return ops.squeeze(ops.matmul(matrix, vector[..., None]), -1)
 
 
-def _orthonormal(vector, others):
-    """A unit vector orthogonal to others; zero where nothing is left."""
+def _orthonormal(vector, basis=None):
+    """A unit vector orthogonal to the columns of a basis; zero where nothing is left."""
     norm = ops.norm(vector, axis=-1, keepdims=True)
-    if others:
-        basis = ops.stack(others, axis=-1)
+    if basis is not None:
         for _ in range(2):
             # Once is not enough in floating point.
             inner = _apply(ops.swapaxes(basis, -1, -2), vector)

@@ -242,6 +242,8 @@ def test_modes_of_training(weights, rng):
         ("float32", "auto", 2),
         ("mixed_bfloat16", "auto", 1),
     ):
+        if steps > 1 and keras.backend.backend() == "torch":
+            continue  # Keras has it on the other backends.
         keras.utils.set_random_seed(0)
         layer = SimilarKernelConv2D(
             20, 3, 3, threshold=0.3, weights=weights, common_draw=False, dtype=dtype

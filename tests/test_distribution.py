@@ -19,10 +19,9 @@ tensorflow_only = pytest.mark.skipif(
 NETWORKS = """
 import keras
 import numpy as np
-from dmtrl_keras import (
-    Relation, TaskRelationModel, TensorNormalRegularizer, multitask, relationship_network
-)
-from dmtrl_keras.layers import NDDR, CrossStitch
+from dmtrl_keras import Relation, TaskRelationModel, TensorNormalRegularizer, multitask
+from dmtrl_keras.layers import CrossStitch
+from dmtrl_keras.parameterizations import SimilarKernels
 
 rng = np.random.default_rng(0)
 TASKS = ["a", "b"]
@@ -49,7 +48,8 @@ def make(family):
         ranks = dict(rank=2) if family in ("laf", "tucker", "tt") else {}
         model = multitask(backbone(), TASKS, family, **ranks, **arguments)
     elif family == "similar":
-        model = multitask(backbone(), TASKS, "similar", threshold=0.3, **arguments)
+        similar = SimilarKernels(0.3, weights="learned", update_every=2)
+        model = multitask(backbone(), TASKS, similar, **arguments)
     elif family == "prior":
         modes = {"feature": 1.0, "class": 1.0, "task": 1e-2}
         prior = TensorNormalRegularizer(0.01, list(modes), 2, epsilon=modes)
@@ -58,7 +58,8 @@ def make(family):
         model = multitask(backbone(), TASKS, between=CrossStitch, **arguments)
     elif family == "relation":
         model = multitask(backbone(), TASKS, **arguments)
-        model = TaskRelationModel(model, [Relation("output", 0.5)], momentum=0.5)
+        relations = [Relation("output", 0.5), Relation("fc", 0.5)]
+        model = TaskRelationModel(model, relations, momentum=0.5)
     model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
     return model
 

@@ -428,53 +428,6 @@ def test_mixed_precision(rng):
     assert 0 < model.similarities()["hidden"]["pose", "landmarks"] < 1
 
 
-REPLICAS = """
-import keras
-import numpy as np
-from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel
-
-
-def make():
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((6,))
-    outputs = {}
-    for task in ("a", "b"):
-        x = keras.layers.Dense(4, "tanh", name=task + "_hidden")(inputs)
-        outputs[task] = keras.layers.Dense(2, name=task)(x)
-    hidden = {task: task + "_hidden" for task in outputs}
-    relations = [Relation("output", 1.0), Relation(hidden, 2.0)]
-    network = MultiTaskModel(inputs, outputs)
-    model = TaskRelationModel(network, relations, momentum=0.5)
-    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    return model
-
-
-rng = np.random.default_rng(0)
-x = rng.normal(size=(96, 6)).astype("float32")
-y = {"a": x[:, :2], "b": (x[:, 1:3] + x[:, 3:5])}
-settings = dict(batch_size=32, epochs=3, shuffle=False, verbose=0)
-alone = make()
-expected = alone.fit(x, y, **settings).history
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = make()
-found = model.fit(x, y, **settings).history
-for name, values in expected.items():
-    np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
-for a, b in zip(alone.variables, model.variables):
-    np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5, err_msg=a.path)
-    if "covariance" in a.path:
-        first, second = (copy.numpy() for copy in b.value.values)
-        np.testing.assert_array_equal(first, second)
-"""
-
-
-def test_two_replicas(on_two_devices):
-    """Losses, logs, weights and covariances are those of one device."""
-    if keras.config.backend() != "tensorflow":
-        pytest.skip("MirroredStrategy is TensorFlow's")
-    on_two_devices(REPLICAS)
-
-
 def test_configuration():
     """Relations and trackers come back from their configurations."""
     relation = Relation("own", 0.5, [("f", "c")], {"f": ["a", "b"]}, "x")

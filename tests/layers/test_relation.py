@@ -262,43 +262,6 @@ def test_mixed_precision_and_xla(rng):
         np.testing.assert_allclose(compiled(*sets), expected, atol=1e-4)
 
 
-REPLICAS = """
-import numpy as np
-from dmtrl_keras.layers import TRL
-
-rng = np.random.default_rng(0)
-x = rng.normal(size=(32, 6)).astype("float32")
-alone = TRL(momentum=0.5)
-expected = alone([x[:, :2], x[:, 2:]], training=True)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-with strategy.scope():
-    layer = TRL(momentum=0.5)
-    layer.build([(None, 2), (None, 4)])
-
-
-@tf.function
-def step(x):
-    return layer([x[:, :2], x[:, 2:]], training=True)
-
-
-data = tf.data.Dataset.from_tensor_slices(x).batch(32)
-data = strategy.experimental_distribute_dataset(data)
-found = strategy.run(step, (next(iter(data)),))
-for value in found.values:
-    np.testing.assert_allclose(value, expected, atol=1e-6)
-first, second = (copy.numpy() for copy in layer.covariance.value.values)
-np.testing.assert_array_equal(first, second)
-np.testing.assert_allclose(first, alone.covariance.numpy(), atol=1e-6)
-"""
-
-
-def test_statistics_of_the_global_batch(on_two_devices):
-    """Two replicas with half of the batch each estimate what one does with all of it."""
-    if keras.config.backend() != "tensorflow":
-        pytest.skip("MirroredStrategy is TensorFlow's")
-    on_two_devices(REPLICAS)
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -343,40 +343,6 @@ def test_errors_name_the_layer():
         aggregate_similar_kernels([np.ones((3, 3, 2, 4)), np.ones((3, 3, 1, 4))], 0.4)
 
 
-REPLICAS = """
-import keras
-import numpy as np
-from dmtrl_keras.layers import SimilarKernelConv2D
-
-rng = np.random.default_rng(0)
-x = rng.normal(size=(8, 5, 5, 4)).astype("float32")
-y = rng.normal(size=(8, 3, 3, 6)).astype("float32")
-found = []
-mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-for strategy in (tf.distribute.get_strategy(), mirrored):
-    keras.utils.set_random_seed(0)
-    with strategy.scope():
-        layer = SimilarKernelConv2D(
-            3, 3, 2, threshold=0.1, update_every=2, weights="learned", common_draw=False
-        )
-        model = keras.Sequential([keras.Input((5, 5, 4)), layer])
-        model.compile(keras.optimizers.SGD(0.1), "mse")
-    model.fit(x, y, epochs=5, batch_size=8, shuffle=False, verbose=0)
-    found.append([keras.ops.convert_to_numpy(v) for v in layer.weights])
-assert int(keras.ops.convert_to_numpy(layer.selection.step)) == 5
-for ours, variable, value in zip(found[1], layer.weights, found[0]):
-    np.testing.assert_allclose(ours, value, atol=1e-5)
-    np.testing.assert_array_equal(*(copy.numpy() for copy in variable.value.values))
-"""
-
-
-def test_same_on_all_replicas(on_two_devices):
-    """Two devices learn and choose what one does, and hold equal state."""
-    if keras.config.backend() != "tensorflow":
-        pytest.skip("MirroredStrategy is TensorFlow's")
-    on_two_devices(REPLICAS)
-
-
 def test_other_layers(rng):
     """Any layer with T kernels takes it; here a dense one equals the function."""
     layer = TaskDense(6, 3, sharing=SimilarKernels(0.3), common_draw=False)

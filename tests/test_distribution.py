@@ -201,7 +201,7 @@ def test_families_on_two_devices(on_two_devices):
 @tensorflow_only
 def test_saved_on_two_devices(on_two_devices):
     """Resumed by `BackupAndRestore`, saved, exported."""
-    names = ["similar", "relation"]
+    names = ["relation"]
     on_two_devices(f"{NETWORKS}\nFAMILIES = {names}\n{SAVED}")
 
 

@@ -14,8 +14,8 @@ NAMES = ["zeta", "alpha"]
 CASES = [
     ("independent", True),
     ("hard", True),
-    ("laf", True),
-    ("tucker", True),
+    pytest.param(("laf", True), marks=pytest.mark.long),
+    pytest.param(("tucker", True), marks=pytest.mark.long),
     ("tt", True),
     ("independent", False),
     ("tucker", False),
@@ -124,6 +124,7 @@ def test_onnx(case, tmp_path):
         assert_close(dict(zip(names, outputs)), few)
 
 
+@pytest.mark.long
 def test_backbone(rng, tmp_path):
     """A backbone of keras.applications in all three formats."""
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")

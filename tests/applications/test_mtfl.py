@@ -205,7 +205,12 @@ def test_real_faces(data_dir):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "sizes"), [(0.9, (32, 128)), (0.99, (32, 128)), (0.999, (128,))]
+    ("momentum", "sizes"),
+    [
+        (0.9, (32, 128)),
+        (0.99, (32, 128)),
+        pytest.param(0.999, (128,), marks=pytest.mark.long),
+    ],
 )
 def test_online_estimates_converge_on_real_labels(data_dir, momentum, sizes):
     """Figure 4 on MTFL's labels: the estimate is what as many examples give offline."""

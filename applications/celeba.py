@@ -41,6 +41,7 @@ from .experiment import (
     Results,
     Run,
     add_training,
+    check_names,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -467,9 +468,7 @@ def classify(options, console):
     parts = load_images(options.data, options.size, options.images)
     labels = parts["train"].labels
     _checked(options.attributes, labels)
-    unknown = sorted(set(options.loss_weights) - set(labels))
-    if unknown:
-        raise ValueError(f"--loss-weights: there are no attributes {unknown}.")
+    check_names("--loss-weights", options.loss_weights, labels)
     absent = {name for pair in PAIRS for name in pair} - set(labels)
     if 3 in options.tables and absent:
         raise ValueError(f"Table 3 needs the attributes {sorted(absent)} too.")

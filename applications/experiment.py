@@ -250,6 +250,24 @@ def set_strategy(parser, options):
     del options.replicas
 
 
+def check_names(argument, given, known, parser=None):
+    """Refuse names that are not known.
+
+    Args:
+        argument: str, the argument of the command that has them.
+        given: iterable of names.
+        known: iterable of names.
+        parser: the parser whose error it is; without one, a `ValueError` is raised.
+    """
+    known = list(known)
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        message = f"{argument}: expected names from {known}, received {unknown}"
+        if parser is None:
+            raise ValueError(message)
+        parser.error(message)
+
+
 def whole_batches(options, count):
     """How many of `count` examples give batches that divide among the replicas."""
     replicas = options.strategy.num_replicas_in_sync

@@ -46,6 +46,7 @@ from .experiment import (
     Results,
     Run,
     add_training,
+    check_names,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -455,13 +456,8 @@ def parse(arguments=None):
     """
     p = parser()
     options = parse_arguments(p, arguments)
-    for name, given, known in (
-        ("ranks", options.ranks, LAYERS),
-        ("loss-weights", options.loss_weights, [str(digit) for digit in range(TASKS)]),
-    ):
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            p.error(f"--{name}: expected names from {list(known)}, got {unknown}")
+    check_names("--ranks", options.ranks, LAYERS, p)
+    check_names("--loss-weights", options.loss_weights, map(str, range(TASKS)), p)
     return options
 
 

@@ -38,6 +38,7 @@ from .experiment import (
     Results,
     Run,
     add_training,
+    check_names,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -587,18 +588,15 @@ def parse(arguments=None):
     if options.related is not None:
         related = [group.split(",") for group in options.related]
     options.related = None if related is None else [list(group) for group in related]
-    unknown = {name for group in options.related or () for name in group} - set(names)
-    if unknown:
-        p.error(f"--related: unknown tasks {sorted(unknown)}; the tasks are {names}")
+    named = (name for group in options.related or () for name in group)
+    check_names("--related", named, names, p)
     if options.related is None and "mtal_r" in options.methods:
         options.methods = [method for method in options.methods if method != "mtal_r"]
     if options.threshold is None:
         options.threshold = [{"related": 0.4, "unrelated": 0.55}[threshold]]
     if len(options.threshold) not in (1, 5):
         p.error(f"--threshold: expected one or five, got {len(options.threshold)}")
-    unknown = sorted(set(options.loss_weights) - set(names))
-    if unknown:
-        p.error(f"--loss-weights: unknown tasks {unknown}; the tasks are {names}")
+    check_names("--loss-weights", options.loss_weights, names, p)
     options.weights = options.weights if options.weights == "learned" else 0.5
     return options
 

@@ -40,6 +40,7 @@ from .experiment import (
     Results,
     Run,
     add_training,
+    check_names,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -551,7 +552,10 @@ def convergence(options, training, digest, console):
 
 def parse(arguments=None):
     """The parsed arguments."""
-    return parse_arguments(parser(), arguments)
+    p = parser()
+    options = parse_arguments(p, arguments)
+    check_names("--loss-weights", options.loss_weights, TASKS, p)
+    return options
 
 
 def parser():

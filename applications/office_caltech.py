@@ -46,6 +46,7 @@ from .experiment import (
     Results,
     Run,
     add_training,
+    check_names,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -654,15 +655,6 @@ def plan(options, domains, trainer, source):
         )
 
 
-def check_weights(options, domains):
-    """Refuse loss weights of domains that are not there."""
-    unknown = sorted(set(options.loss_weights) - set(domains))
-    if unknown:
-        raise ValueError(
-            f"--loss-weights: expected names from {list(domains)}. Received: {unknown}."
-        )
-
-
 def main(arguments=None):
     """Run the experiment; returns the table as a data frame."""
     options = parse(arguments)
@@ -671,7 +663,7 @@ def main(arguments=None):
     # Before the first hour of training, not after it.
     for fraction in options.fractions:
         draw(domains, fraction, options.seed, options.stratified)
-    check_weights(options, domains)
+    check_names("--loss-weights", options.loss_weights, domains)
     trainer = Trainer(options, domains, len(classes), new_backbone)
     runs = run_all(
         Results(options.output / "runs.jsonl"),

@@ -8,6 +8,7 @@ import pytest
 
 from applications.experiment import (
     Results,
+    check_names,
     in_range,
     markdown_table,
     mean_and_spread,
@@ -110,3 +111,13 @@ def test_settings_from_a_file(tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse("--config", str(tmp_path / "none.json"), "--epochs", "5")
+
+
+def test_names_are_checked(capsys):
+    """An error of the command, or of a function; known names pass."""
+    check_names("--loss-weights", ["a"], ["a", "b"])
+    with pytest.raises(ValueError, match=r"--loss-weights: .*'a', 'b'.*\['c'\]"):
+        check_names("--loss-weights", {"c": 1.0}, ["a", "b"])
+    with pytest.raises(SystemExit):
+        check_names("--ranks", ["c"], ["a"], argparse.ArgumentParser())
+    assert "--ranks: expected names from ['a'], received ['c']" in capsys.readouterr().err

@@ -79,7 +79,10 @@ def _run(model, inputs, visit, leave, path):
             leave(operation, outputs)
         return outputs
 
-    return as_functional(model)._run_through_graph(inputs, call_fn=call)
+    # Keras 3.13 has no default for what is made of each operation.
+    return as_functional(model)._run_through_graph(
+        inputs, operation_fn=lambda operation: operation, call_fn=call
+    )
 
 
 def values_in(kind, args, kwargs):

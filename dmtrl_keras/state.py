@@ -1,5 +1,6 @@
 """Variables that layers derive from their weights, beside what they train."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -29,3 +30,17 @@ def state_weight(layer, name, value):
         aggregation="none",
         dtype=value.dtype.name if value.dtype.kind in "ib" else layer.variable_dtype,
     )
+
+
+class Penalty(keras.regularizers.Regularizer):
+    """A function as the regularizer of a variable; Keras 3.13 takes no function there.
+
+    Args:
+        function: function of the variable's value that returns the penalty.
+    """
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, x):
+        return self.function(x)

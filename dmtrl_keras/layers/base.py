@@ -15,6 +15,7 @@ from dmtrl_keras.regularizers import (
     TensorNormalState,
     mode_names,
 )
+from dmtrl_keras.state import Penalty
 from dmtrl_keras.validation import (
     channel_axis,
     channels_per_task,
@@ -211,9 +212,7 @@ class TaskLayer(keras.layers.Layer):
         if penalty is not None and not direct:
             # The penalty is of the composed kernel. It hangs on the first factor,
             # so that Keras counts it once, and not while the layer is frozen.
-            def regularizer(_):
-                return penalty(self.kernel)
-
+            regularizer = Penalty(lambda _: penalty(self.kernel))
         self._factors = {}
         for name, value in values.items():
             self._factors[name] = self.add_weight(
@@ -247,7 +246,7 @@ class TaskLayer(keras.layers.Layer):
             dtype=full_precision(self.variable_dtype),
         )
         self.prior.build()
-        return self.prior.penalty
+        return Penalty(self.prior.penalty)
 
     def _factor_shapes(self):
         return {name: tuple(v.shape) for name, v in self._factors.items()}

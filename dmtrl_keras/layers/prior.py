@@ -8,6 +8,7 @@ from dmtrl_keras.regularizers import (
     TensorNormalState,
     mode_names,
 )
+from dmtrl_keras.state import Penalty
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -104,7 +105,7 @@ class TensorNormalPrior(keras.layers.Wrapper):
             dtype=full_precision(self.layer.variable_dtype),
         )
         self.prior.build()
-        kernel.regularizer = self.prior.penalty
+        kernel.regularizer = Penalty(self.prior.penalty)
         self.built = True
 
     def call(self, inputs, training=None, **kwargs):

@@ -106,6 +106,20 @@ def shared_object(key, make):
     return found
 
 
+def functional_constructor(init):
+    """The constructor of a functional model's subclass, as Keras wants it.
+
+    Keras 3.13 saves a subclass as a functional model only if its constructor takes
+    `*args, **kwargs`, seen without what `functools.wraps` says.
+    """
+
+    @functools.wraps(init)
+    def constructor(*args, **kwargs):
+        init(*args, **kwargs)
+
+    return constructor
+
+
 def full_precision(dtype):
     """The dtype for linear algebra beside weights of a dtype: float32, or float64."""
     return "float64" if dtype == "float64" else "float32"

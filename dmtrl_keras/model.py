@@ -6,6 +6,7 @@ from keras import tree
 
 from dmtrl_keras.backend import (
     check_replicas,
+    functional_constructor,
     local_part,
     replicas_in_sync,
     sharing_scope,
@@ -48,6 +49,7 @@ class MultiTaskModel(keras.Model):
     # None: all of them.
     _tasks_with_loss = None
 
+    @functional_constructor
     def __init__(self, inputs, outputs, name=None, **kwargs):
         single = isinstance(outputs, dict) and all(
             isinstance(key, str) and not tree.is_nested(value)

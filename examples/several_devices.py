@@ -37,6 +37,8 @@ with strategy.scope():
     model.compile(keras.optimizers.Adam(0.03), "mse")
 
 history = model.fit(features, labels, batch_size=batch_size, epochs=10, verbose=2).history
-print(f"{replicas} replicas, loss {history['loss'][0]:.3f} to {history['loss'][-1]:.3f}")
+for task in labels:
+    losses = history[f"{task}_loss"]
+    print(f"{replicas} replicas, {task}: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 for layer, correlation in task_correlation(model).items():
     print(layer, *np.round(correlation, 2).tolist(), sep="\n")

@@ -5,14 +5,8 @@ import re
 import keras
 from keras import tree
 
-from dmtrl_keras.layers import (
-    TaskBatch,
-    TaskGroup,
-    TaskLayer,
-    TaskRepeat,
-    TaskSplit,
-    TaskStack,
-)
+from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
 def as_functional(model):

@@ -1,32 +1,35 @@
 """From a Keras model to the network of T tasks."""
 
-import collections
 import dataclasses
-import fnmatch
 import itertools
-import numbers
 
 import keras
 import numpy as np
 from keras import tree
 
-from dmtrl_keras import parameterizations
 from dmtrl_keras.conversion import rules
+from dmtrl_keras.conversion.forms import Features
 from dmtrl_keras.conversion.graph import (
     checked_functional,
     exportable,
-    output_spec,
     replaced,
     run,
     values_in,
 )
-from dmtrl_keras.factorization import factorization_report, print_report, with_factors
-from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
-from dmtrl_keras.layers.conv import TaskConv
-from dmtrl_keras.model import MultiTaskModel
-from dmtrl_keras.parameterizations import FactorizedParameterization, SimilarKernels
-from dmtrl_keras.regularizers import TensorNormalRegularizer
-from dmtrl_keras.validation import task_names
+from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
+from dmtrl_keras.conversion.survey import by_pattern, survey
+from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.ground.validation import task_names
+from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
+from dmtrl_keras.mtal.similar_kernels import SimilarKernels
+from dmtrl_keras.tasks.conv import TaskConv
+from dmtrl_keras.tasks.rewrite_models import (
+    factorization_report,
+    print_report,
+    with_factors,
+)
+from dmtrl_keras.training.model import MultiTaskModel
 
 
 def multitask(
@@ -129,18 +132,18 @@ def multitask(
     """
     names = task_names(tasks, "multitask")
     backbone = checked_functional(backbone, "multitask")
-    survey = _survey(backbone, share_until)
+    surveyed = survey(backbone, share_until)
     choose = _sharing_of(
-        sharing, survey.with_weights, names, rank, tolerance, implementation, threshold
+        sharing, surveyed.with_weights, names, rank, tolerance, implementation, threshold
     )
-    heads = _heads(heads, names)
-    prior_of = _by_pattern("prior", prior, survey.with_weights, _check_prior)
-    fusion_of = _fusion_of(between, survey)
-    builder = _Builder(names, survey, choose, prior_of, fusion_of)
+    heads = checked_heads(heads, names)
+    prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
+    fusion_of = _fusion_of(between, surveyed)
+    builder = _Builder(names, surveyed, choose, prior_of, fusion_of)
     inputs = _inputs(backbone, names, shared_input)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
-    outputs = _outputs(builder, outputs, heads, names)
+    outputs = outputs_by_task(builder, outputs, heads, names)
     name = name or exportable(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
     if verbose and factorization_report(model):
@@ -148,105 +151,7 @@ def multitask(
     return model
 
 
-_POOLINGS = tuple(
-    getattr(keras.layers, f"{kind}Pooling{axes}D")
-    for kind in ("Max", "Average")
-    for axes in (1, 2, 3)
-)
-
 # --- before anything is built ----------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Survey:
-    """What is known of the backbone.
-
-    Attributes:
-        shared: ids of the operations that all tasks share.
-        with_weights: names of the layers with weights, in order.
-        poolings: names of the pooling layers, but for global ones.
-        layers: names of all layers.
-        calls: how often each operation is called, by id.
-    """
-
-    shared: frozenset
-    with_weights: list
-    poolings: list
-    layers: list
-    calls: collections.Counter
-
-
-class _Surveyed:
-    """A symbolic tensor, and the ids of all operations that it depends on."""
-
-    def __init__(self, spec, ids=frozenset()):
-        self.spec = spec
-        self.ids = ids
-
-
-def _survey(backbone, share_until):
-    """Look at every layer of the backbone.
-
-    Raises:
-        ValueError: if layers can't be converted, or there is no layer `share_until`.
-    """
-    problems, names, with_weights, calls = {}, {}, [], collections.Counter()
-    poolings, layers = [], []
-
-    def visit(operation, args, kwargs, path):
-        values = values_in(_Surveyed, args, kwargs)
-        shapes = [tuple(value.spec.shape) for value in values]
-        problem = _problem(operation, args, kwargs, shapes)
-        if problem is not None:
-            place = "/".join((*path, operation.name))
-            problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
-        elif rules.rule_of(operation).has_weights and not calls[id(operation)]:
-            with_weights.append(operation.name)
-        if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
-            layers.append(operation.name)
-            if isinstance(operation, _POOLINGS):
-                poolings.append(operation.name)
-        calls[id(operation)] += 1
-        ids = frozenset([id(operation)]).union(*(value.ids for value in values))
-        args, kwargs = replaced(_Surveyed, args, kwargs, lambda value: value.spec)
-        outputs = output_spec(operation, args, kwargs)
-        outputs = tree.map_structure(lambda spec: _Surveyed(spec, ids), outputs)
-        leave(operation, outputs)
-        return outputs
-
-    def leave(operation, outputs):
-        ids = frozenset().union(*(value.ids for value in tree.flatten(outputs)))
-        names[operation.name] = names.get(operation.name, frozenset()) | ids
-
-    run(backbone, tree.map_structure(_Surveyed, backbone.input), visit, leave)
-    if problems:
-        lines = "\n".join(f"- {line}" for line in problems.values())
-        raise ValueError(
-            f"multitask: model {backbone.name!r} has {len(problems)} layers that can't be "
-            f"converted (see `dmtrl_keras.conversion.register_rule`):\n{lines}"
-        )
-    names.update({x.name: frozenset() for x in tree.flatten(backbone.input)})
-    if share_until is not None and share_until not in names:
-        raise ValueError(
-            f"multitask: `share_until` must be the name of a layer of {backbone.name!r}. "
-            f"Received: share_until={share_until!r}. Its layers are: {list(names)}."
-        )
-    shared = names.get(share_until, frozenset())
-    return _Survey(shared, with_weights, poolings, layers, calls)
-
-
-def _problem(operation, args, kwargs, shapes):
-    rule = rules.rule_of(operation)
-    if rule is None:
-        return ""
-    if getattr(operation, "data_format", None) == "channels_first":
-        return ": channels_first"
-    for value in tree.flatten((args, kwargs)):
-        constant = not isinstance(value, (str, _Surveyed, keras.KerasTensor))
-        if constant and np.ndim(value):
-            return ": a constant tensor among its inputs"
-    problem = rule.problem(operation, shapes)
-    return None if problem is None else f": {problem}"
 
 
 def _sharing_of(sharing, layers, names, rank, tolerance, implementation, threshold):
@@ -266,7 +171,7 @@ def _sharing_of(sharing, layers, names, rank, tolerance, implementation, thresho
     def similar():
         nonlocal limited
         limited = True
-        by_layer = _by_pattern("threshold", threshold, layers, _similar_kernels)
+        by_layer = by_pattern("threshold", threshold, layers, _similar_kernels)
         return lambda name: by_layer(name) or SimilarKernels()
 
     def resolve(choice):
@@ -279,7 +184,7 @@ def _sharing_of(sharing, layers, names, rank, tolerance, implementation, thresho
         own = own.with_names(names)
         return lambda name: own
 
-    choose = _by_pattern("sharing", sharing, layers, resolve)
+    choose = by_pattern("sharing", sharing, layers, resolve)
     if (rank is not None or tolerance is not None) and not ranked:
         raise ValueError(
             "multitask: `rank` and `tolerance` are for factorisations given by name, such "
@@ -307,26 +212,6 @@ def _similar_kernels(threshold):
     return None if threshold is None else SimilarKernels(threshold)
 
 
-def _by_pattern(argument, value, layers, resolve):
-    """A function from a layer's name to what an argument gives it, or None."""
-    if not isinstance(value, dict):
-        only = resolve(value)
-        return lambda name: only
-    patterns = {pattern: resolve(choice) for pattern, choice in value.items()}
-    for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
-            raise ValueError(
-                f"multitask: each key of `{argument}` must fit the name of a layer. "
-                f"Received: {pattern!r}, which fits none of {layers}."
-            )
-
-    def choose(name):
-        fitting = (own for p, own in patterns.items() if fnmatch.fnmatchcase(name, p))
-        return next(fitting, None)
-
-    return choose
-
-
 def _fusion_of(between, survey):
     """A function from a layer's name to the function that makes what comes after it."""
     if callable(between):
@@ -342,7 +227,7 @@ def _fusion_of(between, survey):
             "multitask: `between` must be a function of the task names that returns a "
             f"layer, or a dict of them. Received: {between!r}."
         )
-    return _by_pattern("between", between, survey.layers, _check_fusion)
+    return by_pattern("between", between, survey.layers, _check_fusion)
 
 
 def _check_fusion(make):
@@ -364,31 +249,6 @@ def _check_prior(prior):
     return prior
 
 
-def _heads(heads, names):
-    """A dict by task name of None, ints, layers and functions."""
-    if isinstance(heads, dict):
-        if set(heads) != set(names):
-            raise ValueError(
-                f"multitask: `heads` must have one entry for each of the tasks "
-                f"{list(names)}. Received: {sorted(map(str, heads))}."
-            )
-    elif isinstance(heads, keras.layers.Layer) and len(names) > 1:
-        raise ValueError(
-            f"multitask: the layer {heads.name!r} as `heads` would be one for all tasks. "
-            "Give a function of the features that makes one, or a dict by task name."
-        )
-    else:
-        heads = dict.fromkeys(names, heads)
-    for task, head in heads.items():
-        whole = isinstance(head, numbers.Integral) and not isinstance(head, bool)
-        if not (head is None or callable(head) or (whole and head >= 1)):
-            raise ValueError(
-                f"multitask: the head of task {task!r} must be a positive int, a layer or "
-                f"a function of the features. Received: {head!r}."
-            )
-    return heads
-
-
 # --- building -----------------------------------------------------------------------
 
 
@@ -404,52 +264,6 @@ def _inputs(backbone, names, shared_input):
         task: tree.map_structure(lambda x, t=task: make(x, f"{t}_{x.name}"), backbone.input)
         for task in names
     }
-
-
-class _Features:
-    """Features of the backbone, in each form in which the tasks need them.
-
-    Attributes:
-        form: the form in which they were computed: `"shared"`, the same for all tasks;
-            `"batched"`, the batch of all tasks' examples; `"grouped"`; or `"apart"`, a
-            dict of one input per task.
-    """
-
-    def __init__(self, builder, form, tensor, source):
-        self._builder = builder
-        self._source = source
-        self._forms = {form: tensor}
-        self.form = form
-
-    @property
-    def shape(self):
-        """The shape that one task's features have."""
-        tensor = self._forms[self.form]
-        if self.form == "apart":
-            return tuple(next(iter(tensor.values())).shape)
-        tasks = len(self._builder.names) if self.form == "grouped" else 1
-        return (*tensor.shape[:-1], tensor.shape[-1] // tasks)
-
-    @property
-    def common(self):
-        """The form in which an ordinary layer serves all tasks at once; or None."""
-        forms = {"shared": "shared", "batched": "batched", "apart": "batched"}
-        return forms.get(self.form)
-
-    def take(self, form):
-        """The features in a given form."""
-        if form not in self._forms:
-            self._forms[form] = self._convert(form)
-        return self._forms[form]
-
-    def _convert(self, form):
-        if form == "batched":
-            layer, source = TaskBatch, "apart" if self.form == "apart" else "grouped"
-        else:
-            layer = {"apart": TaskStack, "shared": TaskRepeat, "batched": TaskGroup}
-            layer, source = layer[self.form], self.form
-        name = self._builder.new_name(f"{self._source}_{form}")
-        return layer(list(self._builder.names), name=name)(self.take(source))
 
 
 class _Builder:
@@ -481,23 +295,21 @@ class _Builder:
         """The features that the inputs of the network are."""
         self._taken.update(x.name for x in tree.flatten(inputs))
         if shared_input:
-            return tree.map_structure(
-                lambda x: _Features(self, "shared", x, x.name), inputs
-            )
+            return tree.map_structure(lambda x: Features(self, "shared", x, x.name), inputs)
         apart = zip(*(tree.flatten(inputs[task]) for task in self.names))
         features = [
-            _Features(self, "apart", dict(zip(self.names, parts)), x.name)
+            Features(self, "apart", dict(zip(self.names, parts)), x.name)
             for x, parts in zip(tree.flatten(backbone.input), apart)
         ]
         return tree.pack_sequence_as(backbone.input, features)
 
     def visit(self, operation, args, kwargs, path):
-        """What a call of the backbone becomes; takes and returns `_Features`."""
+        """What a call of the backbone becomes; takes and returns `Features`."""
         features = self._converted(operation, args, kwargs, path)
         make = self._fusion_of(operation.name)
         if make is None:
             return features
-        if not isinstance(features, _Features) or features.form != "grouped":
+        if not isinstance(features, Features) or features.form != "grouped":
             raise ValueError(
                 f"multitask: after layer {operation.name!r} tasks have no features of "
                 "their own for `between` to mix; they are shared there."
@@ -508,7 +320,7 @@ class _Builder:
             layer.name = self.new_name(f"{operation.name}_fusion", path)
             self._made[key] = layer
         layer = self._made[key]
-        return _Features(self, "grouped", layer(features.take("grouped")), layer.name)
+        return Features(self, "grouped", layer(features.take("grouped")), layer.name)
 
     def _converted(self, operation, args, kwargs, path):
         call = _Call(operation, args, kwargs, path)
@@ -546,11 +358,11 @@ class _Builder:
         if fresh:
             layer.name = self.new_name(call.operation.name, call.path)
             self._made[key] = layer
-        args, kwargs = replaced(_Features, call.args, call.kwargs, lambda f: f.take(form))
+        args, kwargs = replaced(Features, call.args, call.kwargs, lambda f: f.take(form))
         outputs = layer(*args, **kwargs)
         if fresh and weights:
             rules.load_weights(layer, weights)
-        return tree.map_structure(lambda x: _Features(self, form, x, layer.name), outputs)
+        return tree.map_structure(lambda x: Features(self, form, x, layer.name), outputs)
 
     def _kernels(self, call, rule):
         """A layer with kernels as layers with T kernels, one after another."""
@@ -575,7 +387,7 @@ class _Builder:
             x = layer(features.take("shared" if layer.shared_input else "grouped"))
             if fresh and bias is not None:
                 layer.bias.assign(np.repeat(bias[:, None], self.tasks, axis=-1))
-            features = _Features(self, "grouped", x, layer.name)
+            features = Features(self, "grouped", x, layer.name)
         activation = rule.activation(operation)
         if activation is None:
             return features
@@ -598,7 +410,7 @@ class _Builder:
 
 @dataclasses.dataclass
 class _Call:
-    """One call of an operation of the backbone, with `_Features` as its tensors."""
+    """One call of an operation of the backbone, with `Features` as its tensors."""
 
     operation: keras.Operation
     args: list
@@ -608,57 +420,8 @@ class _Call:
     @property
     def features(self):
         """All features among the arguments."""
-        return values_in(_Features, self.args, self.kwargs)
+        return values_in(Features, self.args, self.kwargs)
 
 
 def _is_layer(operation):
     return isinstance(operation, keras.layers.Layer)
-
-
-def _outputs(builder, outputs, heads, names):
-    """A dict of the output tensor of each task."""
-    flat = tree.flatten(outputs)
-    if len(flat) > 1 and not all(callable(head) for head in heads.values()):
-        raise ValueError(
-            f"multitask: the backbone has {len(flat)} outputs. Give `heads`, a function "
-            "for each task that makes one output tensor of them."
-        )
-    parts = [_per_task(builder, features) for features in flat]
-    result = {}
-    for task in names:
-        features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
-        head = heads[task]
-        if isinstance(head, numbers.Integral):
-            features = _classes(features, head, builder.new_name(f"{task}_head"))
-        elif head is not None:
-            features = head(features)
-        if not isinstance(features, keras.KerasTensor):
-            raise ValueError(
-                f"multitask: the head of task {task!r} must return one output tensor. "
-                f"Received: {features!r}."
-            )
-        result[task] = features
-    return result
-
-
-def _per_task(builder, features):
-    names = list(builder.names)
-    if features.form == "shared":
-        tensor = features.take("shared")
-        return {
-            task: keras.layers.Identity(name=builder.new_name(f"{task}_features"))(tensor)
-            for task in names
-        }
-    name = builder.new_name("tasks")
-    return TaskSplit(names, name=name)(features.take("grouped"))
-
-
-def _classes(features, classes, name):
-    if len(features.shape) > 2:
-        axes = len(features.shape) - 2
-        pooling = getattr(keras.layers, f"GlobalAveragePooling{axes}D")
-        features = pooling(name=f"{name}_pooling")(features)
-    activation = "softmax" if classes > 1 else "sigmoid"
-    # Probabilities in full precision, whatever the backbone computes in.
-    layer = keras.layers.Dense(classes, activation, name=name, dtype=keras.config.floatx())
-    return layer(features)

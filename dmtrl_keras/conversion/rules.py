@@ -13,20 +13,12 @@ import keras
 import numpy as np
 from keras import layers as kl
 
-from dmtrl_keras.layers import (
-    NDDR,
-    CrossStitch,
-    TaskConcatenate,
-    TaskConv1D,
-    TaskConv2D,
-    TaskConv3D,
-    TaskDense,
-    TaskDepthwiseConv1D,
-    TaskDepthwiseConv2D,
-    TaskFlatten,
-    TaskLayer,
-    TaskLayerNormalization,
-)
+from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.tasks.dense import TaskDense
+from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
+from dmtrl_keras.tasks.layout import TaskConcatenate, TaskFlatten
+from dmtrl_keras.tasks.normalization import TaskLayerNormalization
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _RULES = {}
 
@@ -436,18 +428,6 @@ class _TaskLayer(Rule):
         return weights
 
 
-class _Fusion(Rule):
-    """Layers through which tasks see each other's features."""
-
-    has_weights = True
-
-    def problem(self, layer, shapes):
-        return "it mixes the features of several tasks already"
-
-    def single(self, layer, tasks, task):
-        raise ValueError("it mixes the features of the tasks")
-
-
 def _same_channels(layer, shapes):
     return len({(len(shape), shape[-1]) for shape in shapes}) == 1
 
@@ -540,7 +520,6 @@ def _register_keras():
     register_rule(kl.Rescaling, rule=_Channels(values=scale, fixed=True))
     moments = {"mean": "input_mean", "variance": "input_variance"}
     register_rule(kl.Normalization, rule=_Channels(values=moments, fixed=True))
-    register_rule(CrossStitch, NDDR, rule=_Fusion())
     register_rule(kl.Dense, rule=Kernels(TaskDense))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D, TaskConv3D)):
         register_rule(getattr(kl, f"Conv{n}D"), rule=_Convolution(cls))

@@ -16,15 +16,9 @@ from dmtrl_keras.conversion.graph import (
     run,
     values_in,
 )
-from dmtrl_keras.layers import (
-    TaskBatch,
-    TaskGroup,
-    TaskLayer,
-    TaskRepeat,
-    TaskSplit,
-    TaskStack,
-    TensorNormalPrior,
-)
+from dmtrl_keras.mrn.wrapper import TensorNormalPrior
+from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
 def single_task(model, task, name=None):

@@ -31,7 +31,6 @@ from dmtrl_keras.layers import (
     SimilarKernelConv2D,
     TaskBatch,
     TaskConcatenate,
-    TaskConv2D,
     TaskDense,
     TaskDepthwiseConv2D,
     TaskFlatten,

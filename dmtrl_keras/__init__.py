@@ -25,6 +25,7 @@ from dmtrl_keras.dmtrl.strength import (
     sharing_strength_of,
 )
 from dmtrl_keras.ground.plots import plot_heat_map, plot_hinton
+from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.layers import task_layers
 from dmtrl_keras.mrn.network import relationship_network
 from dmtrl_keras.mrn.report import task_correlation, task_covariance
@@ -35,7 +36,7 @@ from dmtrl_keras.mtal.merge import (
 )
 from dmtrl_keras.mtal.similarity import aggregate_similar_kernels
 from dmtrl_keras.regularizers import ModeCovariance, TensorNormalRegularizer
-from dmtrl_keras.tasks.rewrite_models import Factorization, factorization_report
+from dmtrl_keras.tasks.rewrite_models import factorization_report
 from dmtrl_keras.training.data import zip_tasks
 from dmtrl_keras.training.model import MultiTaskModel
 from dmtrl_keras.trn.model import TaskRelationModel

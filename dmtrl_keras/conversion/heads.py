@@ -5,6 +5,7 @@ import numbers
 import keras
 from keras import tree
 
+from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.tasks.layout import TaskSplit
 
 
@@ -33,7 +34,7 @@ def checked_heads(heads, names):
     return heads
 
 
-def outputs_by_task(builder, outputs, heads, names):
+def outputs_by_task(outputs, heads, names, new_name):
     """A dict of the output tensor of each task."""
     flat = tree.flatten(outputs)
     if len(flat) > 1 and not all(callable(head) for head in heads.values()):
@@ -41,13 +42,13 @@ def outputs_by_task(builder, outputs, heads, names):
             f"multitask: the backbone has {len(flat)} outputs. Give `heads`, a function "
             "for each task that makes one output tensor of them."
         )
-    parts = [_per_task(builder, features) for features in flat]
+    parts = [_per_task(features, new_name) for features in flat]
     result = {}
     for task in names:
         features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
         head = heads[task]
         if isinstance(head, numbers.Integral):
-            features = _classes(features, head, builder.new_name(f"{task}_head"))
+            features = _classes(features, head, new_name(f"{task}_head"))
         elif head is not None:
             features = head(features)
         if not isinstance(features, keras.KerasTensor):
@@ -59,16 +60,15 @@ def outputs_by_task(builder, outputs, heads, names):
     return result
 
 
-def _per_task(builder, features):
-    names = list(builder.names)
-    if features.form == "shared":
-        tensor = features.take("shared")
+def _per_task(features, new_name):
+    names = list(features.names)
+    if features.form == Form.SHARED:
+        tensor = features.take(Form.SHARED)
         return {
-            task: keras.layers.Identity(name=builder.new_name(f"{task}_features"))(tensor)
+            task: keras.layers.Identity(name=new_name(f"{task}_features"))(tensor)
             for task in names
         }
-    name = builder.new_name("tasks")
-    return TaskSplit(names, name=name)(features.take("grouped"))
+    return TaskSplit(names, name=new_name("tasks"))(features.take(Form.GROUPED))
 
 
 def _classes(features, classes, name):

@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import tree
 
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.forms import Features
 from dmtrl_keras.conversion.graph import (
     checked_functional,
     exportable,
@@ -17,37 +19,36 @@ from dmtrl_keras.conversion.graph import (
     values_in,
 )
 from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
-from dmtrl_keras.conversion.survey import by_pattern, survey
-from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
+from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.validation import task_names
 from dmtrl_keras.kernels import parameterization as parameterizations
-from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
-from dmtrl_keras.mtal.similar_kernels import SimilarKernels
+from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.state import StatefulRegularizer
 from dmtrl_keras.tasks.conv import TaskConv
-from dmtrl_keras.tasks.rewrite_models import (
-    factorization_report,
-    print_report,
-    with_factors,
-)
+from dmtrl_keras.tasks.forms import Features
+from dmtrl_keras.tasks.rewrite import make_layer, started_layer
+from dmtrl_keras.tasks.rewrite_models import factorization_report, print_report
+from dmtrl_keras.tasks.task_layer import TaskLayer
 from dmtrl_keras.training.model import MultiTaskModel
 
 
 def multitask(
-    backbone,
-    tasks,
-    sharing="independent",
-    rank=None,
-    tolerance=None,
-    share_until=None,
-    shared_input=True,
-    heads=None,
-    prior=None,
-    implementation="auto",
-    threshold=None,
-    between=None,
-    name=None,
-    verbose=True,
-):
+    backbone: keras.Model,
+    tasks: int | Sequence[str],
+    sharing: str | Parameterization | Mapping[str, Any] = "independent",
+    rank: Any = None,
+    tolerance: Any = None,
+    share_until: str | None = None,
+    shared_input: bool = True,
+    heads: Any = None,
+    prior: StatefulRegularizer | Mapping[str, StatefulRegularizer] | None = None,
+    between: Callable | Mapping[str, Callable] | None = None,
+    name: str | None = None,
+    verbose: bool = True,
+    implementation: str | None = None,
+    threshold: Any = None,
+) -> MultiTaskModel:
     """The network of T tasks that has a given Keras model as every task's backbone.
 
     Each layer with a kernel becomes one layer with T kernels; how these are related is
@@ -64,15 +65,17 @@ def multitask(
         backbone: a built functional or Sequential Keras model with one output, such as
             `keras.applications.ResNet50(include_top=False, pooling="avg")`.
         tasks: list of T distinct names, or int T for `task_0`, `task_1`, ...
-        sharing: what becomes of the kernels: `"independent"`, `"hard"`, `"laf"`,
-            `"tucker"`, `"tt"`, `"similar"` (MTAL; of convolutions only, as in the paper),
-            another registered name, or a `Parameterization`; or a dict of them by layer
-            name or name pattern such as `"conv5_*"`, of which the first that fits holds,
-            and layers that none fits are independent.
-        rank: for the factorisations that are given by name: int (a cap), float in (0, 1] (a
-            fraction), or a tuple with one of them for each rank.
-        tolerance: instead of the rank, a number in (0, 1): the error of each kernel
-            relative to its Frobenius norm. Without both: 0.1.
+        sharing: what becomes of the kernels: a `Parameterization` such as
+            `Tucker(tolerance=0.1)` or `SimilarKernels(0.4)`, or the name of one:
+            `"independent"`, `"hard"`, `"laf"`, `"tucker"`, `"tt"`, `"similar"` (MTAL; of
+            convolutions only, as in the paper), ...; or a dict of these by layer name or
+            name pattern such as `"conv5_*"`, of which the first that fits holds, and
+            layers that none fits are independent.
+        rank: short for the argument of factorisations that are given by name: int (a cap),
+            float in (0, 1] (a fraction), or a tuple with one of them for each rank; or a
+            dict of these by layer name or pattern.
+        tolerance: likewise, a number in (0, 1): the error of each kernel relative to its
+            Frobenius norm. Without both: 0.1.
         share_until: name of a layer (or nested model) of the backbone. It and everything
             that it depends on is shared by all tasks and computed once: ordinary
             layers, with one input for each task on the batch of all tasks' inputs.
@@ -82,15 +85,10 @@ def multitask(
             softmax, for 1 with sigmoid; images of features are averaged first); a
             function of the features that returns the output tensor, or a Keras
             layer; or a dict of these by task name. None: the backbone's output.
-        prior: a `TensorNormalRegularizer` for the stacked kernels, which learns how the
-            tasks are related (DRN, MRN); or a dict of them by layer name or pattern, as for
-            `sharing`. Each layer has covariances of its own. None: the regularizers
+        prior: a regularizer of the stacked kernels with state that learns how the tasks are
+            related, such as `TensorNormalRegularizer` (DRN, MRN); or a dict of them by
+            layer name or pattern, as for `sharing`. Each layer has covariances of its own. None: the regularizers
             of the backbone.
-        implementation: `"auto"`, `"compose"` or `"contract"`, as in `TuckerConv2D`.
-        threshold: for factorisations that are given by name, `"frobenius"` (the default) or
-            `"singular_value"`, as in `TuckerConv2D`; for `"similar"`, the cosine from which
-            kernels are shared: a number in [0, 1], `"related"` (0.4, the default),
-            `"unrelated"` (0.55), a schedule, or a dict of these by layer name or pattern.
         between: layers that let tasks see each other's features: a function of the list of
             task names that returns a layer on grouped features, such as `CrossStitch` or
             `NDDR`, for which every pooling layer is followed by one; or a dict of such
@@ -98,6 +96,10 @@ def multitask(
         name: name of the model. None: that of the backbone and `_multitask`.
         verbose: bool, whether to print the report of the factorisations, if there
             are any: ranks, errors and parameters, as from `factorization_report`.
+        implementation: deprecated; give a parameterization, such as
+            `sharing=Tucker(tolerance=0.1, implementation="compose")`.
+        threshold: deprecated; `sharing=SimilarKernels(0.4)`, or
+            `sharing=Tucker(tolerance=0.1, threshold="singular_value")`.
 
     Returns:
         A `MultiTaskModel`, whose outputs are a dict by task name; not compiled. Layers
@@ -133,9 +135,9 @@ def multitask(
     names = task_names(tasks, "multitask")
     backbone = checked_functional(backbone, "multitask")
     surveyed = survey(backbone, share_until)
-    choose = _sharing_of(
-        sharing, surveyed.with_weights, names, rank, tolerance, implementation, threshold
-    )
+    options = {"rank": rank, "tolerance": tolerance}
+    options |= _deprecated(implementation=implementation, threshold=threshold)
+    choose = _sharing_of(sharing, surveyed.with_weights, names, options)
     heads = checked_heads(heads, names)
     prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
     fusion_of = _fusion_of(between, surveyed)
@@ -143,7 +145,7 @@ def multitask(
     inputs = _inputs(backbone, names, shared_input)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
-    outputs = outputs_by_task(builder, outputs, heads, names)
+    outputs = outputs_by_task(outputs, heads, names, builder.new_name)
     name = name or exportable(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
     if verbose and factorization_report(model):
@@ -151,65 +153,70 @@ def multitask(
     return model
 
 
-# --- before anything is built ----------------------------------------------------
+# --- what was asked for -------------------------------------------------------------
 
 
-def _sharing_of(sharing, layers, names, rank, tolerance, implementation, threshold):
-    """A function from a layer's name to its parameterization."""
-    ranked = limited = False
+def _deprecated(**options: Any) -> dict[str, Any]:
+    """Options that belong to a parameterization, with a warning if they are given."""
+    given = sorted(name for name, value in options.items() if value is not None)
+    if given:
+        warnings.warn(
+            f"multitask: {given} are arguments of parameterizations and will go. Give one "
+            "instead, such as sharing=Tucker(tolerance=0.1, implementation='compose') or "
+            "sharing=SimilarKernels(0.4), from dmtrl_keras.parameterizations.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return options
 
-    def factorized(kind):
-        nonlocal ranked, limited
-        ranked = True
-        default = 0.1 if rank is None and tolerance is None else tolerance
-        # A dict is for the similar kernels beside them.
-        by_layer = threshold is None or isinstance(threshold, dict)
-        limited = limited or not by_layer
-        error = "frobenius" if by_layer else threshold
-        return kind(rank, default, implementation, error)
 
-    def similar():
-        nonlocal limited
-        limited = True
-        by_layer = by_pattern("threshold", threshold, layers, _similar_kernels)
-        return lambda name: by_layer(name) or SimilarKernels()
+def _sharing_of(
+    sharing: Any, layers: list[str], names: Sequence[str], options: Mapping[str, Any]
+) -> Callable[[str, bool], Parameterization]:
+    """A function from a layer's name, and whether it convolves, to its parameterization."""
+    given = {
+        option: by_pattern(option, value, layers, lambda value: value)
+        for option, value in options.items()
+        if value is not None
+    }
+    used: set[str] = set()
 
-    def resolve(choice):
-        own = parameterizations.get(choice)
-        if not isinstance(choice, parameterizations.Parameterization):
-            if isinstance(own, SimilarKernels):
-                return similar()
-            if isinstance(own, FactorizedParameterization):
-                own = factorized(type(own))
-        own = own.with_names(names)
-        return lambda name: own
+    def resolve(choice: Any) -> Callable[[str], Parameterization]:
+        if not isinstance(choice, str):
+            own = parameterizations.get(choice).with_names(names)
+            return lambda layer: own
+        kind = type(parameterizations.get(choice))
+        mine = [option for option in given if option in kind.short_forms]
+        used.update(mine)
+
+        def make(layer: str) -> Parameterization:
+            values = {option: given[option](layer) for option in mine}
+            values = {name: value for name, value in values.items() if value is not None}
+            return kind.of_trained(**values).with_names(names)
+
+        return make
 
     choose = by_pattern("sharing", sharing, layers, resolve)
-    if (rank is not None or tolerance is not None) and not ranked:
+    unused = sorted(set(given) - used)
+    if unused:
         raise ValueError(
-            "multitask: `rank` and `tolerance` are for factorisations given by name, such "
-            f"as 'tucker'. Received: sharing={sharing!r}, rank={rank!r}, "
-            f"tolerance={tolerance!r}."
-        )
-    if threshold is not None and not limited:
-        raise ValueError(
-            "multitask: `threshold` is for 'similar' and for factorisations given by name. "
-            f"Received: sharing={sharing!r}, threshold={threshold!r}."
+            f"multitask: {unused} are for parameterizations that take them and are given "
+            f"by name, such as rank and tolerance for 'tucker'. Received: "
+            f"sharing={sharing!r}, {', '.join(f'{n}={options[n]!r}' for n in unused)}."
         )
     independent = parameterizations.get("independent")
 
-    def of_layer(name, convolution):
+    def of_layer(name: str, convolution: bool) -> Parameterization:
         make = choose(name)
         own = independent if make is None else make(name)
         # Layers that are named are meant.
         named = isinstance(sharing, dict)
         return own if convolution or named or not own.convolutions_only else independent
 
+    for layer in layers:
+        # What is malformed is an error before anything is built.
+        of_layer(layer, True)
     return of_layer
-
-
-def _similar_kernels(threshold):
-    return None if threshold is None else SimilarKernels(threshold)
 
 
 def _fusion_of(between, survey):
@@ -240,11 +247,12 @@ def _check_fusion(make):
     return make
 
 
-def _check_prior(prior):
-    if prior is not None and not isinstance(prior, TensorNormalRegularizer):
+def _check_prior(prior: Any) -> StatefulRegularizer | None:
+    if prior is not None and not isinstance(prior, StatefulRegularizer):
         raise ValueError(
-            "multitask: `prior` must be a TensorNormalRegularizer, or a dict of them by "
-            f"layer name. Received: {prior!r}."
+            "multitask: `prior` must be a regularizer that learns with a kernel, such as "
+            "TensorNormalRegularizer, or a dict of them by layer name. "
+            f"Received: {prior!r}."
         )
     return prior
 
@@ -269,17 +277,24 @@ def _inputs(backbone, names, shared_input):
 class _Builder:
     """Makes the layers of all tasks, call by call of the backbone."""
 
-    def __init__(self, names, survey, choose, prior_of, fusion_of):
+    def __init__(
+        self,
+        names: Sequence[str],
+        surveyed: Survey,
+        choose: Callable[[str, bool], Parameterization],
+        prior_of: Callable,
+        fusion_of: Callable,
+    ) -> None:
         self.names = names
         self.tasks = len(names)
-        self._survey = survey
+        self._survey = surveyed
         self._choose = choose
         self._prior_of = prior_of
         self._fusion_of = fusion_of
-        self._made = {}
-        self._taken = set()
+        self._made: dict[tuple[int, str], Any] = {}
+        self._taken: set[str] = set()
 
-    def new_name(self, name, path=()):
+    def new_name(self, name: str, path: tuple[str, ...] = ()) -> str:
         """A name that no other layer of the network has, from one and where it was."""
         candidates = [
             exportable("_".join((*path[start:], name)))
@@ -290,26 +305,32 @@ class _Builder:
             if candidate not in self._taken:
                 self._taken.add(candidate)
                 return candidate
+        raise AssertionError("there are more names than layers")
 
-    def enter(self, backbone, inputs, shared_input):
+    def _features(self, form: Form, tensor: Any, source: str) -> Features:
+        return Features(self.names, form, tensor, source, self.new_name)
+
+    def enter(self, backbone: keras.Model, inputs: Any, shared_input: bool) -> Any:
         """The features that the inputs of the network are."""
         self._taken.update(x.name for x in tree.flatten(inputs))
         if shared_input:
-            return tree.map_structure(lambda x: Features(self, "shared", x, x.name), inputs)
+            return tree.map_structure(
+                lambda x: self._features(Form.SHARED, x, x.name), inputs
+            )
         apart = zip(*(tree.flatten(inputs[task]) for task in self.names))
         features = [
-            Features(self, "apart", dict(zip(self.names, parts)), x.name)
+            self._features(Form.APART, dict(zip(self.names, parts)), x.name)
             for x, parts in zip(tree.flatten(backbone.input), apart)
         ]
         return tree.pack_sequence_as(backbone.input, features)
 
-    def visit(self, operation, args, kwargs, path):
+    def visit(self, operation: Any, args: list, kwargs: dict, path: tuple) -> Any:
         """What a call of the backbone becomes; takes and returns `Features`."""
-        features = self._converted(operation, args, kwargs, path)
+        features = self._converted(_Call(operation, args, kwargs, path))
         make = self._fusion_of(operation.name)
         if make is None:
             return features
-        if not isinstance(features, Features) or features.form != "grouped":
+        if not isinstance(features, Features) or features.form != Form.GROUPED:
             raise ValueError(
                 f"multitask: after layer {operation.name!r} tasks have no features of "
                 "their own for `between` to mix; they are shared there."
@@ -319,41 +340,48 @@ class _Builder:
             layer = make(list(self.names))
             layer.name = self.new_name(f"{operation.name}_fusion", path)
             self._made[key] = layer
-        layer = self._made[key]
-        return Features(self, "grouped", layer(features.take("grouped")), layer.name)
+        return features.through(self._made[key])
 
-    def _converted(self, operation, args, kwargs, path):
-        call = _Call(operation, args, kwargs, path)
-        rule = rules.rule_of(operation)
-        sharing = self._choose(operation.name, convolution=True)
-        hard = id(operation) in self._survey.shared or sharing.name == "hard"
-        forms = {features.common for features in call.features}
-        made = {key for key in ("plain", "tasks") if (id(operation), key) in self._made}
-        if forms != {None} and len(forms) == 1 and "tasks" not in made:
-            if hard or not rule.has_weights:
-                return self._plain(call, forms.pop())
-        if rule.has_weights and "plain" in made:
+    def _converted(self, call: "_Call") -> Any:
+        """A call as one for all tasks: shared, with T kernels, grouped, or task by task."""
+        operation, rule = call.operation, rules.rule_of(call.operation)
+        plain = (id(operation), "plain") in self._made
+        if self._stays_plain(call, rule):
+            return self._plain(call, call.features[0].common)
+        if rule.has_weights and plain:
             # A layer that is called again has the weights that it had before.
-            return self._plain(call, "batched")
+            return self._plain(call, Form.BATCHED)
         if isinstance(rule, rules.Kernels):
             return self._kernels(call, rule)
         shapes = [features.shape for features in call.features]
         layer = self._made.get((id(operation), "tasks"))
         layer = layer or rule.grouped(operation, self.tasks, shapes)
         if layer is None:
-            return self._plain(call, "batched")
+            return self._plain(call, Form.BATCHED)
         weights = _is_layer(layer) and rule.grouped_weights(operation, self.tasks)
-        return self._run(call, layer, "tasks", "grouped", weights)
+        return self._run(call, layer, "tasks", Form.GROUPED, weights)
 
-    def _plain(self, call, form):
+    def _stays_plain(self, call: "_Call", rule: rules.Rule) -> bool:
+        """Whether the backbone's own layer serves all tasks in a form that they have."""
+        operation = call.operation
+        if (id(operation), "tasks") in self._made:
+            return False
+        forms = {features.common for features in call.features}
+        if None in forms or len(forms) != 1:
+            return False
+        if not rule.has_weights or id(operation) in self._survey.shared:
+            return True
+        return self._choose(operation.name, True).name == "hard"
+
+    def _plain(self, call: "_Call", form: Form) -> Any:
         """The backbone's own layer, in a form in which it can serve all tasks."""
         layer = self._made.get((id(call.operation), "plain"))
         layer = layer or rules.copy_of(call.operation)
         weights = _is_layer(layer) and call.operation.get_weights()
         return self._run(call, layer, "plain", form, weights)
 
-    def _run(self, call, layer, key, form, weights):
-        key = (id(call.operation), key)
+    def _run(self, call: "_Call", layer: Any, kind: str, form: Form, weights: Any) -> Any:
+        key = (id(call.operation), kind)
         fresh = key not in self._made
         if fresh:
             layer.name = self.new_name(call.operation.name, call.path)
@@ -362,50 +390,53 @@ class _Builder:
         outputs = layer(*args, **kwargs)
         if fresh and weights:
             rules.load_weights(layer, weights)
-        return tree.map_structure(lambda x: Features(self, form, x, layer.name), outputs)
+        return tree.map_structure(lambda x: self._features(form, x, layer.name), outputs)
 
-    def _kernels(self, call, rule):
+    def _kernels(self, call: "_Call", rule: rules.Kernels) -> Any:
         """A layer with kernels as layers with T kernels, one after another."""
         operation, features = call.operation, call.features[0]
-        chain = self._made.get((id(operation), "tasks"))
-        fresh = chain is None
+        key = (id(operation), "tasks")
+        fresh = key not in self._made
         if fresh:
             # A layer that is called again may find other features then.
             once = self._survey.calls[id(operation)] == 1
-            chain = []
+            shared_input = once and features.form == Form.SHARED
+            self._made[key] = []
             for part in rule.parts(operation, [features.shape]):
-                shared_input = not chain and once and features.form == "shared"
-                convolution = issubclass(part.cls, TaskConv)
-                sharing = self._choose(operation.name, convolution)
-                layer = self._task_layer(part, sharing, shared_input, call.path)
-                prior = self._prior_of(operation.name)
-                if prior is not None:
-                    layer.kernel_regularizer = prior
-                chain.append((layer, part.bias))
-            self._made[id(operation), "tasks"] = chain
-        for layer, bias in chain:
-            x = layer(features.take("shared" if layer.shared_input else "grouped"))
+                layer = self._task_layer(part, operation.name, shared_input, call.path)
+                self._made[key].append((layer, part.bias))
+                shared_input = False
+        for layer, bias in self._made[key]:
+            features = features.through_kernels(layer)
             if fresh and bias is not None:
                 layer.bias.assign(np.repeat(bias[:, None], self.tasks, axis=-1))
-            features = Features(self, "grouped", x, layer.name)
         activation = rule.activation(operation)
         if activation is None:
             return features
-        return self._plain(_Call(activation, [features], {}, call.path), "batched")
+        return self._plain(_Call(activation, [features], {}, call.path), Form.BATCHED)
 
-    def _task_layer(self, part, sharing, shared_input, path):
-        config = {**part.config, "name": self.new_name(part.config["name"], path)}
+    def _task_layer(
+        self, part: rules.Part, operation: str, shared_input: bool, path: tuple
+    ) -> TaskLayer:
+        """The layer with T kernels that starts from one kernel."""
+        sharing = self._choose(operation, issubclass(part.cls, TaskConv))
+        prior = self._prior_of(operation)
+        name = self.new_name(part.config["name"], path)
+        config = {**part.config, "name": name}
         config.update(tasks=self.tasks, shared_input=shared_input)
-        layer = part.cls.from_config(config)
+        if prior is not None:
+            config[f"{part.cls._kernel_prefix}_regularizer"] = prior
         kernel = part.kernel.astype("float64")
         try:
             factors = sharing.replicate(kernel, self.tasks)
         except ValueError as error:
             raise ValueError(
-                f"multitask: layer {layer.name!r}, kernel {kernel.shape}: {error}"
+                f"multitask: layer {name!r}, kernel {kernel.shape}: {error}"
             ) from error
         stacked = np.broadcast_to(kernel[..., None], (*kernel.shape, self.tasks))
-        return with_factors(layer, sharing, stacked, factors)
+        return started_layer(
+            lambda own: make_layer(part.cls, config, own), sharing, stacked, factors
+        )
 
 
 @dataclasses.dataclass

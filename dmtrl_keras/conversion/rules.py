@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import layers as kl
 
+from dmtrl_keras.ground.keras_private import convnext_layers, is_keras_operation
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
@@ -77,7 +78,7 @@ def rule_of(operation):
         return rule
     kind = type(operation)
     known = kind.__name__ in _ELEMENTWISE_OPERATIONS
-    return _OPERATION if known and kind.__module__.startswith("keras.src.ops") else None
+    return _OPERATION if known and is_keras_operation(operation) else None
 
 
 def is_elementwise(activation):
@@ -110,9 +111,18 @@ class Rule:
 
     Attributes:
         has_weights: bool, whether every task gets weights of its own.
+        sharing: str, what `task_summary` calls the layer's way to share where it runs on
+            grouped channels.
+        of_independent_tasks: bool, whether networks that share nothing have it too.
     """
 
     has_weights = False
+    sharing = "independent"
+    of_independent_tasks = True
+
+    def alone(self, layer):
+        """The layer without what only training needs, for the network of one task."""
+        return layer
 
     def problem(self, layer, shapes):
         """Why this layer can't be converted, a string, or None.
@@ -527,11 +537,9 @@ def _register_keras():
         register_rule(getattr(kl, f"DepthwiseConv{n}D"), rule=_Depthwise(cls))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D)):
         register_rule(getattr(kl, f"SeparableConv{n}D"), rule=_Separable(cls))
-    # Layers that Keras's ConvNeXt brings along; they are not public by themselves.
-    from keras.src.applications import convnext
-
-    register_rule(convnext.LayerScale, rule=_Channels(counts=("projection_dim",)))
-    register_rule(convnext.StochasticDepth, rule=_OnlyIf(_never))
+    layer_scale, stochastic_depth = convnext_layers()
+    register_rule(layer_scale, rule=_Channels(counts=("projection_dim",)))
+    register_rule(stochastic_depth, rule=_OnlyIf(_never))
 
 
 _register_keras()

@@ -15,8 +15,8 @@ from dmtrl_keras.conversion.graph import (
     run,
     values_in,
 )
-from dmtrl_keras.conversion.rules import Kernels, rule_of
-from dmtrl_keras.fusion.base import FusionLayer
+from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
+from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.tables import print_table
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
@@ -97,7 +97,8 @@ def task_summary(model, verbose=True):
             return {name: _Value(spec, form, name) for name, spec in outputs.items()}
         return tree.map_structure(lambda spec: _Value(spec, form, owner), outputs)
 
-    run(model, tree.map_structure(lambda x: _Value(x, "plain", None), model.input), visit)
+    inputs = tree.map_structure(lambda x: _Value(x, Form.SHARED, None), model.input)
+    run(model, inputs, visit)
     rows = list(rows.values())
     if verbose:
         _print(model, tasks, rows)
@@ -107,7 +108,7 @@ def task_summary(model, verbose=True):
 @dataclasses.dataclass
 class _Value:
     spec: keras.KerasTensor
-    form: str
+    form: Form
     task: str | None
 
 
@@ -122,15 +123,14 @@ def _row(layer, form, owner, tasks, input_shape, outputs):
         bias = tasks * layer.bias.shape[0] if layer.use_bias else 0
         independent = math.prod(layer.stacked_kernel_shape) + bias
         flops = layer.flops(input_shape) // NOMINAL_BATCH
-    elif form == "grouped":
-        fused = isinstance(layer, FusionLayer)
-        sharing, flops = "features" if fused else "independent", 0
-        if fused:
-            # Independent tasks have no such layer.
+    elif form == Form.GROUPED:
+        rule = rule_of(layer) or Rule()
+        sharing, flops = rule.sharing, 0
+        if not rule.of_independent_tasks:
             independent = 0
     else:
         sharing = "hard" if owner is None else f"({owner})"
-        flops = _flops(layer, outputs) * (tasks if form == "batched" else 1)
+        flops = _flops(layer, outputs) * (tasks if form == Form.BATCHED else 1)
         independent = parameters * (tasks if owner is None else 1)
     shape = tree.map_structure(lambda spec: tuple(spec.shape), outputs)
     return LayerSummary(

@@ -9,7 +9,8 @@ import keras
 
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
 from dmtrl_keras.kernels import parameterization as parameterizations
-from dmtrl_keras.tasks.rewrite_models import print_report, with_factors, with_layers
+from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
+from dmtrl_keras.tasks.rewrite_models import print_report, with_layers
 from dmtrl_keras.tasks.task_layer import task_layers
 
 
@@ -124,4 +125,4 @@ def _factorized(layer, sharing):
         raise ValueError(
             f"{type(layer).__name__} {layer.name!r}, stacked kernel {kernel.shape}: {error}"
         ) from error
-    return with_factors(layer, sharing, kernel, values)
+    return started_layer(lambda own: with_sharing(layer, own), sharing, kernel, values)

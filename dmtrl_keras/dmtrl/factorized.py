@@ -47,8 +47,16 @@ class FactorizedParameterization(Parameterization):
         self.implementation = implementation
         self.threshold = threshold
 
+    short_forms = ("rank", "tolerance", "implementation", "threshold")
     # Largest possible ranks of a stacked kernel, a function of its shape.
     _bounds = None
+
+    @classmethod
+    def of_trained(cls, rank=None, tolerance=None, **options):
+        """With neither rank nor tolerance the error is 10%, as in the paper."""
+        if rank is None and tolerance is None:
+            tolerance = 0.1
+        return cls(rank, tolerance, **options)
 
     def _task_axis(self, names):
         """Where the latent kernels are counted.

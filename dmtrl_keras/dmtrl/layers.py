@@ -11,7 +11,7 @@ from dmtrl_keras.dmtrl.tt import TT
 from dmtrl_keras.dmtrl.tucker import Tucker
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
-from dmtrl_keras.tasks.task_layer import NamedSharing
+from dmtrl_keras.tasks.rewrite import NamedSharing
 
 
 class FactorizedLayer(NamedSharing):

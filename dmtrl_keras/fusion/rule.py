@@ -9,6 +9,8 @@ class Fusion(Rule):
     """Layers through which tasks see each other's features."""
 
     has_weights = True
+    sharing = "features"
+    of_independent_tasks = False
 
     def problem(self, layer, shapes):
         return "it mixes the features of several tasks already"

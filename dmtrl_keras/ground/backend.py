@@ -1,4 +1,4 @@
-"""The one place where the library speaks to a backend, or to Keras's insides.
+"""The one place where the library speaks to a backend.
 
 Everything else uses `keras.ops` and Keras's public interface, so that the same code runs
 on TensorFlow, JAX and PyTorch.
@@ -9,6 +9,8 @@ import functools
 
 import keras
 import numpy as np
+
+from dmtrl_keras.ground.keras_private import torch_scope
 
 
 def tensorflow():
@@ -73,39 +75,6 @@ def assert_true(condition, message):
         raise ValueError(message)
 
 
-@contextlib.contextmanager
-def sharing_scope():
-    """A context in which objects with one key are deserialized to one object.
-
-    `keras.saving.load_model` opens one itself. Keras's own keys don't reach
-    objects that are nested in configurations, so that `shared_object` has others.
-    """
-    from keras.src.saving import serialization_lib
-    from keras.src.saving.serialization_lib import global_state
-
-    if global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None:
-        yield
-        return
-    with serialization_lib.ObjectSharingScope():
-        yield
-
-
-def shared_object(key, make):
-    """The object with a key in the current sharing scope, made if there is none.
-
-    Args:
-        key: str.
-        make: function without arguments that returns the object.
-    """
-    from keras.src.saving import serialization_lib
-
-    found = serialization_lib.get_shared_object(key)
-    if found is None:
-        found = make()
-        serialization_lib.record_object_after_deserialization(found, key)
-    return found
-
-
 def full_precision(dtype):
     """The dtype for linear algebra beside weights of a dtype: float32, or float64."""
     return "float64" if dtype == "float64" else "float32"
@@ -125,11 +94,7 @@ def eager_scope():
 
         return jax.ensure_compile_time_eval()
     if backend == "torch":
-        # Keras traces on the "meta" device, which holds no values.
-        from keras.src.backend.torch.core import device_scope, get_device
-
-        device = get_device()
-        return device_scope("cpu" if device == "meta" else device)
+        return torch_scope()
     return contextlib.nullcontext()
 
 

@@ -1,6 +1,7 @@
 """How the stacked kernel of T tasks comes to be: the interface and its registry."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -76,6 +77,17 @@ class Parameterization:
     is_stacked_kernel = False
     # Whether `multitask` gives it to convolutions only, unless a layer is named.
     convolutions_only = False
+    # Which arguments of `multitask` are this one's, where it is given by name.
+    short_forms: tuple[str, ...] = ()
+
+    @classmethod
+    def of_trained(cls, **options: Any) -> "Parameterization":
+        """The one that is meant by its name alone, for kernels that are trained already.
+
+        Args:
+            **options: arguments, of those in `short_forms`.
+        """
+        return cls(**options)
 
     def decompose(self, kernel):
         """Factors whose composition is, or approximates, a stacked kernel.

@@ -4,21 +4,19 @@ A stacked kernel that is a product of factors can be applied in several orders:
 compose it and convolve once per task, or pull the activations through the
 factors. Both are a sequence of stages, and one engine runs them all.
 
-Between stages the activations are in one of three forms:
-
-- `"shared"`: `(batch, ..., C)`, the same features for every task;
-- `"grouped"`: `(batch, ..., T * C)`, the layout of the library;
-- `"folded"`: `(T * batch, ..., C)`, each task's features one after another.
-
+Between stages the activations are shared, grouped or batched (see `ground.forms.Form`).
 Every array here is channels-last.
 """
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
 
 import keras
 from keras import ops
+
+from dmtrl_keras.ground.forms import Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +44,36 @@ class Stage:
     flops: int = 0
 
 
-def plan_flops(plan, *, tasks, shared_input, batch, positions_in, positions_out, window):
+class Geometry(typing.NamedTuple):
+    """The sizes of a forward pass, for a count of its operations.
+
+    Attributes:
+        batch: int.
+        positions_in: int, product of the spatial dimensions before the convolution.
+        positions_out: int, the same after it.
+    """
+
+    batch: int
+    positions_in: int
+    positions_out: int
+
+
+def plan_flops(plan, *, tasks, shared_input, geometry, window):
     """Multiply-add operations (counted as 2) of one forward pass of a plan.
 
     Args:
         plan: sequence of `Stage`.
         tasks: int, T.
         shared_input: bool, whether the input is in the shared form.
-        batch: int.
-        positions_in: int, product of the spatial dimensions before the
-            convolution.
-        positions_out: int, the same after it.
+        geometry: `Geometry`.
         window: int, product of the kernel size.
 
     Returns:
         An int.
     """
     groups = 1 if shared_input else tasks
-    positions, total = positions_in, 0
+    batch, positions, positions_out = geometry
+    total = 0
     for stage in plan:
         taps = 1
         if stage.spatial:
@@ -83,7 +93,7 @@ def _tail(x):
 
 
 def fold(x, tasks):
-    """Grouped `(N, ..., T * C)` to folded `(T * N, ..., C)`."""
+    """Grouped `(N, ..., T * C)` to batched `(T * N, ..., C)`."""
     *middle, channels = _tail(x)
     x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
     axes = len(x.shape)
@@ -92,7 +102,7 @@ def fold(x, tasks):
 
 
 def unfold_tasks(x, tasks):
-    """Folded `(T * N, ..., C)` to grouped `(N, ..., T * C)`."""
+    """Batched `(T * N, ..., C)` to grouped `(N, ..., T * C)`."""
     *middle, channels = _tail(x)
     x = _by_task(x, tasks)
     axes = len(x.shape)
@@ -111,14 +121,14 @@ def _pointwise(x, kernel):
 
 def _shared(x, form, kernel, tasks, convolve):
     if convolve is None:
-        if form != "grouped":
+        if form != Form.GROUPED:
             return _pointwise(x, kernel), form
         *middle, channels = _tail(x)
         x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
         x = _pointwise(x, kernel)
         return ops.reshape(x, (-1, *middle, tasks * x.shape[-1])), form
-    if form == "grouped":
-        x, form = fold(x, tasks), "folded"
+    if form == Form.GROUPED:
+        x, form = fold(x, tasks), Form.BATCHED
     return convolve(x, kernel), form
 
 
@@ -134,29 +144,29 @@ def _prefers_loop(x, kernel):
 
 
 def _stacked(x, form, kernel, tasks, convolve):
-    if form == "shared":
+    if form == Form.SHARED:
         # One ordinary kernel with T times the outputs.
         axes = len(kernel.shape)
         merged = ops.transpose(kernel, (*range(1, axes - 1), 0, axes - 1))
         shape = (*kernel.shape[1:-1], tasks * kernel.shape[-1])
         merged = ops.reshape(merged, shape)
         if convolve is None:
-            return _pointwise(x, merged), "grouped"
-        return convolve(x, merged), "grouped"
+            return _pointwise(x, merged), Form.GROUPED
+        return convolve(x, merged), Form.GROUPED
     if convolve is None:
         kernel = ops.reshape(kernel, (tasks, *kernel.shape[-2:]))
-        if form == "grouped" and _prefers_loop(x, kernel):
+        if form == Form.GROUPED and _prefers_loop(x, kernel):
             parts = zip(ops.split(x, tasks, axis=-1), ops.unstack(kernel, axis=0))
             parts = [ops.matmul(part, own) for part, own in parts]
-            return ops.concatenate(parts, axis=-1), "grouped"
-        if form == "grouped":
+            return ops.concatenate(parts, axis=-1), Form.GROUPED
+        if form == Form.GROUPED:
             x = fold(x, tasks)
         *middle, channels = _tail(x)
         x = ops.matmul(ops.reshape(x, (tasks, -1, channels)), kernel)
-        return ops.reshape(x, (-1, *middle, kernel.shape[-1])), "folded"
+        return ops.reshape(x, (-1, *middle, kernel.shape[-1])), Form.BATCHED
     # A loop of ordinary convolutions: the grouped one is compiled on its own by
     # Keras on TensorFlow, and is many times slower in training on a CPU.
-    if form == "grouped":
+    if form == Form.GROUPED:
         parts, axis = ops.split(x, tasks, axis=-1), -1
     else:
         parts, axis = ops.unstack(_by_task(x, tasks), axis=0), 0
@@ -167,18 +177,18 @@ def _stacked(x, form, kernel, tasks, convolve):
 
 def _mix(x, form, task_matrix, tasks):
     latent = task_matrix.shape[0]
-    if form == "grouped":
-        x, form = fold(x, tasks), "folded"
+    if form == Form.GROUPED:
+        x, form = fold(x, tasks), Form.BATCHED
     *middle, channels = _tail(x)
     channels = channels // latent
-    if form == "shared":
+    if form == Form.SHARED:
         x = ops.reshape(x, (-1, *middle, latent, channels))
         x = ops.matmul(ops.transpose(task_matrix), x)
-        return ops.reshape(x, (-1, *middle, tasks * channels)), "grouped"
+        return ops.reshape(x, (-1, *middle, tasks * channels)), Form.GROUPED
     x = ops.reshape(x, (tasks, -1, latent, channels))
     weights = ops.reshape(ops.transpose(task_matrix), (tasks, 1, latent, 1))
     x = ops.sum(x * weights, axis=2)
-    return ops.reshape(x, (-1, *middle, channels)), "folded"
+    return ops.reshape(x, (-1, *middle, channels)), Form.BATCHED
 
 
 def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
@@ -196,7 +206,7 @@ def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
     Returns:
         A grouped tensor `(batch, ..., T * outputs)`.
     """
-    form = "shared" if shared_input else "grouped"
+    form = Form.SHARED if shared_input else Form.GROUPED
     for stage in plan:
         kernel = stage.kernel(factors)
         spatial = convolve if stage.spatial else None
@@ -206,9 +216,9 @@ def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
             x, form = _stacked(x, form, kernel, tasks, spatial)
         else:
             x, form = _shared(x, form, kernel, tasks, spatial)
-    if form == "folded":
+    if form == Form.BATCHED:
         return unfold_tasks(x, tasks)
-    if form == "shared":
+    if form == Form.SHARED:
         return ops.concatenate([x] * tasks, axis=-1)
     return x
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.ground.backend import shared_object
+from dmtrl_keras.ground.keras_private import shared_object
 from dmtrl_keras.ground.validation import check_number
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mrn import tensor_normal

@@ -3,10 +3,12 @@
 import keras
 
 from dmtrl_keras.conversion import multitask
+from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.validation import check_positive, task_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
-from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskSplit, TaskStack
+from dmtrl_keras.tasks.forms import Features
+from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
 from dmtrl_keras.training.model import MultiTaskModel
 
 LAYERS = ("trunk", "bottleneck", "classifier")
@@ -104,35 +106,46 @@ def relationship_network(
             f"{owner}: `layers` must be the last few of {LAYERS}, since what comes after a "
             f"task's own layer is its own too. Received: layers={layers!r}."
         )
-    features = _Features(names, *_trunk(backbone, names, "trunk" in layers, shared_input))
+    inputs, features = _trunk(backbone, names, "trunk" in layers, shared_input)
     for layer, units in (("bottleneck", bottleneck), ("classifier", classes)):
         last = layer == "classifier"
         if last and dropout:
-            features.apply(keras.layers.Dropout(dropout))
+            features = features.through(keras.layers.Dropout(dropout))
         if units is None:
             continue
         activation = None if last else "relu"
         if layer not in layers:
-            features.apply(keras.layers.Dense(units, activation, name=layer))
+            features = features.through(keras.layers.Dense(units, activation, name=layer))
             continue
         each = "class" if binary and last else None
-        features.apply_own(
-            units,
-            activation,
-            kernel_regularizer=_prior(prior, strength, each),
-            common_draw=common_draw,
-            name=layer,
+        features = features.through_kernels(
+            TaskDense(
+                units,
+                len(names),
+                activation,
+                shared_input=features.form == Form.SHARED,
+                kernel_regularizer=_prior(prior, strength, each),
+                common_draw=common_draw,
+                name=layer,
+            )
         )
-    outputs = features.by_task()
     activation = "sigmoid" if binary else "softmax"
     outputs = {
         # Probabilities in full precision, whatever the network computes in.
         task: keras.layers.Activation(
             activation, name=f"{task}_probabilities", dtype=keras.config.floatx()
         )(x)
-        for task, x in outputs.items()
+        for task, x in _by_task(features).items()
     }
-    return MultiTaskModel(features.inputs, outputs, name=name or owner)
+    return MultiTaskModel(inputs, outputs, name=name or owner)
+
+
+def _by_task(features):
+    """A dict of each task's tensor."""
+    names = list(features.names)
+    if features.form == Form.SHARED:
+        return dict.fromkeys(names, features.take(Form.SHARED))
+    return TaskSplit(names, name="classes_by_task")(features.take(Form.GROUPED))
 
 
 def _prior(prior, strength, each):
@@ -159,7 +172,7 @@ def _prior(prior, strength, each):
 
 
 def _trunk(backbone, names, own, shared_input):
-    """`(inputs, features, form)`; the forms are those of `_Features`."""
+    """The inputs of the network, and the `Features` that the trunk makes of them."""
     if not isinstance(backbone, keras.Model):
         backbone = tuple(backbone)
         make, own = keras.layers.Identity(name="trunk"), False
@@ -169,59 +182,19 @@ def _trunk(backbone, names, own, shared_input):
     if own:
         model = multitask(backbone, names, shared_input=shared_input, verbose=False)
         inputs, features = model.input, TaskStack(names)(model.output)
-        form, vectors = "grouped", model.output[names[0]]
+        form, vectors = Form.GROUPED, model.output[names[0]]
     elif shared_input:
         inputs = keras.Input(shape, name="input")
         features = vectors = make(inputs)
-        form = "shared"
+        form = Form.SHARED
     else:
         inputs = {task: keras.Input(shape, name=task) for task in names}
         features = vectors = make(TaskBatch(names, name="tasks_as_batch")(inputs))
-        form = "batched"
+        form = Form.BATCHED
     if not isinstance(vectors, keras.KerasTensor) or len(vectors.shape) != 2:
         raise ValueError(
             "relationship_network: expected a backbone with one output (batch, features), "
             "such as one with pooling='avg' and without its top. Received: "
             f"{getattr(vectors, 'shape', vectors)}."
         )
-    return inputs, features, form
-
-
-class _Features:
-    """Features on their way through the network.
-
-    Attributes:
-        form: `"shared"`, the same for all tasks; `"batched"`, the batch of all tasks'
-            examples; or `"grouped"`.
-    """
-
-    def __init__(self, names, inputs, tensor, form):
-        self.names = names
-        self.inputs = inputs
-        self.form = form
-        self._tensor = tensor
-
-    def apply(self, layer):
-        """An ordinary layer that works on any form."""
-        self._tensor = layer(self._tensor)
-
-    def apply_own(self, units, activation, **kwargs):
-        """A dense layer of each task."""
-        self._group()
-        shared = self.form == "shared"
-        self.apply(
-            TaskDense(units, len(self.names), activation, shared_input=shared, **kwargs)
-        )
-        self.form = "grouped"
-
-    def _group(self):
-        if self.form == "batched":
-            self.apply(TaskGroup(self.names, name=f"{self._tensor.name}_by_task"))
-            self.form = "grouped"
-
-    def by_task(self):
-        """A dict of each task's tensor."""
-        self._group()
-        if self.form == "shared":
-            return dict.fromkeys(self.names, self._tensor)
-        return TaskSplit(self.names, name="classes_by_task")(self._tensor)
+    return inputs, Features(names, form, features, "trunk")

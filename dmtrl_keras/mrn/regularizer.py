@@ -13,11 +13,13 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.validation import check_number, check_positive
+from dmtrl_keras.kernels.state import StatefulRegularizer
 from dmtrl_keras.mrn.covariance import ModeCovariance
+from dmtrl_keras.mrn.state import TensorNormalState
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TensorNormalRegularizer(keras.regularizers.Regularizer):
+class TensorNormalRegularizer(StatefulRegularizer):
     """Tensor-normal prior over a kernel, with covariances that learn (DRN, MRN).
 
     The penalty is `strength / 2 (vec(W)^T (S_1 (x) ... (x) S_K)^-1 vec(W) + sum_k (d / d_k)
@@ -153,12 +155,13 @@ class TensorNormalRegularizer(keras.regularizers.Regularizer):
             dtype=dtype,
         )
 
-    def __call__(self, x):
-        raise ValueError(
-            f"{type(self).__name__}: a plain Keras layer can't update the covariances of "
-            f"its kernel, here of shape {tuple(x.shape)}. Wrap the layer instead: "
-            "dmtrl_keras.layers.TensorNormalPrior(layer, regularizer)."
-        )
+    hint = (
+        "Wrap the layer instead: dmtrl_keras.layers.TensorNormalPrior(layer, regularizer)."
+    )
+
+    def new_state(self, kernel, shape, names, owner, dtype):
+        """The covariances of one kernel, see `kernels.state.StatefulRegularizer`."""
+        return TensorNormalState(self, kernel, shape, names, owner, dtype)
 
     def get_config(self):
         shared = self.task_covariance

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.state import TensorNormalState
 
 
@@ -31,7 +32,7 @@ def task_covariance(model):
     [[1.0, 0.0], [0.0, 1.0]]
     """
     found = {}
-    for layer in model._flatten_layers(include_self=False):
+    for layer in flatten_layers(model):
         prior = getattr(layer, "prior", None)
         if isinstance(prior, TensorNormalState) and "task" in prior.modes:
             found[layer.name] = prior.covariances["task"]

@@ -3,47 +3,15 @@
 import math
 import numbers
 
-import keras
 import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.backend import assert_true
-from dmtrl_keras.kernels.state import state_weight
+from dmtrl_keras.kernels.state import KernelState, state_weight
 from dmtrl_keras.mrn import tensor_normal
 
-_WINDOWS = {
-    0: (),
-    1: ("length",),
-    2: ("height", "width"),
-    3: ("depth", "height", "width"),
-}
 
-
-def mode_names(order, task_axis):
-    """The names of a kernel's modes, from the axes that Keras gives it.
-
-    Args:
-        order: int, the number of axes.
-        task_axis: bool, whether the last axis is that of the tasks.
-
-    Returns:
-        A tuple of strings, such as `("height", "width", "feature", "class", "task")`: input
-        channels are features and output channels classes, as in the papers. Axes without
-        a name of their own are `axis_0`, ...
-
-    Example:
-
-    >>> mode_names(3, task_axis=True), mode_names(2, task_axis=False)
-    (('feature', 'class', 'task'), ('feature', 'class'))
-    """
-    tail = ("feature", "class", "task") if task_axis else ("feature", "class")
-    window = _WINDOWS.get(order - len(tail))
-    if window is None:
-        return tuple(f"axis_{axis}" for axis in range(order))
-    return (*window, *tail)
-
-
-class TensorNormalState(keras.layers.Layer):
+class TensorNormalState(KernelState):
     """The covariances of one kernel (not for direct use): a child of the kernel's layer.
 
     The host gives `penalty` to the kernel's variable as its regularizer, and calls the

@@ -2,9 +2,10 @@
 
 import keras
 
+from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.backend import full_precision
+from dmtrl_keras.kernels.state import mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
-from dmtrl_keras.mrn.state import TensorNormalState, mode_names
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -92,13 +93,12 @@ class TensorNormalPrior(keras.layers.Wrapper):
                 f"{self._owner()}: `axes` must name the {len(kernel.shape)} axes of the "
                 f"kernel {tuple(kernel.shape)}. Received: axes={names!r}."
             )
-        self.prior = TensorNormalState(
-            self.regularizer,
-            kernel=lambda: self.kernel,
-            shape=tuple(kernel.shape),
-            names=names,
-            owner=self._owner(),
-            dtype=full_precision(self.layer.variable_dtype),
+        self.prior = self.regularizer.new_state(
+            lambda: self.kernel,
+            tuple(kernel.shape),
+            names,
+            self._owner(),
+            full_precision(self.layer.variable_dtype),
         )
         self.prior.build()
         kernel.regularizer = self.prior.penalty
@@ -130,3 +130,18 @@ class TensorNormalPrior(keras.layers.Wrapper):
                 config[name], custom_objects=custom_objects
             )
         return cls(**config)
+
+
+class _Prior(Rule):
+    """In a network of one task there is no prior: it is for training."""
+
+    has_weights = True
+
+    def problem(self, layer, shapes):
+        return "it has a prior of its own; give `multitask` the layer and `prior`"
+
+    def alone(self, layer):
+        return layer.layer
+
+
+register_rule(TensorNormalPrior, rule=_Prior())

@@ -4,7 +4,7 @@ import keras
 
 from dmtrl_keras.mtal.similar_kernels import SimilarKernels
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
-from dmtrl_keras.tasks.task_layer import NamedSharing
+from dmtrl_keras.tasks.rewrite import NamedSharing
 
 
 class SimilarKernelLayer(NamedSharing):

@@ -73,6 +73,7 @@ class SimilarKernels(Parameterization):
 
     name = "similar"
     convolutions_only = True
+    short_forms = ("threshold",)
 
     def __init__(
         self,

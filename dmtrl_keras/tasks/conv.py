@@ -63,6 +63,7 @@ class TaskConv(TaskLayer):
             shared_input=shared_input,
             sharing=sharing,
             common_draw=common_draw,
+            contractible=twin.groups == 1,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
@@ -92,9 +93,6 @@ class TaskConv(TaskLayer):
 
     def _bias_size(self, channels):
         return self.filters
-
-    def _can_contract(self):
-        return self.groups == 1
 
     def _convolve(self, x, kernel):
         padding = self.padding

@@ -103,8 +103,6 @@ class TaskDense(TaskLayer):
         self.units = twin.units
         self.supports_masking = True
 
-    _convolve = None
-
     def _kernel_shape(self, channels):
         return (channels, self.units)
 

@@ -63,6 +63,7 @@ class TaskDepthwiseConv(TaskLayer):
             shared_input=shared_input,
             sharing=sharing,
             common_draw=common_draw,
+            contractible=False,
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
@@ -82,11 +83,8 @@ class TaskDepthwiseConv(TaskLayer):
     def _bias_size(self, channels):
         return channels * self.depth_multiplier
 
-    def _can_contract(self):
-        return False
-
     def _apply(self, x, training):
-        kernel = self._composed(self._tensors(training))
+        kernel = self.stacked.composed(self.stacked.tensors(training))
         _, *window, channels, multiplier = kernel.shape
         if self.shared_input:
             # Every channel has the multipliers of all tasks, which are then moved

@@ -1,37 +1,10 @@
 """Models in which some layers with T kernels are others."""
 
-import dataclasses
-
 import keras
-import numpy as np
 
-from dmtrl_keras.ground.backend import sharing_scope
+from dmtrl_keras.ground.keras_private import sharing_scope
 from dmtrl_keras.ground.tables import print_table
-from dmtrl_keras.tasks.rewrite import with_sharing
 from dmtrl_keras.tasks.task_layer import task_layers
-
-
-@dataclasses.dataclass(frozen=True)
-class Factorization:
-    """What became of one layer's stacked kernel.
-
-    Attributes:
-        layer: str, name of the layer.
-        method: str, name of the parameterization.
-        shape: tuple, the stacked kernel's shape.
-        rank: tuple of ints.
-        parameters_before: int, entries of the stacked kernel.
-        parameters_after: int, entries of the factors.
-        error: float, `||W - W'||_F / ||W||_F`.
-    """
-
-    layer: str
-    method: str
-    shape: tuple
-    rank: tuple
-    parameters_before: int
-    parameters_after: int
-    error: float
 
 
 def with_layers(model, replace, owner):
@@ -77,47 +50,12 @@ def with_layers(model, replace, owner):
     return new
 
 
-def with_factors(layer, sharing, kernel, factors):
-    """An unbuilt copy of a layer that starts from factors.
-
-    Args:
-        layer: a layer with T kernels.
-        sharing: the parameterization that made the factors.
-        kernel: float64 array, the stacked kernel that they stand for.
-        factors: dict of arrays.
-
-    Returns:
-        The layer; its `factorization` says what became of the kernel, None without ranks.
-    """
-    rank = sharing.rank({name: value.shape for name, value in factors.items()})
-    report = None
-    if rank is not None:
-        sharing = sharing.with_rank(rank)
-        tensors = {n: keras.ops.convert_to_tensor(v) for n, v in factors.items()}
-        composed = keras.ops.convert_to_numpy(sharing.compose(tensors, layer.tasks))
-        norm = np.linalg.norm(kernel)
-        error = np.linalg.norm(np.moveaxis(composed, 0, -1) - kernel)
-        report = Factorization(
-            layer=layer.name,
-            method=sharing.name,
-            shape=kernel.shape,
-            rank=rank,
-            parameters_before=kernel.size,
-            parameters_after=sum(value.size for value in factors.values()),
-            error=float(error / norm) if norm else 0.0,
-        )
-    new = with_sharing(layer, sharing)
-    new.start_from(factors)
-    new.factorization = report
-    return new
-
-
 def factorization_report(model):
     """What `factorize` did to each layer of a model.
 
     Args:
-        model: a model that `factorize` returned. A model that was saved and loaded again
-            has factorised layers, but no longer knows their errors.
+        model: a model that `factorize` or `multitask` returned, also after it was saved
+            and loaded.
 
     Returns:
         A list of `Factorization`, in the order of the layers.
@@ -125,7 +63,7 @@ def factorization_report(model):
     return [
         layer.factorization
         for layer in task_layers(model)
-        if getattr(layer, "factorization", None) is not None
+        if layer.factorization is not None
     ]
 
 

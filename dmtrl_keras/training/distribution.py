@@ -10,6 +10,7 @@ import functools
 import keras
 
 from dmtrl_keras.ground.backend import local_part, tensorflow
+from dmtrl_keras.ground.keras_private import symbolic_build
 from dmtrl_keras.ground.validation import check_positive
 
 STRATEGIES = ("auto", "mirrored", "cpu")
@@ -174,7 +175,7 @@ def train(model, dataset, epochs=1, validation_data=None, callbacks=None, initia
     strategy = model.distribute_strategy
     batches = _distributed(tf, strategy, dataset)
     first = local_part(next(iter(batches)), strategy)
-    model._maybe_symbolic_build(data_batch=first)
+    symbolic_build(model, first)
 
     @tf.function
     def train_step(batch):

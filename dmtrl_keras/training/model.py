@@ -8,9 +8,9 @@ from dmtrl_keras.ground.backend import (
     check_replicas,
     local_part,
     replicas_in_sync,
-    sharing_scope,
     teach_tf2onnx,
 )
+from dmtrl_keras.ground.keras_private import sharing_scope
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")

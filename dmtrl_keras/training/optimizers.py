@@ -5,6 +5,8 @@ import numbers
 
 import keras
 
+from dmtrl_keras.ground.keras_private import step_methods, variable_index
+
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class LearningRateMultiplier(keras.optimizers.Optimizer):
@@ -30,6 +32,8 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
     Example:
 
     >>> import keras
+
+    from dmtrl_keras.ground.keras_private import step_methods, variable_index
     >>> from dmtrl_keras.optimizers import LearningRateMultiplier
     >>> sgd = keras.optimizers.SGD(1e-3, momentum=0.9)
     >>> optimizer = LearningRateMultiplier(sgd, {"bottleneck": 10, "classifier": 10})
@@ -61,9 +65,8 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         self._factors = []
         # Keras has no such argument: the one place that all of an optimizer's ways to take
         # a step go through is wrapped, on this one object.
-        self._wrap("update_step", lambda variable: [variable])
-        if hasattr(optimizer, "_parallel_update_step"):
-            self._wrap("_parallel_update_step", lambda variables: variables)
+        for name, variables_of in step_methods(optimizer):
+            self._wrap(name, variables_of)
 
     def _wrap(self, name, variables_of):
         inner = self.inner_optimizer
@@ -72,7 +75,7 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         def update(gradients, variables, learning_rate):
             groups = {}
             for index, variable in enumerate(variables_of(variables)):
-                factor = self._factors[inner._get_variable_index(variable)]
+                factor = self._factors[variable_index(inner, variable)]
                 groups.setdefault(factor, []).append(index)
             for factor, indices in groups.items():
                 rate = learning_rate if factor == 1 else learning_rate * factor

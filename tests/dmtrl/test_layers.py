@@ -6,13 +6,13 @@ import pytest
 from keras import ops
 
 from dmtrl_keras import layers, parameterizations
-from dmtrl_keras.tasks.rewrite import _CLASSES, with_sharing
+from dmtrl_keras.tasks.rewrite import named_classes, with_sharing
 from dmtrl_keras.testing import check_layer
 
 KINDS = sorted(
     {
         kind.__name__
-        for _, kind in _CLASSES
+        for _, kind in named_classes()
         if issubclass(kind, parameterizations.FactorizedParameterization)
     }
 )

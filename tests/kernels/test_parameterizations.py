@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from dmtrl_keras import parameterizations
-from dmtrl_keras.kernels.plan import apply_plan, fold, plan_flops, unfold_tasks
+from dmtrl_keras.kernels.plan import Geometry, apply_plan, fold, plan_flops, unfold_tasks
 from dmtrl_keras.layers import TaskConv2D, TaskDense
 from dmtrl_keras.parameterizations import LAF, TT, Tucker
 
@@ -149,13 +149,13 @@ def test_flops_of_plain_layers():
     """The count is 2 * batch * positions * taps * channels in and out, per task."""
     layer = TaskDense(6, tasks=3, shared_input=True)
     layer.build((8, 5))
-    sizes = dict(batch=8, positions_in=1, positions_out=1, window=1)
-    flops = plan_flops(layer._plan, tasks=3, shared_input=True, **sizes)
+    sizes = dict(geometry=Geometry(8, 1, 1), window=1)
+    flops = plan_flops(layer.stacked.plan, tasks=3, shared_input=True, **sizes)
     assert flops == 2 * 8 * 5 * 6 * 3
     layer = TaskConv2D(6, 3, tasks=3)
     layer.build((8, 7, 7, 12))
-    sizes = dict(batch=8, positions_in=49, positions_out=25, window=9)
-    flops = plan_flops(layer._plan, tasks=3, shared_input=False, **sizes)
+    sizes = dict(geometry=Geometry(8, 49, 25), window=9)
+    flops = plan_flops(layer.stacked.plan, tasks=3, shared_input=False, **sizes)
     assert flops == 2 * 8 * 25 * 9 * 4 * 6 * 3
 
 
@@ -163,10 +163,10 @@ def test_auto_takes_the_cheaper_order():
     """Small ranks are contracted, full ranks composed."""
     small = TaskDense(256, 8, shared_input=True, sharing=Tucker(rank=2))
     small.build((64, 256))
-    assert len(small._plan) > 1
+    assert len(small.stacked.plan) > 1
     large = TaskDense(256, 8, sharing=LAF(rank=1.0))
     large.build((64, 8 * 256))
-    assert len(large._plan) == 1
+    assert len(large.stacked.plan) == 1
 
 
 def test_fold_and_unfold(rng):

@@ -263,7 +263,7 @@ def test_learned_weights_are_trained(rng):
     model = keras.Sequential([keras.Input((6, 6)), layer])
     model.compile(keras.optimizers.Adam(0.1), "mse")
     model.fit(rng.normal(size=(8, 6, 6)), rng.normal(size=(8, 5, 9)), epochs=3, verbose=0)
-    weights = ops.convert_to_numpy(layer.sharing.task_weights(layer._tensors()))
+    weights = ops.convert_to_numpy(layer.sharing.task_weights(layer.stacked.tensors()))
     np.testing.assert_allclose(weights + weights.T, 1, atol=1e-6)
     assert np.abs(weights - 0.5).max() > 0.01
 

@@ -41,6 +41,7 @@ from dmtrl_keras.training.data import zip_tasks
 from dmtrl_keras.training.model import MultiTaskModel
 from dmtrl_keras.trn.model import TaskRelationModel
 from dmtrl_keras.trn.relation import Relation, label_similarity
+from dmtrl_keras.trn.term import TaskRelations
 from dmtrl_keras.version import __version__
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "MultiTaskModel",
     "Relation",
     "TaskRelationModel",
+    "TaskRelations",
     "TensorNormalRegularizer",
     "__version__",
     "aggregate_similar_kernels",

@@ -1,7 +1,5 @@
 """Walking through a functional or Sequential model, call by call."""
 
-import re
-
 import keras
 from keras import tree
 
@@ -14,18 +12,6 @@ from dmtrl_keras.ground.keras_private import (
 )
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
-
-
-def exportable(name):
-    """A layer name that TensorFlow takes for variables in a SavedModel.
-
-    Example:
-
-    >>> exportable("_blocks.0.conv"), exportable("my head")
-    ('blocks.0.conv', 'my_head')
-    """
-    name = re.sub(r"[^A-Za-z0-9_.>-]", "_", name)
-    return name.lstrip("_>-") or "layer"
 
 
 def checked_functional(model, owner):

@@ -13,7 +13,6 @@ from keras import tree
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     checked_functional,
-    exportable,
     replaced,
     run,
     values_in,
@@ -21,7 +20,7 @@ from dmtrl_keras.conversion.graph import (
 from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.forms import Form
-from dmtrl_keras.ground.validation import task_names
+from dmtrl_keras.ground.validation import clean_name, task_names
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import StatefulRegularizer
@@ -87,8 +86,8 @@ def multitask(
             layer; or a dict of these by task name. None: the backbone's output.
         prior: a regularizer of the stacked kernels with state that learns how the tasks are
             related, such as `TensorNormalRegularizer` (DRN, MRN); or a dict of them by
-            layer name or pattern, as for `sharing`. Each layer has covariances of its own. None: the regularizers
-            of the backbone.
+            layer name or pattern, as for `sharing`. Each layer has a state of its own.
+            None: the regularizers of the backbone.
         between: layers that let tasks see each other's features: a function of the list of
             task names that returns a layer on grouped features, such as `CrossStitch` or
             `NDDR`, for which every pooling layer is followed by one; or a dict of such
@@ -146,7 +145,7 @@ def multitask(
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
     outputs = outputs_by_task(outputs, heads, names, builder.new_name)
-    name = name or exportable(f"{backbone.name}_multitask")
+    name = name or clean_name(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
     if verbose and factorization_report(model):
         print_report(model)
@@ -297,7 +296,7 @@ class _Builder:
     def new_name(self, name: str, path: tuple[str, ...] = ()) -> str:
         """A name that no other layer of the network has, from one and where it was."""
         candidates = [
-            exportable("_".join((*path[start:], name)))
+            clean_name("_".join((*path[start:], name)))
             for start in range(len(path), -1, -1)
         ]
         numbered = (f"{candidates[-1]}_{n}" for n in itertools.count(1))

@@ -8,7 +8,6 @@ from keras import tree
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     checked_functional,
-    exportable,
     form_of,
     names_of_tasks,
     number_of_tasks,
@@ -17,6 +16,7 @@ from dmtrl_keras.conversion.graph import (
     values_in,
 )
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.validation import clean_name
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -79,7 +79,7 @@ def single_task(model, task, name=None):
     if taker.apart and _is_by_task(inputs, names):
         inputs = inputs[names[index]]
     label = names[index] if names else f"task_{index}"
-    name = name or exportable(f"{model.name}_{label}")
+    name = name or clean_name(f"{model.name}_{label}")
     return keras.Model(inputs, outputs, name=name)
 
 
@@ -171,7 +171,7 @@ class _Taker:
             return _One(None, form, lost=True)
         args, kwargs = replaced(_One, args, kwargs, lambda one: one.tensor)
         fresh = not getattr(layer, "built", True)
-        layer.name = exportable(layer.name)
+        layer.name = clean_name(layer.name)
         outputs = layer(*args, **kwargs)
         if fresh and layer.weights:
             rules.load_weights(layer, self._weights(operation, form))

@@ -4,6 +4,7 @@ Where Keras renames something, this file changes and no other. Versions from 3.1
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,6 +38,20 @@ def run_through_graph(model: keras.Model, inputs: Any, call: Callable) -> Any:
         # Keras before 3.15 has no default for it.
         arguments["operation_fn"] = lambda operation: operation
     return run(inputs, **arguments)
+
+
+def functional_constructor(init: Callable) -> Callable:
+    """The constructor of a functional model's subclass, as Keras wants it.
+
+    Keras 3.13 saves a subclass as a functional model only if its constructor takes
+    `*args, **kwargs`, seen without what `functools.wraps` says.
+    """
+
+    @functools.wraps(init)
+    def constructor(*args: Any, **kwargs: Any) -> None:
+        init(*args, **kwargs)
+
+    return constructor
 
 
 def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list]:

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 
 import keras
 
@@ -138,3 +139,32 @@ def standardize_data_format(data_format, owner):
             f"Received: data_format={data_format!r}."
         )
     return data_format
+
+
+def checked_pairs(pairs, owner, what):
+    """Pairs of different things, a list of tuples, or None for all.
+
+    Raises:
+        ValueError: on an empty list, on what is no pair of two different ones.
+    """
+    if pairs is None:
+        return None
+    pairs = [tuple(pair) for pair in pairs]
+    if not pairs or any(len(p) != 2 or p[0] == p[1] for p in pairs):
+        raise ValueError(
+            f"{owner}: `pairs` must be pairs of two different {what}. "
+            f"Received: pairs={pairs!r}."
+        )
+    return pairs
+
+
+def clean_name(name):
+    """A name that TensorFlow takes for variables in a SavedModel.
+
+    Example:
+
+    >>> clean_name("_blocks.0.conv"), clean_name("my head")
+    ('blocks.0.conv', 'my_head')
+    """
+    name = re.sub(r"[^A-Za-z0-9_.>-]", "_", name)
+    return name.lstrip("_>-") or "layer"

@@ -31,10 +31,13 @@ def task_covariance(model):
     >>> task_covariance(keras.Model(inputs, outputs))["fc8"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    found = {}
+    found, seen = {}, set()
     for layer in flatten_layers(model):
+        # A layer comes before the child that holds its kernel, which has the same prior.
         prior = getattr(layer, "prior", None)
-        if isinstance(prior, TensorNormalState) and "task" in prior.modes:
+        fresh = isinstance(prior, TensorNormalState) and id(prior) not in seen
+        seen.add(id(prior))
+        if fresh and "task" in prior.modes:
             found[layer.name] = prior.covariances["task"]
     if not found:
         raise ValueError(

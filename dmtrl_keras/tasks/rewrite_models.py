@@ -47,7 +47,9 @@ def with_layers(model, replace, owner):
             copy.bias.assign(layer.bias)
         if layer.prior is not None:
             copy.prior.set_weights(layer.prior.get_weights())
-    return new
+    # A model of T tasks brings along what is not in its layers.
+    like = getattr(model, "like", None)
+    return new if like is None else like(new)
 
 
 def factorization_report(model):

@@ -1,5 +1,9 @@
 """The functional model whose outputs are a dict by task name."""
 
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import tree
@@ -10,7 +14,18 @@ from dmtrl_keras.ground.backend import (
     replicas_in_sync,
     teach_tf2onnx,
 )
-from dmtrl_keras.ground.keras_private import sharing_scope
+from dmtrl_keras.ground.keras_private import (
+    aggregated_loss,
+    attach,
+    attached,
+    functional_constructor,
+    losses_by_output,
+    sharing_scope,
+)
+from dmtrl_keras.training.terms import LossTerm, Step
+
+# By this name the features of a training step ride on its outputs.
+_FEATURES = "_dmtrl_keras_features"
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -26,6 +41,8 @@ class MultiTaskModel(keras.Model):
         inputs: input tensor, or a list or dict of them.
         outputs: dict from task name to output tensor.
         name: name of the model.
+        terms: list of further terms of the loss, such as `TaskRelations`, each of which
+            sees features and labels of every step.
         **kwargs: `trainable`.
 
     Raises:
@@ -47,8 +64,20 @@ class MultiTaskModel(keras.Model):
 
     # None: all of them.
     _tasks_with_loss = None
+    _terms: Sequence[LossTerm] = ()
+    _network = None
+    _losses_given = ()
 
-    def __init__(self, inputs, outputs, name=None, **kwargs):
+    @functional_constructor
+    def __init__(
+        self,
+        inputs: Any,
+        outputs: Mapping[str, Any],
+        name: str | None = None,
+        *,
+        terms: Sequence[LossTerm] = (),
+        **kwargs: Any,
+    ) -> None:
         single = isinstance(outputs, dict) and all(
             isinstance(key, str) and not tree.is_nested(value)
             for key, value in outputs.items()
@@ -59,6 +88,12 @@ class MultiTaskModel(keras.Model):
                 f"output tensor. Received: outputs={outputs!r}."
             )
         super().__init__(inputs, outputs, name=name, **kwargs)
+        if terms:
+            self._terms = list(terms)
+            features = [term.connect(self) for term in self._terms]
+            self._training_graph = _Untracked(
+                keras.Model(self.input, (self._outputs_struct, features))
+            )
 
     @property
     def task_names(self):
@@ -69,6 +104,36 @@ class MultiTaskModel(keras.Model):
     def tasks(self):
         """The number of tasks, T."""
         return len(self.task_names)
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The terms of the loss beside those of the tasks."""
+        return tuple(self._terms)
+
+    def inference_network(self) -> "MultiTaskModel":
+        """The network without what only training needs; it has the same layers."""
+        if not self._terms:
+            return self
+        if self._network is None:
+            # Not tracked: its layers are this model's own.
+            network = MultiTaskModel(self.input, self._outputs_struct, name=self.name)
+            self._network = _Untracked(network)
+        return self._network.value
+
+    def like(self, network: keras.Model) -> "MultiTaskModel":
+        """Another network of the same tasks, with copies of the terms as they are now.
+
+        Args:
+            network: a functional model with the same outputs, such as a copy of this one
+                with other layers.
+        """
+        if not self._terms:
+            return network
+        terms = [type(term).from_config(term.get_config()) for term in self._terms]
+        new = MultiTaskModel(network.input, network.output, terms=terms, name=self.name)
+        for mine, theirs in zip(self._terms, new._terms):
+            theirs.set_weights(mine.get_weights())
+        return new
 
     def compile(
         self,
@@ -121,6 +186,9 @@ class MultiTaskModel(keras.Model):
             **kwargs,
         )
         self._tasks_with_loss = set(loss) if isinstance(loss, dict) else None
+        by_task = loss if isinstance(loss, dict) else dict.fromkeys(self.task_names, loss)
+        # Not a dict: Keras would track the losses in it.
+        self._losses_given = tuple(by_task.items())
 
     def _check_replicas(self, arguments):
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
@@ -140,10 +208,33 @@ class MultiTaskModel(keras.Model):
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
+    def get_config(self) -> dict:
+        config = super().get_config()
+        if self._terms:
+            config["terms"] = [
+                keras.saving.serialize_keras_object(term) for term in self._terms
+            ]
+        return config
+
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> Any:
+        config = dict(config)
+        terms = config.pop("terms", ())
         with sharing_scope():
-            return super().from_config(config, custom_objects)
+            model = super().from_config(config, custom_objects)
+            if not terms:
+                return model
+            terms = [
+                keras.saving.deserialize_keras_object(term, custom_objects)
+                for term in terms
+            ]
+        return cls(
+            model.input,
+            model._outputs_struct,
+            terms=terms,
+            name=model.name,
+            trainable=model.trainable,
+        )
 
     def _owner(self):
         return f"{type(self).__name__} {self.name!r}"
@@ -186,10 +277,43 @@ class MultiTaskModel(keras.Model):
         """
         # Keras 3.15's image layers, such as Resizing, take None for training, and put all
         # layers after them into that mode, in an exported model too.
-        return super().call(inputs, training=bool(training), mask=mask)
+        if not (training and self._terms):
+            return super().call(inputs, training=bool(training), mask=mask)
+        graph = self._training_graph.value
+        outputs, features = graph(inputs, training=True, mask=mask)
+        # They ride on an output, as Keras's masks do: whoever computes the loss of these
+        # outputs finds the features that belong to them, in whatever thread.
+        attach(next(iter(outputs.values())), _FEATURES, features)
+        return outputs
+
+    def task_losses(
+        self, y: Any, y_pred: Mapping[str, Any], sample_weight: Any = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The losses by task, before they are added.
+
+        Args:
+            y: dict of labels by task; of a single task also its labels.
+            y_pred: dict of outputs by task.
+            sample_weight: None, a tensor, or a dict of them by task.
+
+        Returns:
+            `(losses, weights)`, dicts by task, of scalars and of the loss weights. The
+            total is the sum of their products, of the penalties and of the terms.
+
+        Raises:
+            ValueError: on labels that are no dict by task.
+        """
+        if not isinstance(y, Mapping):
+            if self.tasks > 1:
+                raise ValueError(
+                    f"{self._owner()}: expected a dict of labels by task. "
+                    f"Received: {type(y).__name__}."
+                )
+            y = {self.task_names[0]: y}
+        return losses_by_output(self, y, y_pred, sample_weight)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The total loss, as in Keras, after a check of the names in the labels.
+        """The total loss: of the tasks, weighted, of the penalties, and of the terms.
 
         Raises:
             ValueError: on labels or weights of unknown tasks, on a list of labels, on a
@@ -209,7 +333,35 @@ class MultiTaskModel(keras.Model):
                 )
         if training and y is not None:
             check_replicas(tree.flatten(y)[0], self._owner())
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
+        parts = []
+        if self._compile_loss is not None and y is not None:
+            losses, weights = self.task_losses(y, y_pred, sample_weight)
+            parts += [losses[task] * weights[task] for task in losses]
+        parts += [aggregated_loss(self, loss) for loss in self.losses]
+        parts += self._values_of_terms(y, y_pred, sample_weight, training)
+        if not parts:
+            raise ValueError(f"{self._owner()}: there is no loss; give `compile` a `loss`.")
+        return functools.reduce(keras.ops.add, parts)
+
+    def _values_of_terms(self, y, y_pred, sample_weight, training):
+        if not self._terms:
+            return []
+        features = [None] * len(self._terms)
+        if training:
+            features = attached(next(iter(y_pred.values())), _FEATURES)
+            if features is None:
+                raise ValueError(
+                    f"{self._owner()}: the terms of the loss need the features of the "
+                    "batch. Call the model with `training=True` before `compute_loss`, "
+                    "and give it the outputs as they are."
+                )
+        labels = y if isinstance(y, Mapping) else {}
+        losses = dict(self._losses_given)
+        values = []
+        for term, own in zip(self._terms, features):
+            step = Step(own, labels, y_pred, sample_weight, losses)
+            values.append(term(step=step, training=training))
+        return values
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Keras 3.15 takes the mean of the replicas' batches to know their shapes, which
@@ -232,6 +384,8 @@ class MultiTaskModel(keras.Model):
             format: `"tf_saved_model"`, `"litert"`, `"onnx"`, or another of Keras's.
             **kwargs: as in Keras.
         """
+        if self._terms:
+            return self.inference_network().export(filepath, format=format, **kwargs)
         if format != "onnx":
             return super().export(filepath, format=format, **kwargs)
         if keras.config.backend() == "tensorflow":
@@ -248,6 +402,13 @@ class MultiTaskModel(keras.Model):
         # Keras exports no model that was never called.
         model(inputs)
         return keras.Model.export(model, filepath, format=format, **kwargs)
+
+
+class _Untracked:
+    """A model that is no part of another, since it has the same layers."""
+
+    def __init__(self, value: keras.Model) -> None:
+        self.value = value
 
 
 def _for_onnx(layer):

@@ -13,7 +13,7 @@ from keras import ops
 
 from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, full_precision
 from dmtrl_keras.ground.linalg import whitener
-from dmtrl_keras.ground.validation import check_number
+from dmtrl_keras.ground.validation import check_number, checked_pairs
 
 # Lanczos steps after which the largest singular value is exact for all purposes here.
 _STEPS = 24
@@ -224,14 +224,7 @@ class TRL(keras.layers.Layer):
                 f'{self._owner()}: `method` must be "cholesky" or "svd". '
                 f"Received: method={method!r}."
             )
-        if pairs is not None:
-            pairs = [tuple(pair) for pair in pairs]
-            if not pairs or any(len(p) != 2 or p[0] == p[1] for p in pairs):
-                raise ValueError(
-                    f"{self._owner()}: `pairs` must be pairs of two different tasks. "
-                    f"Received: pairs={pairs!r}."
-                )
-        self.pairs = pairs
+        self.pairs = checked_pairs(pairs, self._owner(), "tasks")
         self.momentum = float(momentum)
         self.ridge = float(ridge)
         self.method = method

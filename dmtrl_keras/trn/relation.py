@@ -1,12 +1,16 @@
 """Which tasks are compared, where, and how similar their labels are."""
 
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
-from dmtrl_keras.ground.validation import check_number
+from dmtrl_keras.ground.validation import check_number, checked_pairs, clean_name
 from dmtrl_keras.trn.canonical_correlation import task_similarity, task_similarity_matrix
+
+Pair = tuple[str, str]
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -26,7 +30,8 @@ class Relation:
         pairs: list of pairs of names of tasks or groups. None: all pairs of groups, or
             without groups all pairs of the tasks in `at`.
         groups: dict from name to list of tasks, whose features side by side are one set.
-        name: str, how it is called in logs. None: `"output"`, the name of the layer,
+        name: str, how it is called in logs; what TensorFlow takes in no name, such as a
+            space, becomes an underscore. None: `"output"`, the name of the layer,
             `"hidden"` for a dict.
 
     Raises:
@@ -39,36 +44,22 @@ class Relation:
     'hidden'
     """
 
-    def __init__(self, at="output", weight=0.01, pairs=None, groups=None, name=None):
-        layers = at.items() if isinstance(at, dict) else [(at, at)]
-        if not at or not all(isinstance(x, str) for pair in layers for x in pair):
-            raise ValueError(
-                'Relation: `at` must be "output", the name of a layer, or a dict from task '
-                f"to the name of a layer. Received: at={at!r}."
-            )
+    def __init__(
+        self,
+        at: str | Mapping[str, str] = "output",
+        weight: float = 0.01,
+        pairs: Sequence[Pair] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.at = _checked_place(at)
         if name is None:
-            name = "hidden" if isinstance(at, dict) else at
-        self.name = name
+            name = "hidden" if isinstance(self.at, dict) else self.at
+        self.name = clean_name(name)
         check_number("weight", weight, self._owner())
-        groups = {} if groups is None else groups
-        if not isinstance(groups, dict) or any(
-            isinstance(g, str) or not g or len(set(g)) < len(g) for g in groups.values()
-        ):
-            raise ValueError(
-                f"{self._owner()}: `groups` must be a dict from name to a list of "
-                f"different tasks. Received: groups={groups!r}."
-            )
-        if pairs is not None:
-            pairs = [tuple(pair) for pair in pairs]
-            if not pairs or any(len(p) != 2 or p[0] == p[1] for p in pairs):
-                raise ValueError(
-                    f"{self._owner()}: `pairs` must be pairs of two different tasks or "
-                    f"groups. Received: pairs={pairs!r}."
-                )
-        self.at = dict(at) if isinstance(at, dict) else at
         self.weight = float(weight)
-        self.pairs = pairs
-        self.groups = {name: list(tasks) for name, tasks in groups.items()}
+        self.groups = _checked_groups(groups, self._owner())
+        self.pairs = checked_pairs(pairs, self._owner(), "tasks or groups")
 
     def _owner(self):
         return f"Relation {self.name!r}"
@@ -193,3 +184,27 @@ def _vectors(labels):
         _, classes = np.unique(labels, return_inverse=True)
         return np.eye(classes.max(initial=0) + 1)[classes]
     return labels.reshape(len(labels), -1).astype("float64")
+
+
+def _checked_place(at: Any) -> str | dict[str, str]:
+    """Where features are taken, see `Relation`."""
+    layers = at.items() if isinstance(at, Mapping) else [(at, at)]
+    if not at or not all(isinstance(x, str) for pair in layers for x in pair):
+        raise ValueError(
+            'Relation: `at` must be "output", the name of a layer, or a dict from task '
+            f"to the name of a layer. Received: at={at!r}."
+        )
+    return dict(at) if isinstance(at, Mapping) else at
+
+
+def _checked_groups(groups: Any, owner: str) -> dict[str, list[str]]:
+    """Groups of different tasks by name."""
+    groups = {} if groups is None else groups
+    if not isinstance(groups, Mapping) or any(
+        isinstance(g, str) or not g or len(set(g)) < len(g) for g in groups.values()
+    ):
+        raise ValueError(
+            f"{owner}: `groups` must be a dict from name to a list of "
+            f"different tasks. Received: groups={groups!r}."
+        )
+    return {name: list(tasks) for name, tasks in groups.items()}

@@ -180,7 +180,7 @@ def test_errors():
 
 def test_thresholds_of_multitask():
     """A threshold needs layers to hold for; of similar kernels it may differ by layer."""
-    with pytest.raises(ValueError, match="`threshold` is for 'similar'"):
+    with pytest.raises(ValueError, match=r"\['threshold'\] are for"):
         multitask(backbone(), ["a", "b"], threshold=0.4)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         multitask(backbone(), ["a", "b"], sharing="similar", threshold=1.4)

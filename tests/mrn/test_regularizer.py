@@ -522,7 +522,7 @@ def test_multitask_and_back(rng):
     np.testing.assert_allclose(alone(data), model(data)["a"], atol=1e-5)
     with pytest.raises(ValueError, match="fits none of"):
         multitask(backbone, 2, prior={"conv*": prior})
-    with pytest.raises(ValueError, match="must be a TensorNormalRegularizer"):
+    with pytest.raises(ValueError, match="such as TensorNormalRegularizer"):
         multitask(backbone, 2, prior="drn")
 
 

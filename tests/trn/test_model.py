@@ -304,7 +304,7 @@ def test_grouped_features_go_to_their_tasks(rng):
     model = TaskRelationModel(network, relation)
     x = rng.normal(size=(4, 8)).astype("float32")
     own = keras.Model(inputs, network.get_layer("own").output)(x)
-    _, features = model._graph.with_features(x)
+    _, (features,) = model._training_graph.value(x)
     np.testing.assert_allclose(features["own"]["b"], own[:, :3], atol=1e-6)
     np.testing.assert_allclose(features["own"]["a"], own[:, 3:], atol=1e-6)
 
@@ -437,7 +437,7 @@ def test_configuration():
     model = make_model(Relation(HIDDEN, groups={"f": ["pose"], "g": ["landmarks"]}))
     copy = TaskRelationModel.from_config(model.get_config())
     assert copy.get_config() == model.get_config()
-    tracker = model._trackers["label"]
+    tracker = model.terms[0]._trackers["label"]
     assert tracker.from_config(tracker.get_config()).names == tracker.names
     with pytest.raises(ValueError, match="no sample weights"):
         tracker.update_state([0.5], sample_weight=[1.0])

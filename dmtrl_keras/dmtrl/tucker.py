@@ -64,27 +64,33 @@ class Tucker(FactorizedParameterization):
 
     def contractions(self, shapes):
         modes = len(shapes) - 1
-        choices = itertools.product((True, False), repeat=3)
-        return [_plan(shapes, modes, *outside) for outside in choices if any(outside)]
+        applied = (modes - 2, modes - 1, modes)
+        return [
+            _plan(shapes, frozenset(outside))
+            for size in (3, 2, 1)
+            for outside in itertools.combinations(applied, size)
+        ]
 
 
-def _plan(shapes, modes, input_outside, output_outside, tasks_outside):
-    """One order of work: which factors are applied to activations, not kernels."""
-    into, out_of, task = (f"factor_{n}" for n in (modes - 2, modes - 1, modes))
-    outside = {
-        mode
-        for mode, flag in zip(
-            (modes - 2, modes - 1, modes),
-            (input_outside, output_outside, tasks_outside),
-        )
-        if flag
-    }
+def _plan(shapes, outside):
+    """One order of work.
+
+    Args:
+        shapes: dict of the factors' shapes.
+        outside: the modes, of the last three, whose factors are applied to activations; the
+            others go into the kernels.
+    """
+    modes = len(shapes) - 1
+    into, out_of, task = modes - 2, modes - 1, modes
     inside = [mode for mode in range(1, modes + 1) if mode not in outside]
     ranks = shapes["core"]
-    window = tuple(shapes[f"factor_{n}"][0] for n in range(1, modes - 2))
-    inputs = ranks[-3] if input_outside else shapes[into][0]
-    outputs = ranks[-2] if output_outside else shapes[out_of][0]
-    latent = ranks[-1]
+
+    def size(mode):
+        """Of an axis of the kernels: the rank where its factor is applied outside."""
+        return ranks[mode - 1] if mode in outside else shapes[f"factor_{mode}"][0]
+
+    window = tuple(size(mode) for mode in range(1, into))
+    inputs, outputs, latent = size(into), size(out_of), ranks[-1]
     flops = _mode_products_flops(shapes, inside)
 
     def task_kernels(factors):
@@ -96,19 +102,21 @@ def _plan(shapes, modes, input_outside, output_outside, tasks_outside):
         return ops.reshape(kernel, (*window, inputs, latent * outputs))
 
     plan = []
-    if input_outside:
-        size = shapes[into][0]
-        plan.append(Stage("shared", size, inputs, lambda f: f[into]))
-    if tasks_outside:
+    if into in outside:
+        rows = shapes[f"factor_{into}"][0]
+        plan.append(Stage("shared", rows, inputs, lambda f: f[f"factor_{into}"]))
+    if task in outside:
         plan += [
             Stage("shared", inputs, latent * outputs, latent_kernels, True, flops),
-            Stage("mix", latent, outputs, lambda f: ops.transpose(f[task])),
+            Stage("mix", latent, outputs, lambda f: ops.transpose(f[f"factor_{task}"])),
         ]
     else:
         plan.append(Stage("stacked", inputs, outputs, task_kernels, True, flops))
-    if output_outside:
-        size = shapes[out_of][0]
-        plan.append(Stage("shared", outputs, size, lambda f: ops.transpose(f[out_of])))
+    if out_of in outside:
+        rows = shapes[f"factor_{out_of}"][0]
+        plan.append(
+            Stage("shared", outputs, rows, lambda f: ops.transpose(f[f"factor_{out_of}"]))
+        )
     return plan
 
 

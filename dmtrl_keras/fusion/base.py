@@ -8,6 +8,7 @@ import numbers
 
 import numpy as np
 
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.tasks.layout import LayoutLayer, on_channels_last
 
 
@@ -27,7 +28,7 @@ class FusionLayer(LayoutLayer):
         number = isinstance(own, numbers.Real) and not isinstance(own, bool)
         if not (number and 0 <= own <= 1):
             raise ValueError(
-                f"{self._owner()}: `own` must be a number in [0, 1]. Received: own={own!r}."
+                f"{name_of(self)}: `own` must be a number in [0, 1]. Received: own={own!r}."
             )
         self.own = float(own)
 

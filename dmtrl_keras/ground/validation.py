@@ -7,6 +7,18 @@ import re
 import keras
 
 
+def name_of(thing):
+    """What an error calls a layer, model or other object with a name.
+
+    Example:
+
+    >>> import keras
+    >>> name_of(keras.layers.Dense(3, name="fc"))
+    "Dense 'fc'"
+    """
+    return f"{type(thing).__name__} {thing.name!r}"
+
+
 def check_tasks(tasks, owner):
     """T as an int.
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.keras_private import shared_object
-from dmtrl_keras.ground.validation import check_number
+from dmtrl_keras.ground.validation import check_number, name_of
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mrn import tensor_normal
 
@@ -81,11 +81,11 @@ class ModeCovariance(keras.layers.Layer):
     ):
         super().__init__(name=name, dtype=dtype, trainable=False)
         self.key = uuid.uuid4().hex if key is None else key
-        check_number("epsilon", epsilon, self._owner())
+        check_number("epsilon", epsilon, name_of(self))
         number = isinstance(trace, numbers.Real) and not isinstance(trace, bool)
         if not (trace in ("size", None) or (number and 0 < trace < math.inf)):
             raise ValueError(
-                f"{self._owner()}: `trace` must be 'size', a positive number or None. "
+                f"{name_of(self)}: `trace` must be 'size', a positive number or None. "
                 f"Received: trace={trace!r}."
             )
         self.epsilon = float(epsilon)
@@ -94,12 +94,9 @@ class ModeCovariance(keras.layers.Layer):
         self.trace = trace
         self.start = None
         if start is not None:
-            start = tensor_normal.check_covariance(start, f"{self._owner()}, `start`")
+            start = tensor_normal.check_covariance(start, f"{name_of(self)}, `start`")
             self.start = start.tolist()
         self._members = _Members()
-
-    def _owner(self):
-        return f"{type(self).__name__} {self.name!r}"
 
     def build(self, input_shape):
         """Make the state.
@@ -113,7 +110,7 @@ class ModeCovariance(keras.layers.Layer):
             start = np.eye(size) * (1.0 if self.trace is None else self._trace(size) / size)
         elif len(start) != size:
             raise ValueError(
-                f"{self._owner()}: expected a start of shape {(size, size)}. "
+                f"{name_of(self)}: expected a start of shape {(size, size)}. "
                 f"Received: {(len(start), len(start))}."
             )
         start = np.broadcast_to(np.asarray(start), input_shape)
@@ -141,7 +138,7 @@ class ModeCovariance(keras.layers.Layer):
             self.build((size, size))
         if tuple(self.covariance.shape) != (size, size):
             raise ValueError(
-                f"{self._owner()} is the covariance of {self.covariance.shape[-1]} tasks, "
+                f"{name_of(self)} is the covariance of {self.covariance.shape[-1]} tasks, "
                 f"but {member.owner} has {size}."
             )
         self._members.add(member)

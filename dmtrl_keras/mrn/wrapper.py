@@ -4,6 +4,7 @@ import keras
 
 from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.backend import full_precision
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.kernels.state import mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 
@@ -55,7 +56,7 @@ class TensorNormalPrior(keras.layers.Wrapper):
         super().__init__(layer, **kwargs)
         if not isinstance(regularizer, TensorNormalRegularizer):
             raise ValueError(
-                f"{self._owner()}: `regularizer` must be a TensorNormalRegularizer. "
+                f"{name_of(self)}: `regularizer` must be a TensorNormalRegularizer. "
                 f"Received: {regularizer!r}."
             )
         self.regularizer = regularizer
@@ -63,9 +64,6 @@ class TensorNormalPrior(keras.layers.Wrapper):
         self.axes = None if axes is None else tuple(axes)
         self.prior = None
         self.supports_masking = layer.supports_masking
-
-    def _owner(self):
-        return f"{type(self).__name__} {self.name!r}"
 
     @property
     def kernel(self):
@@ -77,12 +75,12 @@ class TensorNormalPrior(keras.layers.Wrapper):
         kernel = self.kernel
         if not isinstance(kernel, keras.Variable):
             raise ValueError(
-                f"{self._owner()}: expected a layer with a variable `{self.kernel_name}`. "
+                f"{name_of(self)}: expected a layer with a variable `{self.kernel_name}`. "
                 f"Received: {self.layer!r}, where it is {type(kernel).__name__}."
             )
         if kernel.regularizer is not None:
             raise ValueError(
-                f"{self._owner()}: the variable {kernel.path!r} has a regularizer already. "
+                f"{name_of(self)}: the variable {kernel.path!r} has a regularizer already. "
                 f"Received: {kernel.regularizer!r}."
             )
         names = self.axes
@@ -90,14 +88,14 @@ class TensorNormalPrior(keras.layers.Wrapper):
             names = mode_names(len(kernel.shape), task_axis=False)
         if len(set(names)) != len(kernel.shape):
             raise ValueError(
-                f"{self._owner()}: `axes` must name the {len(kernel.shape)} axes of the "
+                f"{name_of(self)}: `axes` must name the {len(kernel.shape)} axes of the "
                 f"kernel {tuple(kernel.shape)}. Received: axes={names!r}."
             )
         self.prior = self.regularizer.new_state(
             lambda: self.kernel,
             tuple(kernel.shape),
             names,
-            self._owner(),
+            name_of(self),
             full_precision(self.layer.variable_dtype),
         )
         self.prior.build()

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _TWIN_NAME = "one_task"
@@ -85,7 +86,7 @@ class TaskConv(TaskLayer):
     def _kernel_shape(self, channels):
         if channels % self.groups:
             raise ValueError(
-                f"{self._owner()}: the input channels of each task must divide by "
+                f"{name_of(self)}: the input channels of each task must divide by "
                 f"`groups`. Received: groups={self.groups}, {channels} channels for "
                 "each task."
             )

@@ -11,6 +11,7 @@ from keras import ops
 from dmtrl_keras.ground.validation import (
     channel_axis,
     channels_per_task,
+    name_of,
     standardize_data_format,
     task_names,
 )
@@ -32,16 +33,13 @@ class LayoutLayer(keras.layers.Layer):
         self.compute_output_shape(input_shape)
         self.built = True
 
-    def _owner(self):
-        return f"{type(self).__name__} {self.name!r}"
-
     def _axis(self, shape):
         # `(batch, channels)` has the same channel axis in both formats.
         return channel_axis(self.data_format) % len(shape)
 
     def _channels(self, shape):
         channels = shape[self._axis(shape)]
-        return channels_per_task(channels, self.tasks, self._owner(), shape)
+        return channels_per_task(channels, self.tasks, name_of(self), shape)
 
     def get_config(self):
         config = super().get_config()
@@ -63,14 +61,14 @@ class _OfOneTensorPerTask(LayoutLayer):
         if isinstance(inputs, dict):
             if set(inputs) != set(self.task_names):
                 raise ValueError(
-                    f"{self._owner()}: expected one input for each of the tasks "
+                    f"{name_of(self)}: expected one input for each of the tasks "
                     f"{list(self.task_names)}. Received: {sorted(inputs)}."
                 )
             return [inputs[name] for name in self.task_names]
         inputs = [inputs] if is_one(inputs) else list(inputs)
         if len(inputs) != self.tasks:
             raise ValueError(
-                f"{self._owner()}: expected {self.tasks} inputs, one for each task. "
+                f"{name_of(self)}: expected {self.tasks} inputs, one for each task. "
                 f"Received: {len(inputs)}."
             )
         return inputs
@@ -86,7 +84,7 @@ class _OfOneTensorPerTask(LayoutLayer):
         )
         if not compatible or first[self._axis(first)] is None:
             raise ValueError(
-                f"{self._owner()}: expected inputs of one shape with known channels. "
+                f"{name_of(self)}: expected inputs of one shape with known channels. "
                 f"Received: {shapes}."
             )
         return first
@@ -210,11 +208,11 @@ class TaskGroup(LayoutLayer):
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
         axis = self._axis(shape)
-        channels_per_task(shape[axis], 1, self._owner(), input_shape)
+        channels_per_task(shape[axis], 1, name_of(self), input_shape)
         if shape[0] is not None:
             if shape[0] % self.tasks:
                 raise ValueError(
-                    f"{self._owner()}: expected a batch that divides by "
+                    f"{name_of(self)}: expected a batch that divides by "
                     f"tasks={self.tasks}. Received: input shape {tuple(input_shape)}."
                 )
             shape[0] //= self.tasks
@@ -257,7 +255,7 @@ class TaskRepeat(LayoutLayer):
     def compute_output_shape(self, input_shape):
         shape = list(input_shape)
         axis = self._axis(shape)
-        channels_per_task(shape[axis], 1, self._owner(), input_shape)
+        channels_per_task(shape[axis], 1, name_of(self), input_shape)
         shape[axis] *= self.tasks
         return tuple(shape)
 
@@ -358,7 +356,7 @@ class TaskFlatten(LayoutLayer):
         for d in input_shape[1:]:
             if d is None:
                 raise ValueError(
-                    f"{self._owner()}: every axis but the batch must have a known "
+                    f"{name_of(self)}: every axis but the batch must have a known "
                     f"size. Received: input shape {tuple(input_shape)}."
                 )
             size *= d
@@ -409,7 +407,7 @@ class TaskConcatenate(LayoutLayer):
     def compute_output_shape(self, input_shape):
         if _is_shape(input_shape) or not isinstance(input_shape, (list, tuple)):
             raise ValueError(
-                f"{self._owner()}: expected a list of grouped tensors. "
+                f"{name_of(self)}: expected a list of grouped tensors. "
                 f"Received: input shape {input_shape}."
             )
         shapes = [tuple(shape) for shape in input_shape]
@@ -422,7 +420,7 @@ class TaskConcatenate(LayoutLayer):
                 a != b and None not in (a, b) for a, b in zip(other, others[0])
             ):
                 raise ValueError(
-                    f"{self._owner()}: all axes but the channels must agree. "
+                    f"{name_of(self)}: all axes but the channels must agree. "
                     f"Received: {shapes}."
                 )
         output = list(first)

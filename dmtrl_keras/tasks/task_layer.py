@@ -10,7 +10,12 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.ground.validation import channel_axis, channels_per_task, check_tasks
+from dmtrl_keras.ground.validation import (
+    channel_axis,
+    channels_per_task,
+    check_tasks,
+    name_of,
+)
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.kernels.parameterization import Parameterization
@@ -102,7 +107,7 @@ class TaskLayer(keras.layers.Layer):
         self.stacked = TaskKernel(
             sharing,
             self.tasks,
-            self._owner(),
+            name_of(self),
             shared_input=self.shared_input,
             contractible=contractible,
             initializer=self.kernel_initializer,
@@ -126,10 +131,7 @@ class TaskLayer(keras.layers.Layer):
         """Input channels of one task."""
         channels = input_shape[self._axis()]
         tasks = 1 if self.shared_input else self.tasks
-        return channels_per_task(channels, tasks, self._owner(), input_shape)
-
-    def _owner(self) -> str:
-        return f"{type(self).__name__} {self.name!r}"
+        return channels_per_task(channels, tasks, name_of(self), input_shape)
 
     def _task_shape(self, input_shape: tuple) -> tuple:
         """The input shape that one task's twin would see."""
@@ -200,7 +202,7 @@ class TaskLayer(keras.layers.Layer):
     def _check_built(self, name: str) -> None:
         if not self.built:
             raise AttributeError(
-                f"{self._owner()}: build the layer before accessing `{name}`."
+                f"{name_of(self)}: build the layer before accessing `{name}`."
             )
 
     @property
@@ -243,7 +245,7 @@ class TaskLayer(keras.layers.Layer):
         self._check_built("task_kernel")
         if not isinstance(task, numbers.Integral) or not 0 <= task < self.tasks:
             raise ValueError(
-                f"{self._owner()}: `task` must be an int from 0 to "
+                f"{name_of(self)}: `task` must be an int from 0 to "
                 f"{self.tasks - 1}. Received: task={task!r}."
             )
         return ops.convert_to_tensor(self.kernel)[..., int(task)]
@@ -310,7 +312,7 @@ class TaskLayer(keras.layers.Layer):
         try:
             shape = self._twin().compute_output_shape(self._task_shape(input_shape))
         except ValueError as error:
-            raise ValueError(f"{self._owner()}: {error}") from error
+            raise ValueError(f"{name_of(self)}: {error}") from error
         shape = list(shape)
         shape[self._axis()] *= self.tasks
         return tuple(shape)
@@ -345,7 +347,7 @@ class TaskLayer(keras.layers.Layer):
         variables = self._own_variables()
         if len(store.keys()) != len(variables):
             raise ValueError(
-                f"{self._owner()}: expected {len(variables)} variables, "
+                f"{name_of(self)}: expected {len(variables)} variables, "
                 f"{[v.name for v in variables]}. Received: a file with "
                 f"{len(store.keys())} for this layer."
             )

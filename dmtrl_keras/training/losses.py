@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.missing import (
     Masked,
     align,
@@ -156,7 +157,7 @@ class MaskedLoss(Masked, keras.losses.Loss):
     def __call__(self, y_true, y_pred, sample_weight=None):
         y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
         y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-        y_true = align(y_true, y_pred, self._takes_each_label(), self._owner())
+        y_true = align(y_true, y_pred, self._takes_each_label(), name_of(self))
         values, present = self._values(y_true, y_pred)
         weights = ops.cast(present, values.dtype)
         # A value at a missing label may be anything; 0 * inf would be NaN.

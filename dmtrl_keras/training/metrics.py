@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.missing import (
     Masked,
     align,
@@ -175,7 +176,7 @@ class MaskedMetric(Masked, keras.metrics.Metric):
         y_pred = ops.convert_to_tensor(y_pred)
         y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
         elementwise = self._takes_each_label()
-        y_true = align(y_true, y_pred, elementwise, self._owner())
+        y_true = align(y_true, y_pred, elementwise, name_of(self))
         shared = same_shape(y_true.shape, y_pred.shape)
         labels, present = split_missing(y_true, self.missing, elementwise or not shared)
         if len(present.shape) > 1 and not shared:

@@ -67,9 +67,6 @@ class Masked:
         self.missing = float(missing)
         self.elementwise = elementwise
 
-    def _owner(self):
-        return f"{type(self).__name__} {self.name!r}"
-
     def _takes_each_label(self):
         if self.elementwise is None:
             return is_elementwise(getattr(self, self._wraps))

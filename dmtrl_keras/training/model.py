@@ -22,6 +22,7 @@ from dmtrl_keras.ground.keras_private import (
     losses_by_output,
     sharing_scope,
 )
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.terms import LossTerm, Step
 
 # By this name the features of a training step ride on its outputs.
@@ -165,7 +166,7 @@ class MultiTaskModel(keras.Model):
         if loss_weights is not None:
             if not isinstance(loss_weights, dict):
                 raise ValueError(
-                    f"{self._owner()}: `loss_weights` must be a dict by task name. "
+                    f"{name_of(self)}: `loss_weights` must be a dict by task name. "
                     f"Received: {loss_weights!r}."
                 )
             if loss is not None and not isinstance(loss, dict):
@@ -173,7 +174,7 @@ class MultiTaskModel(keras.Model):
             without = sorted(set(loss_weights) - set(loss or {}))
             if without:
                 raise ValueError(
-                    f"{self._owner()}: `loss_weights` for tasks without a loss: {without}. "
+                    f"{name_of(self)}: `loss_weights` for tasks without a loss: {without}. "
                     f"Received: loss for {sorted(loss or {})}."
                 )
             loss_weights = {task: loss_weights.get(task, 1.0) for task in loss}
@@ -197,7 +198,7 @@ class MultiTaskModel(keras.Model):
         jit, steps = (arguments.get(n) for n in ("jit_compile", "steps_per_execution"))
         if jit is True or (steps or 1) > 1:
             raise ValueError(
-                f"{self._owner()}: with several replicas expected jit_compile=False and "
+                f"{name_of(self)}: with several replicas expected jit_compile=False and "
                 f"steps_per_execution=1. Received: jit_compile={jit}, "
                 f"steps_per_execution={steps}."
             )
@@ -236,19 +237,16 @@ class MultiTaskModel(keras.Model):
             trainable=model.trainable,
         )
 
-    def _owner(self):
-        return f"{type(self).__name__} {self.name!r}"
-
     def _check_tasks(self, argument, value):
         if isinstance(value, (list, tuple)):
             raise ValueError(
-                f"{self._owner()}: `{argument}` must be a dict by task name, since a list "
+                f"{name_of(self)}: `{argument}` must be a dict by task name, since a list "
                 f"has no order that is sure to be that of the tasks. Received: {value!r}."
             )
         unknown = set(value) - set(self.task_names) if isinstance(value, dict) else ()
         if unknown:
             raise ValueError(
-                f"{self._owner()}: unknown tasks in `{argument}`: "
+                f"{name_of(self)}: unknown tasks in `{argument}`: "
                 f"{sorted(map(str, unknown))}. The tasks are {list(self.task_names)}."
             )
 
@@ -261,7 +259,7 @@ class MultiTaskModel(keras.Model):
             self._check_tasks(argument, metrics)
         if any(isinstance(m, keras.metrics.Metric) for m in entries) and self.tasks > 1:
             raise ValueError(
-                f"{self._owner()}: a metric object in `{argument}` would be one for all "
+                f"{name_of(self)}: a metric object in `{argument}` would be one for all "
                 f"tasks. Give its name, or a dict by task name. Received: {metrics!r}."
             )
         return {task: list(entries) for task in self.task_names}
@@ -306,7 +304,7 @@ class MultiTaskModel(keras.Model):
         if not isinstance(y, Mapping):
             if self.tasks > 1:
                 raise ValueError(
-                    f"{self._owner()}: expected a dict of labels by task. "
+                    f"{name_of(self)}: expected a dict of labels by task. "
                     f"Received: {type(y).__name__}."
                 )
             y = {self.task_names[0]: y}
@@ -328,11 +326,11 @@ class MultiTaskModel(keras.Model):
             absent = sorted(expected - set(y))
             if absent:
                 raise ValueError(
-                    f"{self._owner()}: expected labels for every task with a loss, also "
+                    f"{name_of(self)}: expected labels for every task with a loss, also "
                     f"for {absent}. Received: labels for {sorted(y)}."
                 )
         if training and y is not None:
-            check_replicas(tree.flatten(y)[0], self._owner())
+            check_replicas(tree.flatten(y)[0], name_of(self))
         parts = []
         if self._compile_loss is not None and y is not None:
             losses, weights = self.task_losses(y, y_pred, sample_weight)
@@ -340,7 +338,7 @@ class MultiTaskModel(keras.Model):
         parts += [aggregated_loss(self, loss) for loss in self.losses]
         parts += self._values_of_terms(y, y_pred, sample_weight, training)
         if not parts:
-            raise ValueError(f"{self._owner()}: there is no loss; give `compile` a `loss`.")
+            raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
 
     def _values_of_terms(self, y, y_pred, sample_weight, training):
@@ -351,7 +349,7 @@ class MultiTaskModel(keras.Model):
             features = attached(next(iter(y_pred.values())), _FEATURES)
             if features is None:
                 raise ValueError(
-                    f"{self._owner()}: the terms of the loss need the features of the "
+                    f"{name_of(self)}: the terms of the loss need the features of the "
                     "batch. Call the model with `training=True` before `compute_loss`, "
                     "and give it the outputs as they are."
                 )

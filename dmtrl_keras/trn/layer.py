@@ -13,7 +13,7 @@ from keras import ops
 
 from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, full_precision
 from dmtrl_keras.ground.linalg import whitener
-from dmtrl_keras.ground.validation import check_number, checked_pairs
+from dmtrl_keras.ground.validation import check_number, checked_pairs, name_of
 
 # Lanczos steps after which the largest singular value is exact for all purposes here.
 _STEPS = 24
@@ -218,19 +218,16 @@ class TRL(keras.layers.Layer):
             ("momentum", momentum, 1),
             ("ridge", ridge, float("inf")),
         ):
-            check_number(argument, value, self._owner(), high)
+            check_number(argument, value, name_of(self), high)
         if method not in ("cholesky", "svd"):
             raise ValueError(
-                f'{self._owner()}: `method` must be "cholesky" or "svd". '
+                f'{name_of(self)}: `method` must be "cholesky" or "svd". '
                 f"Received: method={method!r}."
             )
-        self.pairs = checked_pairs(pairs, self._owner(), "tasks")
+        self.pairs = checked_pairs(pairs, name_of(self), "tasks")
         self.momentum = float(momentum)
         self.ridge = float(ridge)
         self.method = method
-
-    def _owner(self):
-        return f"{type(self).__name__} {self.name!r}"
 
     def _sets(self, inputs):
         """`(names, values)` of the input in one order."""
@@ -242,14 +239,14 @@ class TRL(keras.layers.Layer):
         names, shapes = self._sets(input_shape)
         if len(shapes) < 2 or any(not isinstance(s, (tuple, list)) for s in shapes):
             raise ValueError(
-                f"{self._owner()}: expected the features of two tasks at least, in a list "
+                f"{name_of(self)}: expected the features of two tasks at least, in a list "
                 f"or a dict. Received: shape {input_shape}."
             )
         self._sizes = []
         for name, shape in zip(names, shapes):
             if any(d is None for d in shape[1:]) or len(shape) < 2:
                 raise ValueError(
-                    f"{self._owner()}: expected features (batch, ..., d) of known sizes. "
+                    f"{name_of(self)}: expected features (batch, ..., d) of known sizes. "
                     f"Received: {tuple(shape)} for {name!r}."
                 )
             self._sizes.append(int(np.prod(shape[1:])))
@@ -261,7 +258,7 @@ class TRL(keras.layers.Layer):
             numbered = [(names.index(i), names.index(j)) for i, j in pairs]
         except ValueError:
             raise ValueError(
-                f"{self._owner()}: unknown tasks in `pairs`. Received: pairs="
+                f"{name_of(self)}: unknown tasks in `pairs`. Received: pairs="
                 f"{self.pairs!r}. The tasks are {names}."
             ) from None
         self._first, self._second = (list(side) for side in zip(*numbered))
@@ -291,7 +288,7 @@ class TRL(keras.layers.Layer):
         known = {batch for batch in batches.values() if batch is not None}
         if len(known) > 1 or 1 in known:
             raise ValueError(
-                f"{self._owner()}: expected features of the same examples, two at least. "
+                f"{name_of(self)}: expected features of the same examples, two at least. "
                 f"Received: batch sizes {batches}."
             )
 
@@ -311,40 +308,52 @@ class TRL(keras.layers.Layer):
     def _updated(self, values, present):
         """The moving covariance with that of a batch (Algorithm 1, lines 6 to 13)."""
         moving = ops.convert_to_tensor(self.covariance)
-        dtype = moving.dtype
-        owners = np.repeat(range(len(self._sizes)), self._sizes)
-        parts = [ops.reshape(x, (-1, d)) for x, d in zip(values, self._sizes)]
-        x = ops.cast(ops.concatenate(parts, axis=-1), dtype)
-        if present is None:
-            there = ops.ones((ops.shape(x)[0], len(parts)), dtype)
-        else:
-            there = ops.cast(ops.stack(present, axis=-1), dtype)
-            x = ops.where(ops.take(there, owners, axis=-1) > 0, x, 0.0)
+        x, there = self._side_by_side(values, present, moving.dtype)
         assert_true(
             ops.all(ops.isfinite(x)),
-            f"{self._owner()}: features have values that are not finite (NaN or infinite).",
+            f"{name_of(self)}: features have values that are not finite (NaN or infinite).",
         )
-        size = all_reduce_sum(ops.cast(ops.shape(x)[0], dtype))
+        size = all_reduce_sum(ops.cast(ops.shape(x)[0], x.dtype))
         assert_true(
             ops.logical_or(size > 1, ops.any(ops.diagonal(moving) != 1)),
-            f"{self._owner()}: expected batches of two examples at least, since one says "
+            f"{name_of(self)}: expected batches of two examples at least, since one says "
             "nothing about covariances. Received: a first batch of one.",
         )
-        x = x - all_reduce_sum(ops.sum(x, axis=0)) / size
-        if present is not None:
-            x = x * ops.take(there, owners, axis=-1)
-        # (sets, sets), (D, sets), (D, D): the number of examples that have both of a pair,
-        # and the sums of one, and of products, over these.
-        count = all_reduce_sum(ops.matmul(ops.transpose(there), there))
-        total = all_reduce_sum(ops.matmul(ops.transpose(x), there))
-        batch = all_reduce_sum(ops.matmul(ops.transpose(x), x))
-        count = ops.take(ops.take(count, owners, axis=0), owners, axis=1)
-        total = ops.take(total, owners, axis=1)
-        batch = batch - total * ops.transpose(total) / ops.maximum(count, 1)
-        batch = batch / ops.maximum(count - 1, 1)
+        covariance, count = self._batch_covariance(x, there, size)
         # A batch of one, the last of an epoch, says nothing about covariances.
         share = ops.where(count > 1, (1 - self.momentum) * count / size, 0.0)
-        return (1 - share) * ops.stop_gradient(moving) + share * batch
+        return (1 - share) * ops.stop_gradient(moving) + share * covariance
+
+    def _side_by_side(self, values, present, dtype):
+        """All sets as one matrix `(batch, D)`, and which are there, `(batch, sets)`."""
+        flat = [ops.reshape(x, (-1, d)) for x, d in zip(values, self._sizes)]
+        x = ops.cast(ops.concatenate(flat, axis=-1), dtype)
+        if present is None:
+            return x, None
+        there = ops.cast(ops.stack(present, axis=-1), dtype)
+        # What stands in the place of a missing set is not looked at.
+        return ops.where(self._by_feature(there, -1) > 0, x, 0.0), there
+
+    def _by_feature(self, by_set, axis):
+        """Values of sets along an axis, once for each of their features."""
+        owners = np.repeat(range(len(self._sizes)), self._sizes)
+        return ops.take(by_set, owners, axis=axis)
+
+    def _batch_covariance(self, x, there, size):
+        """`(covariance, count)`, both `(D, D)`: count examples have both of two sets."""
+        centred = x - all_reduce_sum(ops.sum(x, axis=0)) / size
+        if there is None:
+            there = ops.ones((ops.shape(x)[0], len(self._sizes)), x.dtype)
+        else:
+            centred = centred * self._by_feature(there, -1)
+        both = all_reduce_sum(ops.matmul(ops.transpose(there), there))
+        count = self._by_feature(self._by_feature(both, 0), 1)
+        # Sums of one, and of products, over the examples that have both.
+        sums = all_reduce_sum(ops.matmul(ops.transpose(centred), there))
+        sums = self._by_feature(sums, 1)
+        products = all_reduce_sum(ops.matmul(ops.transpose(centred), centred))
+        scatter = products - sums * ops.transpose(sums) / ops.maximum(count, 1)
+        return scatter / ops.maximum(count - 1, 1), count
 
     def _similarities(self, covariance):
         """Eq. 11 for all pairs, on blocks that are padded to one size."""

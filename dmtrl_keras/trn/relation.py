@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dmtrl_keras.ground.validation import check_number, checked_pairs, clean_name
+from dmtrl_keras.ground.validation import check_number, checked_pairs, clean_name, name_of
 from dmtrl_keras.trn.canonical_correlation import task_similarity, task_similarity_matrix
 
 Pair = tuple[str, str]
@@ -56,13 +56,10 @@ class Relation:
         if name is None:
             name = "hidden" if isinstance(self.at, dict) else self.at
         self.name = clean_name(name)
-        check_number("weight", weight, self._owner())
+        check_number("weight", weight, name_of(self))
         self.weight = float(weight)
-        self.groups = _checked_groups(groups, self._owner())
-        self.pairs = checked_pairs(pairs, self._owner(), "tasks or groups")
-
-    def _owner(self):
-        return f"Relation {self.name!r}"
+        self.groups = _checked_groups(groups, name_of(self))
+        self.pairs = checked_pairs(pairs, name_of(self), "tasks or groups")
 
     def sets(self, tasks):
         """The pairs, and the tasks of each set in them, for the tasks of a network.
@@ -86,25 +83,25 @@ class Relation:
         unknown += sorted({*used} - {*known, *unknown})
         if unknown:
             raise ValueError(
-                f"{self._owner()}: unknown tasks {unknown}. The tasks are {list(tasks)}, "
+                f"{name_of(self)}: unknown tasks {unknown}. The tasks are {list(tasks)}, "
                 f"those in `at` {list(known)}, the groups {list(self.groups)}."
             )
         doubled = sorted(set(self.groups) & set(known))
         if doubled:
-            raise ValueError(f"{self._owner()}: groups with names of tasks: {doubled}.")
+            raise ValueError(f"{name_of(self)}: groups with names of tasks: {doubled}.")
         pairs = self.pairs
         if pairs is None:
             pairs = list(itertools.combinations(self.groups or known, 2))
         if not pairs:
             raise ValueError(
-                f"{self._owner()}: expected two tasks or groups at least. Received: "
+                f"{name_of(self)}: expected two tasks or groups at least. Received: "
                 f"tasks {list(known)}, groups {list(self.groups)}."
             )
         sets = {name: tuple(members[name]) for pair in pairs for name in pair}
         common = [(i, j) for i, j in pairs if set(sets[i]) & set(sets[j])]
         if common:
             raise ValueError(
-                f"{self._owner()}: pairs that have tasks in common: {common}. The groups "
+                f"{name_of(self)}: pairs that have tasks in common: {common}. The groups "
                 f"are {self.groups}."
             )
         return pairs, sets

@@ -17,6 +17,7 @@ from keras import ops, tree
 from dmtrl_keras.conversion.graph import form_of_tensor, names_of_tasks
 from dmtrl_keras.ground.backend import share_of_replica
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.training.missing import align, same_shape, split_missing
 from dmtrl_keras.training.terms import LossTerm, Step
@@ -140,20 +141,17 @@ class TaskRelations(LossTerm):
         self._trls: dict[str, TRL] = {}
         self._trackers: dict[str, SimilarityTracker] = {}
 
-    def _owner(self) -> str:
-        return f"{type(self).__name__} {self.name!r}"
-
     def _checked_relations(self, relations: Any) -> list[Relation]:
         relations = [relations] if isinstance(relations, Relation) else list(relations)
         names = [getattr(relation, "name", None) for relation in relations]
         if not relations or not all(isinstance(r, Relation) for r in relations):
             raise ValueError(
-                f"{self._owner()}: `relations` must be a Relation or a list of them. "
+                f"{name_of(self)}: `relations` must be a Relation or a list of them. "
                 f"Received: relations={relations!r}."
             )
         if len(set(names)) < len(names) or "label" in names:
             raise ValueError(
-                f"{self._owner()}: relations need different names, and none may be "
+                f"{name_of(self)}: relations need different names, and none may be "
                 f"'label'; give them a `name`. Received: {names}."
             )
         return relations
@@ -192,7 +190,7 @@ class TaskRelations(LossTerm):
             for key, tasks in sets.items():
                 if everywhere.setdefault(key, tasks) != tasks:
                     raise ValueError(
-                        f"{self._owner()}: group {key!r} has different tasks in different "
+                        f"{name_of(self)}: group {key!r} has different tasks in different "
                         f"relations: {list(everywhere[key])} and {list(tasks)}."
                     )
         return everywhere
@@ -204,7 +202,7 @@ class TaskRelations(LossTerm):
             sizes = [tensors[task].shape[1:] for task in tasks]
             if any(d is None for size in sizes for d in size):
                 raise ValueError(
-                    f"{self._owner()}: relation {name!r} needs features of known sizes. "
+                    f"{name_of(self)}: relation {name!r} needs features of known sizes. "
                     f"Received: {dict(zip(tasks, sizes))}."
                 )
             shapes[key] = (None, sum(math.prod(size) for size in sizes))
@@ -225,7 +223,7 @@ class TaskRelations(LossTerm):
         output = self._output_of(network, relation, relation.at)
         if form_of_tensor(output) != Form.GROUPED:
             raise ValueError(
-                f"{self._owner()}: layer {relation.at!r} of {relation._owner()} does not "
+                f"{name_of(self)}: layer {relation.at!r} of {name_of(relation)} does not "
                 "have the channels of all tasks side by side. Give a dict from task to "
                 "the name of its layer."
             )
@@ -236,13 +234,13 @@ class TaskRelations(LossTerm):
         names = [layer.name for layer in network.layers]
         if name not in names:
             raise ValueError(
-                f"{self._owner()}: unknown layer {name!r} in {relation._owner()}. The "
+                f"{name_of(self)}: unknown layer {name!r} in {name_of(relation)}. The "
                 f"layers are {names}."
             )
         output = network.get_layer(name).output
         if tree.is_nested(output):
             raise ValueError(
-                f"{self._owner()}: layer {name!r} of {relation._owner()} has several "
+                f"{name_of(self)}: layer {name!r} of {name_of(relation)} has several "
                 "outputs. Name a layer with one."
             )
         return output
@@ -259,7 +257,7 @@ class TaskRelations(LossTerm):
         found = [values.get(frozenset(pair)) for pair in pairs]
         if absent or not all(np.isscalar(v) and 0 <= v <= 1 for v in found):
             raise ValueError(
-                f"{self._owner()}: `label_similarity` must be a dict with a number in "
+                f"{name_of(self)}: `label_similarity` must be a dict with a number in "
                 f"[0, 1] for every pair of {pairs}. Received: {given!r}."
             )
         return [float(value) for value in found]
@@ -340,7 +338,7 @@ class TaskRelations(LossTerm):
             labels = step.y.get(task)
             if labels is None:
                 raise ValueError(
-                    f"{self._owner()}: expected labels of task {task!r}, which a relation "
+                    f"{name_of(self)}: expected labels of task {task!r}, which a relation "
                     "has, or `label_similarity` for its pairs."
                 )
             vectors[task], present[task] = self._labels(task, labels, step)
@@ -354,7 +352,7 @@ class TaskRelations(LossTerm):
 
     def _labels(self, task: str, labels: Any, step: Step) -> tuple[Any, Any]:
         """Labels of a task as `(vectors, present)`."""
-        owner, prediction = f"{self._owner()}, task {task!r}", step.y_pred[task]
+        owner, prediction = f"{name_of(self)}, task {task!r}", step.y_pred[task]
         weights = step.sample_weight
         if isinstance(weights, Mapping):
             weights = weights.get(task)

@@ -40,7 +40,7 @@ from dmtrl_keras import (
     multitask,
     tensor_normal,
 )
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 from dmtrl_keras.parameterizations import SimilarKernels

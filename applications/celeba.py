@@ -33,7 +33,7 @@ from dmtrl_keras import (
     task_similarity,
     task_similarity_matrix,
 )
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskSplit
 
 from .experiment import (

@@ -28,10 +28,10 @@ from dmtrl_keras import (
     zip_tasks,
 )
 from dmtrl_keras.layers import NDDR, CrossStitch
-from dmtrl_keras.layers.base import draw_stacked_kernel
+from dmtrl_keras.mtal.similarity import cosine_similarity, kernel_rows
 from dmtrl_keras.optimizers import LearningRateMultiplier
 from dmtrl_keras.parameterizations import SimilarKernels
-from dmtrl_keras.similar_kernels import cosine_similarity, kernel_rows
+from dmtrl_keras.tasks.task_layer import draw_stacked_kernel
 
 from .experiment import (
     OPTIMIZERS,

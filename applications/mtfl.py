@@ -32,7 +32,7 @@ from rich.console import Console
 from sklearn import preprocessing
 
 from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_similarity
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TRL
 
 from .experiment import (

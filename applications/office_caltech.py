@@ -37,7 +37,7 @@ from dmtrl_keras import (
     task_correlation,
     zip_tasks,
 )
-from dmtrl_keras.networks import PRIORS
+from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
 from .domains import draw, load_features, load_images

@@ -1,5 +1,6 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
+import dmtrl_keras.fusion.rule  # noqa: F401  It registers what the conversion does with fusion units.
 from dmtrl_keras import (
     canonical_correlation,
     conversion,
@@ -15,40 +16,32 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.canonical_correlation import task_similarity, task_similarity_matrix
 from dmtrl_keras.conversion import multitask, single_task
-from dmtrl_keras.data import zip_tasks
-from dmtrl_keras.export import export_tasks
-from dmtrl_keras.factorization import (
-    Factorization,
-    factorization_report,
-    factorize,
-)
-from dmtrl_keras.kernel_sharing import (
-    KernelSharing,
-    kernel_sharing_ratio,
-    merge_similar_kernels,
-)
-from dmtrl_keras.layers import task_layers
-from dmtrl_keras.model import MultiTaskModel
-from dmtrl_keras.networks import relationship_network
-from dmtrl_keras.regularizers import ModeCovariance, TensorNormalRegularizer
-from dmtrl_keras.relations import (
-    plot_heat_map,
-    plot_hinton,
-    task_correlation,
-    task_covariance,
-)
-from dmtrl_keras.sharing import (
+from dmtrl_keras.conversion.export import export_tasks
+from dmtrl_keras.conversion.summary import LayerSummary, task_summary
+from dmtrl_keras.dmtrl.factorize import factorize
+from dmtrl_keras.dmtrl.strength import (
     plot_sharing_strength,
     sharing_strength,
     sharing_strength_of,
 )
-from dmtrl_keras.similar_kernels import aggregate_similar_kernels
-from dmtrl_keras.summary import LayerSummary, task_summary
-from dmtrl_keras.task_relation import (
-    Relation,
-    TaskRelationModel,
-    label_similarity,
+from dmtrl_keras.ground.plots import plot_heat_map, plot_hinton
+from dmtrl_keras.kernels.factorization import Factorization
+from dmtrl_keras.layers import task_layers
+from dmtrl_keras.mrn.network import relationship_network
+from dmtrl_keras.mrn.report import task_correlation, task_covariance
+from dmtrl_keras.mtal.merge import (
+    KernelSharing,
+    kernel_sharing_ratio,
+    merge_similar_kernels,
 )
+from dmtrl_keras.mtal.similarity import aggregate_similar_kernels
+from dmtrl_keras.regularizers import ModeCovariance, TensorNormalRegularizer
+from dmtrl_keras.tasks.rewrite_models import factorization_report
+from dmtrl_keras.training.data import zip_tasks
+from dmtrl_keras.training.model import MultiTaskModel
+from dmtrl_keras.trn.model import TaskRelationModel
+from dmtrl_keras.trn.relation import Relation, label_similarity
+from dmtrl_keras.trn.term import TaskRelations
 from dmtrl_keras.version import __version__
 
 __all__ = [
@@ -59,6 +52,7 @@ __all__ = [
     "MultiTaskModel",
     "Relation",
     "TaskRelationModel",
+    "TaskRelations",
     "TensorNormalRegularizer",
     "__version__",
     "aggregate_similar_kernels",

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 
 
 def _values(outputs):

@@ -14,7 +14,7 @@ from dmtrl_keras import (
     multitask,
     parameterizations,
 )
-from dmtrl_keras.networks import PRIORS
+from dmtrl_keras.mrn.network import PRIORS
 
 from . import application, spaces
 

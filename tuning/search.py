@@ -175,7 +175,7 @@ def _write_hparams(folder, trial, metrics):
     """What TensorBoard shows under HPARAMS."""
     from tensorboard.plugins.hparams import api as hparams
 
-    from dmtrl_keras.backend import tensorflow
+    from dmtrl_keras.ground.backend import tensorflow
 
     summary = tensorflow().summary
     path = folder / "tensorboard" / trial.trial_id

@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from dmtrl_keras import zip_tasks
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 
 from . import application, spaces
 from .hypermodels import FAMILIES, MultiTask

@@ -1,38 +1,17 @@
 """Walking through a functional or Sequential model, call by call."""
 
-import re
-
 import keras
 from keras import tree
 
-from dmtrl_keras.layers import (
-    TaskBatch,
-    TaskGroup,
-    TaskLayer,
-    TaskRepeat,
-    TaskSplit,
-    TaskStack,
+from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.keras_private import (
+    as_functional,
+    flatten_layers,
+    producer_of,
+    run_through_graph,
 )
-
-
-def as_functional(model):
-    """The functional model behind a functional or built Sequential model, or None."""
-    if isinstance(model, keras.Sequential):
-        # A Sequential model that knows its input shape runs as a functional one.
-        return getattr(model, "_functional", None)
-    return model if hasattr(model, "_run_through_graph") else None
-
-
-def exportable(name):
-    """A layer name that TensorFlow takes for variables in a SavedModel.
-
-    Example:
-
-    >>> exportable("_blocks.0.conv"), exportable("my head")
-    ('blocks.0.conv', 'my_head')
-    """
-    name = re.sub(r"[^A-Za-z0-9_.>-]", "_", name)
-    return name.lstrip("_>-") or "layer"
+from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
 def checked_functional(model, owner):
@@ -79,10 +58,7 @@ def _run(model, inputs, visit, leave, path):
             leave(operation, outputs)
         return outputs
 
-    # Keras 3.13 has no default for what is made of each operation.
-    return as_functional(model)._run_through_graph(
-        inputs, operation_fn=lambda operation: operation, call_fn=call
-    )
+    return run_through_graph(as_functional(model), inputs, call)
 
 
 def values_in(kind, args, kwargs):
@@ -108,19 +84,20 @@ def form_of(operation, forms):
 
     Args:
         operation: a layer or operation of a network of T tasks.
-        forms: list of the forms of its inputs: `"grouped"` channels; `"batched"`, the batch
-            of all tasks' examples; `"plain"`, of one task or the same for all.
+        forms: list of the `Form`s of its inputs; inputs of the network count as shared,
+            also where each task has its own.
 
     Returns:
-        One of these; of `TaskSplit`, that of each part.
+        A `Form`; of `TaskSplit`, that of each part.
     """
     if isinstance(operation, (TaskLayer, TaskStack, TaskGroup, TaskRepeat)):
-        return "grouped"
+        return Form.GROUPED
     if isinstance(operation, TaskBatch):
-        return "batched"
+        return Form.BATCHED
     if isinstance(operation, TaskSplit):
-        return "plain"
-    return next((form for form in ("grouped", "batched") if form in forms), "plain")
+        return Form.APART
+    order = (Form.GROUPED, Form.BATCHED, Form.APART)
+    return next((form for form in order if form in forms), Form.SHARED)
 
 
 def number_of_tasks(model):
@@ -129,7 +106,7 @@ def number_of_tasks(model):
     Raises:
         ValueError: if they say nothing, or different numbers.
     """
-    layers = model._flatten_layers(include_self=False)
+    layers = flatten_layers(model)
     counts = {layer.tasks for layer in layers if hasattr(layer, "tasks")}
     if isinstance(model.output, dict):
         counts.add(len(model.output))
@@ -143,7 +120,7 @@ def number_of_tasks(model):
 
 def names_of_tasks(model):
     """The task names in the order of the channels; none where nothing says them."""
-    layers = model._flatten_layers(include_self=False)
+    layers = flatten_layers(model)
     named = [layer.task_names for layer in layers if hasattr(layer, "task_names")]
     if isinstance(model.output, dict):
         # A layer knows the order; the dict need not have it.
@@ -158,8 +135,7 @@ def form_of_tensor(tensor):
 
     def form(x):
         if id(x) not in known:
-            operation, node, _ = x._keras_history
-            parents = operation._inbound_nodes[node].input_tensors
+            operation, parents = producer_of(x)
             known[id(x)] = form_of(operation, [form(parent) for parent in parents])
         return known[id(x)]
 

@@ -1,50 +1,53 @@
 """From a Keras model to the network of T tasks."""
 
-import collections
 import dataclasses
-import fnmatch
 import itertools
-import numbers
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import tree
 
-from dmtrl_keras import parameterizations
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     checked_functional,
-    exportable,
-    output_spec,
     replaced,
     run,
     values_in,
 )
-from dmtrl_keras.factorization import factorization_report, print_report, with_factors
-from dmtrl_keras.layers import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
-from dmtrl_keras.layers.conv import TaskConv
-from dmtrl_keras.model import MultiTaskModel
-from dmtrl_keras.parameterizations import FactorizedParameterization, SimilarKernels
-from dmtrl_keras.regularizers import TensorNormalRegularizer
-from dmtrl_keras.validation import task_names
+from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
+from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
+from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.validation import clean_name, task_names
+from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.state import StatefulRegularizer
+from dmtrl_keras.tasks.conv import TaskConv
+from dmtrl_keras.tasks.forms import Features
+from dmtrl_keras.tasks.rewrite import make_layer, started_layer
+from dmtrl_keras.tasks.rewrite_models import factorization_report, print_report
+from dmtrl_keras.tasks.task_layer import TaskLayer
+from dmtrl_keras.training.model import MultiTaskModel
 
 
 def multitask(
-    backbone,
-    tasks,
-    sharing="independent",
-    rank=None,
-    tolerance=None,
-    share_until=None,
-    shared_input=True,
-    heads=None,
-    prior=None,
-    implementation="auto",
-    threshold=None,
-    between=None,
-    name=None,
-    verbose=True,
-):
+    backbone: keras.Model,
+    tasks: int | Sequence[str],
+    sharing: str | Parameterization | Mapping[str, Any] = "independent",
+    rank: Any = None,
+    tolerance: Any = None,
+    share_until: str | None = None,
+    shared_input: bool = True,
+    heads: Any = None,
+    prior: StatefulRegularizer | Mapping[str, StatefulRegularizer] | None = None,
+    between: Callable | Mapping[str, Callable] | None = None,
+    name: str | None = None,
+    verbose: bool = True,
+    implementation: str | None = None,
+    threshold: Any = None,
+) -> MultiTaskModel:
     """The network of T tasks that has a given Keras model as every task's backbone.
 
     Each layer with a kernel becomes one layer with T kernels; how these are related is
@@ -61,15 +64,17 @@ def multitask(
         backbone: a built functional or Sequential Keras model with one output, such as
             `keras.applications.ResNet50(include_top=False, pooling="avg")`.
         tasks: list of T distinct names, or int T for `task_0`, `task_1`, ...
-        sharing: what becomes of the kernels: `"independent"`, `"hard"`, `"laf"`,
-            `"tucker"`, `"tt"`, `"similar"` (MTAL; of convolutions only, as in the paper),
-            another registered name, or a `Parameterization`; or a dict of them by layer
-            name or name pattern such as `"conv5_*"`, of which the first that fits holds,
-            and layers that none fits are independent.
-        rank: for the factorisations that are given by name: int (a cap), float in (0, 1] (a
-            fraction), or a tuple with one of them for each rank.
-        tolerance: instead of the rank, a number in (0, 1): the error of each kernel
-            relative to its Frobenius norm. Without both: 0.1.
+        sharing: what becomes of the kernels: a `Parameterization` such as
+            `Tucker(tolerance=0.1)` or `SimilarKernels(0.4)`, or the name of one:
+            `"independent"`, `"hard"`, `"laf"`, `"tucker"`, `"tt"`, `"similar"` (MTAL; of
+            convolutions only, as in the paper), ...; or a dict of these by layer name or
+            name pattern such as `"conv5_*"`, of which the first that fits holds, and
+            layers that none fits are independent.
+        rank: short for the argument of factorisations that are given by name: int (a cap),
+            float in (0, 1] (a fraction), or a tuple with one of them for each rank; or a
+            dict of these by layer name or pattern.
+        tolerance: likewise, a number in (0, 1): the error of each kernel relative to its
+            Frobenius norm. Without both: 0.1.
         share_until: name of a layer (or nested model) of the backbone. It and everything
             that it depends on is shared by all tasks and computed once: ordinary
             layers, with one input for each task on the batch of all tasks' inputs.
@@ -79,15 +84,10 @@ def multitask(
             softmax, for 1 with sigmoid; images of features are averaged first); a
             function of the features that returns the output tensor, or a Keras
             layer; or a dict of these by task name. None: the backbone's output.
-        prior: a `TensorNormalRegularizer` for the stacked kernels, which learns how the
-            tasks are related (DRN, MRN); or a dict of them by layer name or pattern, as for
-            `sharing`. Each layer has covariances of its own. None: the regularizers
-            of the backbone.
-        implementation: `"auto"`, `"compose"` or `"contract"`, as in `TuckerConv2D`.
-        threshold: for factorisations that are given by name, `"frobenius"` (the default) or
-            `"singular_value"`, as in `TuckerConv2D`; for `"similar"`, the cosine from which
-            kernels are shared: a number in [0, 1], `"related"` (0.4, the default),
-            `"unrelated"` (0.55), a schedule, or a dict of these by layer name or pattern.
+        prior: a regularizer of the stacked kernels with state that learns how the tasks are
+            related, such as `TensorNormalRegularizer` (DRN, MRN); or a dict of them by
+            layer name or pattern, as for `sharing`. Each layer has a state of its own.
+            None: the regularizers of the backbone.
         between: layers that let tasks see each other's features: a function of the list of
             task names that returns a layer on grouped features, such as `CrossStitch` or
             `NDDR`, for which every pooling layer is followed by one; or a dict of such
@@ -95,6 +95,10 @@ def multitask(
         name: name of the model. None: that of the backbone and `_multitask`.
         verbose: bool, whether to print the report of the factorisations, if there
             are any: ranks, errors and parameters, as from `factorization_report`.
+        implementation: deprecated; give a parameterization, such as
+            `sharing=Tucker(tolerance=0.1, implementation="compose")`.
+        threshold: deprecated; `sharing=SimilarKernels(0.4)`, or
+            `sharing=Tucker(tolerance=0.1, threshold="singular_value")`.
 
     Returns:
         A `MultiTaskModel`, whose outputs are a dict by task name; not compiled. Layers
@@ -129,202 +133,89 @@ def multitask(
     """
     names = task_names(tasks, "multitask")
     backbone = checked_functional(backbone, "multitask")
-    survey = _survey(backbone, share_until)
-    choose = _sharing_of(
-        sharing, survey.with_weights, names, rank, tolerance, implementation, threshold
-    )
-    heads = _heads(heads, names)
-    prior_of = _by_pattern("prior", prior, survey.with_weights, _check_prior)
-    fusion_of = _fusion_of(between, survey)
-    builder = _Builder(names, survey, choose, prior_of, fusion_of)
+    surveyed = survey(backbone, share_until)
+    options = {"rank": rank, "tolerance": tolerance}
+    options |= _deprecated(implementation=implementation, threshold=threshold)
+    choose = _sharing_of(sharing, surveyed.with_weights, names, options)
+    heads = checked_heads(heads, names)
+    prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
+    fusion_of = _fusion_of(between, surveyed)
+    builder = _Builder(names, surveyed, choose, prior_of, fusion_of)
     inputs = _inputs(backbone, names, shared_input)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
-    outputs = _outputs(builder, outputs, heads, names)
-    name = name or exportable(f"{backbone.name}_multitask")
+    outputs = outputs_by_task(outputs, heads, names, builder.new_name)
+    name = name or clean_name(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
     if verbose and factorization_report(model):
         print_report(model)
     return model
 
 
-_POOLINGS = tuple(
-    getattr(keras.layers, f"{kind}Pooling{axes}D")
-    for kind in ("Max", "Average")
-    for axes in (1, 2, 3)
-)
-
-# --- before anything is built ----------------------------------------------------
+# --- what was asked for -------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _Survey:
-    """What is known of the backbone.
-
-    Attributes:
-        shared: ids of the operations that all tasks share.
-        with_weights: names of the layers with weights, in order.
-        poolings: names of the pooling layers, but for global ones.
-        layers: names of all layers.
-        calls: how often each operation is called, by id.
-    """
-
-    shared: frozenset
-    with_weights: list
-    poolings: list
-    layers: list
-    calls: collections.Counter
-
-
-class _Surveyed:
-    """A symbolic tensor, and the ids of all operations that it depends on."""
-
-    def __init__(self, spec, ids=frozenset()):
-        self.spec = spec
-        self.ids = ids
-
-
-def _survey(backbone, share_until):
-    """Look at every layer of the backbone.
-
-    Raises:
-        ValueError: if layers can't be converted, or there is no layer `share_until`.
-    """
-    problems, names, with_weights, calls = {}, {}, [], collections.Counter()
-    poolings, layers = [], []
-
-    def visit(operation, args, kwargs, path):
-        values = values_in(_Surveyed, args, kwargs)
-        shapes = [tuple(value.spec.shape) for value in values]
-        problem = _problem(operation, args, kwargs, shapes)
-        if problem is not None:
-            place = "/".join((*path, operation.name))
-            problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
-        elif rules.rule_of(operation).has_weights and not calls[id(operation)]:
-            with_weights.append(operation.name)
-        if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
-            layers.append(operation.name)
-            if isinstance(operation, _POOLINGS):
-                poolings.append(operation.name)
-        calls[id(operation)] += 1
-        ids = frozenset([id(operation)]).union(*(value.ids for value in values))
-        args, kwargs = replaced(_Surveyed, args, kwargs, lambda value: value.spec)
-        outputs = output_spec(operation, args, kwargs)
-        outputs = tree.map_structure(lambda spec: _Surveyed(spec, ids), outputs)
-        leave(operation, outputs)
-        return outputs
-
-    def leave(operation, outputs):
-        ids = frozenset().union(*(value.ids for value in tree.flatten(outputs)))
-        names[operation.name] = names.get(operation.name, frozenset()) | ids
-
-    run(backbone, tree.map_structure(_Surveyed, backbone.input), visit, leave)
-    if problems:
-        lines = "\n".join(f"- {line}" for line in problems.values())
-        raise ValueError(
-            f"multitask: model {backbone.name!r} has {len(problems)} layers that can't be "
-            f"converted (see `dmtrl_keras.conversion.register_rule`):\n{lines}"
+def _deprecated(**options: Any) -> dict[str, Any]:
+    """Options that belong to a parameterization, with a warning if they are given."""
+    given = sorted(name for name, value in options.items() if value is not None)
+    if given:
+        warnings.warn(
+            f"multitask: {given} are arguments of parameterizations and will go. Give one "
+            "instead, such as sharing=Tucker(tolerance=0.1, implementation='compose') or "
+            "sharing=SimilarKernels(0.4), from dmtrl_keras.parameterizations.",
+            DeprecationWarning,
+            stacklevel=3,
         )
-    names.update({x.name: frozenset() for x in tree.flatten(backbone.input)})
-    if share_until is not None and share_until not in names:
+    return options
+
+
+def _sharing_of(
+    sharing: Any, layers: list[str], names: Sequence[str], options: Mapping[str, Any]
+) -> Callable[[str, bool], Parameterization]:
+    """A function from a layer's name, and whether it convolves, to its parameterization."""
+    given = {
+        option: by_pattern(option, value, layers, lambda value: value)
+        for option, value in options.items()
+        if value is not None
+    }
+    used: set[str] = set()
+
+    def resolve(choice: Any) -> Callable[[str], Parameterization]:
+        if not isinstance(choice, str):
+            own = parameterizations.get(choice).with_names(names)
+            return lambda layer: own
+        kind = type(parameterizations.get(choice))
+        mine = [option for option in given if option in kind.short_forms]
+        used.update(mine)
+
+        def make(layer: str) -> Parameterization:
+            values = {option: given[option](layer) for option in mine}
+            values = {name: value for name, value in values.items() if value is not None}
+            return kind.of_trained(**values).with_names(names)
+
+        return make
+
+    choose = by_pattern("sharing", sharing, layers, resolve)
+    unused = sorted(set(given) - used)
+    if unused:
         raise ValueError(
-            f"multitask: `share_until` must be the name of a layer of {backbone.name!r}. "
-            f"Received: share_until={share_until!r}. Its layers are: {list(names)}."
-        )
-    shared = names.get(share_until, frozenset())
-    return _Survey(shared, with_weights, poolings, layers, calls)
-
-
-def _problem(operation, args, kwargs, shapes):
-    rule = rules.rule_of(operation)
-    if rule is None:
-        return ""
-    if getattr(operation, "data_format", None) == "channels_first":
-        return ": channels_first"
-    for value in tree.flatten((args, kwargs)):
-        constant = not isinstance(value, (str, _Surveyed, keras.KerasTensor))
-        if constant and np.ndim(value):
-            return ": a constant tensor among its inputs"
-    problem = rule.problem(operation, shapes)
-    return None if problem is None else f": {problem}"
-
-
-def _sharing_of(sharing, layers, names, rank, tolerance, implementation, threshold):
-    """A function from a layer's name to its parameterization."""
-    ranked = limited = False
-
-    def factorized(kind):
-        nonlocal ranked, limited
-        ranked = True
-        default = 0.1 if rank is None and tolerance is None else tolerance
-        # A dict is for the similar kernels beside them.
-        by_layer = threshold is None or isinstance(threshold, dict)
-        limited = limited or not by_layer
-        error = "frobenius" if by_layer else threshold
-        return kind(rank, default, implementation, error)
-
-    def similar():
-        nonlocal limited
-        limited = True
-        by_layer = _by_pattern("threshold", threshold, layers, _similar_kernels)
-        return lambda name: by_layer(name) or SimilarKernels()
-
-    def resolve(choice):
-        own = parameterizations.get(choice)
-        if not isinstance(choice, parameterizations.Parameterization):
-            if isinstance(own, SimilarKernels):
-                return similar()
-            if isinstance(own, FactorizedParameterization):
-                own = factorized(type(own))
-        own = own.with_names(names)
-        return lambda name: own
-
-    choose = _by_pattern("sharing", sharing, layers, resolve)
-    if (rank is not None or tolerance is not None) and not ranked:
-        raise ValueError(
-            "multitask: `rank` and `tolerance` are for factorisations given by name, such "
-            f"as 'tucker'. Received: sharing={sharing!r}, rank={rank!r}, "
-            f"tolerance={tolerance!r}."
-        )
-    if threshold is not None and not limited:
-        raise ValueError(
-            "multitask: `threshold` is for 'similar' and for factorisations given by name. "
-            f"Received: sharing={sharing!r}, threshold={threshold!r}."
+            f"multitask: {unused} are for parameterizations that take them and are given "
+            f"by name, such as rank and tolerance for 'tucker'. Received: "
+            f"sharing={sharing!r}, {', '.join(f'{n}={options[n]!r}' for n in unused)}."
         )
     independent = parameterizations.get("independent")
 
-    def of_layer(name, convolution):
+    def of_layer(name: str, convolution: bool) -> Parameterization:
         make = choose(name)
         own = independent if make is None else make(name)
         # Layers that are named are meant.
         named = isinstance(sharing, dict)
         return own if convolution or named or not own.convolutions_only else independent
 
+    for layer in layers:
+        # What is malformed is an error before anything is built.
+        of_layer(layer, True)
     return of_layer
-
-
-def _similar_kernels(threshold):
-    return None if threshold is None else SimilarKernels(threshold)
-
-
-def _by_pattern(argument, value, layers, resolve):
-    """A function from a layer's name to what an argument gives it, or None."""
-    if not isinstance(value, dict):
-        only = resolve(value)
-        return lambda name: only
-    patterns = {pattern: resolve(choice) for pattern, choice in value.items()}
-    for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
-            raise ValueError(
-                f"multitask: each key of `{argument}` must fit the name of a layer. "
-                f"Received: {pattern!r}, which fits none of {layers}."
-            )
-
-    def choose(name):
-        fitting = (own for p, own in patterns.items() if fnmatch.fnmatchcase(name, p))
-        return next(fitting, None)
-
-    return choose
 
 
 def _fusion_of(between, survey):
@@ -342,7 +233,7 @@ def _fusion_of(between, survey):
             "multitask: `between` must be a function of the task names that returns a "
             f"layer, or a dict of them. Received: {between!r}."
         )
-    return _by_pattern("between", between, survey.layers, _check_fusion)
+    return by_pattern("between", between, survey.layers, _check_fusion)
 
 
 def _check_fusion(make):
@@ -355,38 +246,14 @@ def _check_fusion(make):
     return make
 
 
-def _check_prior(prior):
-    if prior is not None and not isinstance(prior, TensorNormalRegularizer):
+def _check_prior(prior: Any) -> StatefulRegularizer | None:
+    if prior is not None and not isinstance(prior, StatefulRegularizer):
         raise ValueError(
-            "multitask: `prior` must be a TensorNormalRegularizer, or a dict of them by "
-            f"layer name. Received: {prior!r}."
+            "multitask: `prior` must be a regularizer that learns with a kernel, such as "
+            "TensorNormalRegularizer, or a dict of them by layer name. "
+            f"Received: {prior!r}."
         )
     return prior
-
-
-def _heads(heads, names):
-    """A dict by task name of None, ints, layers and functions."""
-    if isinstance(heads, dict):
-        if set(heads) != set(names):
-            raise ValueError(
-                f"multitask: `heads` must have one entry for each of the tasks "
-                f"{list(names)}. Received: {sorted(map(str, heads))}."
-            )
-    elif isinstance(heads, keras.layers.Layer) and len(names) > 1:
-        raise ValueError(
-            f"multitask: the layer {heads.name!r} as `heads` would be one for all tasks. "
-            "Give a function of the features that makes one, or a dict by task name."
-        )
-    else:
-        heads = dict.fromkeys(names, heads)
-    for task, head in heads.items():
-        whole = isinstance(head, numbers.Integral) and not isinstance(head, bool)
-        if not (head is None or callable(head) or (whole and head >= 1)):
-            raise ValueError(
-                f"multitask: the head of task {task!r} must be a positive int, a layer or "
-                f"a function of the features. Received: {head!r}."
-            )
-    return heads
 
 
 # --- building -----------------------------------------------------------------------
@@ -406,69 +273,30 @@ def _inputs(backbone, names, shared_input):
     }
 
 
-class _Features:
-    """Features of the backbone, in each form in which the tasks need them.
-
-    Attributes:
-        form: the form in which they were computed: `"shared"`, the same for all tasks;
-            `"batched"`, the batch of all tasks' examples; `"grouped"`; or `"apart"`, a
-            dict of one input per task.
-    """
-
-    def __init__(self, builder, form, tensor, source):
-        self._builder = builder
-        self._source = source
-        self._forms = {form: tensor}
-        self.form = form
-
-    @property
-    def shape(self):
-        """The shape that one task's features have."""
-        tensor = self._forms[self.form]
-        if self.form == "apart":
-            return tuple(next(iter(tensor.values())).shape)
-        tasks = len(self._builder.names) if self.form == "grouped" else 1
-        return (*tensor.shape[:-1], tensor.shape[-1] // tasks)
-
-    @property
-    def common(self):
-        """The form in which an ordinary layer serves all tasks at once; or None."""
-        forms = {"shared": "shared", "batched": "batched", "apart": "batched"}
-        return forms.get(self.form)
-
-    def take(self, form):
-        """The features in a given form."""
-        if form not in self._forms:
-            self._forms[form] = self._convert(form)
-        return self._forms[form]
-
-    def _convert(self, form):
-        if form == "batched":
-            layer, source = TaskBatch, "apart" if self.form == "apart" else "grouped"
-        else:
-            layer = {"apart": TaskStack, "shared": TaskRepeat, "batched": TaskGroup}
-            layer, source = layer[self.form], self.form
-        name = self._builder.new_name(f"{self._source}_{form}")
-        return layer(list(self._builder.names), name=name)(self.take(source))
-
-
 class _Builder:
     """Makes the layers of all tasks, call by call of the backbone."""
 
-    def __init__(self, names, survey, choose, prior_of, fusion_of):
+    def __init__(
+        self,
+        names: Sequence[str],
+        surveyed: Survey,
+        choose: Callable[[str, bool], Parameterization],
+        prior_of: Callable,
+        fusion_of: Callable,
+    ) -> None:
         self.names = names
         self.tasks = len(names)
-        self._survey = survey
+        self._survey = surveyed
         self._choose = choose
         self._prior_of = prior_of
         self._fusion_of = fusion_of
-        self._made = {}
-        self._taken = set()
+        self._made: dict[tuple[int, str], Any] = {}
+        self._taken: set[str] = set()
 
-    def new_name(self, name, path=()):
+    def new_name(self, name: str, path: tuple[str, ...] = ()) -> str:
         """A name that no other layer of the network has, from one and where it was."""
         candidates = [
-            exportable("_".join((*path[start:], name)))
+            clean_name("_".join((*path[start:], name)))
             for start in range(len(path), -1, -1)
         ]
         numbered = (f"{candidates[-1]}_{n}" for n in itertools.count(1))
@@ -476,28 +304,32 @@ class _Builder:
             if candidate not in self._taken:
                 self._taken.add(candidate)
                 return candidate
+        raise AssertionError("there are more names than layers")
 
-    def enter(self, backbone, inputs, shared_input):
+    def _features(self, form: Form, tensor: Any, source: str) -> Features:
+        return Features(self.names, form, tensor, source, self.new_name)
+
+    def enter(self, backbone: keras.Model, inputs: Any, shared_input: bool) -> Any:
         """The features that the inputs of the network are."""
         self._taken.update(x.name for x in tree.flatten(inputs))
         if shared_input:
             return tree.map_structure(
-                lambda x: _Features(self, "shared", x, x.name), inputs
+                lambda x: self._features(Form.SHARED, x, x.name), inputs
             )
         apart = zip(*(tree.flatten(inputs[task]) for task in self.names))
         features = [
-            _Features(self, "apart", dict(zip(self.names, parts)), x.name)
+            self._features(Form.APART, dict(zip(self.names, parts)), x.name)
             for x, parts in zip(tree.flatten(backbone.input), apart)
         ]
         return tree.pack_sequence_as(backbone.input, features)
 
-    def visit(self, operation, args, kwargs, path):
-        """What a call of the backbone becomes; takes and returns `_Features`."""
-        features = self._converted(operation, args, kwargs, path)
+    def visit(self, operation: Any, args: list, kwargs: dict, path: tuple) -> Any:
+        """What a call of the backbone becomes; takes and returns `Features`."""
+        features = self._converted(_Call(operation, args, kwargs, path))
         make = self._fusion_of(operation.name)
         if make is None:
             return features
-        if not isinstance(features, _Features) or features.form != "grouped":
+        if not isinstance(features, Features) or features.form != Form.GROUPED:
             raise ValueError(
                 f"multitask: after layer {operation.name!r} tasks have no features of "
                 "their own for `between` to mix; they are shared there."
@@ -507,98 +339,108 @@ class _Builder:
             layer = make(list(self.names))
             layer.name = self.new_name(f"{operation.name}_fusion", path)
             self._made[key] = layer
-        layer = self._made[key]
-        return _Features(self, "grouped", layer(features.take("grouped")), layer.name)
+        return features.through(self._made[key])
 
-    def _converted(self, operation, args, kwargs, path):
-        call = _Call(operation, args, kwargs, path)
-        rule = rules.rule_of(operation)
-        sharing = self._choose(operation.name, convolution=True)
-        hard = id(operation) in self._survey.shared or sharing.name == "hard"
-        forms = {features.common for features in call.features}
-        made = {key for key in ("plain", "tasks") if (id(operation), key) in self._made}
-        if forms != {None} and len(forms) == 1 and "tasks" not in made:
-            if hard or not rule.has_weights:
-                return self._plain(call, forms.pop())
-        if rule.has_weights and "plain" in made:
+    def _converted(self, call: "_Call") -> Any:
+        """A call as one for all tasks: shared, with T kernels, grouped, or task by task."""
+        operation, rule = call.operation, rules.rule_of(call.operation)
+        plain = (id(operation), "plain") in self._made
+        if self._stays_plain(call, rule):
+            return self._plain(call, call.features[0].common)
+        if rule.has_weights and plain:
             # A layer that is called again has the weights that it had before.
-            return self._plain(call, "batched")
+            return self._plain(call, Form.BATCHED)
         if isinstance(rule, rules.Kernels):
             return self._kernels(call, rule)
         shapes = [features.shape for features in call.features]
         layer = self._made.get((id(operation), "tasks"))
         layer = layer or rule.grouped(operation, self.tasks, shapes)
         if layer is None:
-            return self._plain(call, "batched")
+            return self._plain(call, Form.BATCHED)
         weights = _is_layer(layer) and rule.grouped_weights(operation, self.tasks)
-        return self._run(call, layer, "tasks", "grouped", weights)
+        return self._run(call, layer, "tasks", Form.GROUPED, weights)
 
-    def _plain(self, call, form):
+    def _stays_plain(self, call: "_Call", rule: rules.Rule) -> bool:
+        """Whether the backbone's own layer serves all tasks in a form that they have."""
+        operation = call.operation
+        if (id(operation), "tasks") in self._made:
+            return False
+        forms = {features.common for features in call.features}
+        if None in forms or len(forms) != 1:
+            return False
+        if not rule.has_weights or id(operation) in self._survey.shared:
+            return True
+        return self._choose(operation.name, True).name == "hard"
+
+    def _plain(self, call: "_Call", form: Form) -> Any:
         """The backbone's own layer, in a form in which it can serve all tasks."""
         layer = self._made.get((id(call.operation), "plain"))
         layer = layer or rules.copy_of(call.operation)
         weights = _is_layer(layer) and call.operation.get_weights()
         return self._run(call, layer, "plain", form, weights)
 
-    def _run(self, call, layer, key, form, weights):
-        key = (id(call.operation), key)
+    def _run(self, call: "_Call", layer: Any, kind: str, form: Form, weights: Any) -> Any:
+        key = (id(call.operation), kind)
         fresh = key not in self._made
         if fresh:
             layer.name = self.new_name(call.operation.name, call.path)
             self._made[key] = layer
-        args, kwargs = replaced(_Features, call.args, call.kwargs, lambda f: f.take(form))
+        args, kwargs = replaced(Features, call.args, call.kwargs, lambda f: f.take(form))
         outputs = layer(*args, **kwargs)
         if fresh and weights:
             rules.load_weights(layer, weights)
-        return tree.map_structure(lambda x: _Features(self, form, x, layer.name), outputs)
+        return tree.map_structure(lambda x: self._features(form, x, layer.name), outputs)
 
-    def _kernels(self, call, rule):
+    def _kernels(self, call: "_Call", rule: rules.Kernels) -> Any:
         """A layer with kernels as layers with T kernels, one after another."""
         operation, features = call.operation, call.features[0]
-        chain = self._made.get((id(operation), "tasks"))
-        fresh = chain is None
+        key = (id(operation), "tasks")
+        fresh = key not in self._made
         if fresh:
             # A layer that is called again may find other features then.
             once = self._survey.calls[id(operation)] == 1
-            chain = []
+            shared_input = once and features.form == Form.SHARED
+            self._made[key] = []
             for part in rule.parts(operation, [features.shape]):
-                shared_input = not chain and once and features.form == "shared"
-                convolution = issubclass(part.cls, TaskConv)
-                sharing = self._choose(operation.name, convolution)
-                layer = self._task_layer(part, sharing, shared_input, call.path)
-                prior = self._prior_of(operation.name)
-                if prior is not None:
-                    layer.kernel_regularizer = prior
-                chain.append((layer, part.bias))
-            self._made[id(operation), "tasks"] = chain
-        for layer, bias in chain:
-            x = layer(features.take("shared" if layer.shared_input else "grouped"))
+                layer = self._task_layer(part, operation.name, shared_input, call.path)
+                self._made[key].append((layer, part.bias))
+                shared_input = False
+        for layer, bias in self._made[key]:
+            features = features.through_kernels(layer)
             if fresh and bias is not None:
                 layer.bias.assign(np.repeat(bias[:, None], self.tasks, axis=-1))
-            features = _Features(self, "grouped", x, layer.name)
         activation = rule.activation(operation)
         if activation is None:
             return features
-        return self._plain(_Call(activation, [features], {}, call.path), "batched")
+        return self._plain(_Call(activation, [features], {}, call.path), Form.BATCHED)
 
-    def _task_layer(self, part, sharing, shared_input, path):
-        config = {**part.config, "name": self.new_name(part.config["name"], path)}
+    def _task_layer(
+        self, part: rules.Part, operation: str, shared_input: bool, path: tuple
+    ) -> TaskLayer:
+        """The layer with T kernels that starts from one kernel."""
+        sharing = self._choose(operation, issubclass(part.cls, TaskConv))
+        prior = self._prior_of(operation)
+        name = self.new_name(part.config["name"], path)
+        config = {**part.config, "name": name}
         config.update(tasks=self.tasks, shared_input=shared_input)
-        layer = part.cls.from_config(config)
+        if prior is not None:
+            config[f"{part.cls._kernel_prefix}_regularizer"] = prior
         kernel = part.kernel.astype("float64")
         try:
             factors = sharing.replicate(kernel, self.tasks)
         except ValueError as error:
             raise ValueError(
-                f"multitask: layer {layer.name!r}, kernel {kernel.shape}: {error}"
+                f"multitask: layer {name!r}, kernel {kernel.shape}: {error}"
             ) from error
         stacked = np.broadcast_to(kernel[..., None], (*kernel.shape, self.tasks))
-        return with_factors(layer, sharing, stacked, factors)
+        return started_layer(
+            lambda own: make_layer(part.cls, config, own), sharing, stacked, factors
+        )
 
 
 @dataclasses.dataclass
 class _Call:
-    """One call of an operation of the backbone, with `_Features` as its tensors."""
+    """One call of an operation of the backbone, with `Features` as its tensors."""
 
     operation: keras.Operation
     args: list
@@ -608,57 +450,8 @@ class _Call:
     @property
     def features(self):
         """All features among the arguments."""
-        return values_in(_Features, self.args, self.kwargs)
+        return values_in(Features, self.args, self.kwargs)
 
 
 def _is_layer(operation):
     return isinstance(operation, keras.layers.Layer)
-
-
-def _outputs(builder, outputs, heads, names):
-    """A dict of the output tensor of each task."""
-    flat = tree.flatten(outputs)
-    if len(flat) > 1 and not all(callable(head) for head in heads.values()):
-        raise ValueError(
-            f"multitask: the backbone has {len(flat)} outputs. Give `heads`, a function "
-            "for each task that makes one output tensor of them."
-        )
-    parts = [_per_task(builder, features) for features in flat]
-    result = {}
-    for task in names:
-        features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
-        head = heads[task]
-        if isinstance(head, numbers.Integral):
-            features = _classes(features, head, builder.new_name(f"{task}_head"))
-        elif head is not None:
-            features = head(features)
-        if not isinstance(features, keras.KerasTensor):
-            raise ValueError(
-                f"multitask: the head of task {task!r} must return one output tensor. "
-                f"Received: {features!r}."
-            )
-        result[task] = features
-    return result
-
-
-def _per_task(builder, features):
-    names = list(builder.names)
-    if features.form == "shared":
-        tensor = features.take("shared")
-        return {
-            task: keras.layers.Identity(name=builder.new_name(f"{task}_features"))(tensor)
-            for task in names
-        }
-    name = builder.new_name("tasks")
-    return TaskSplit(names, name=name)(features.take("grouped"))
-
-
-def _classes(features, classes, name):
-    if len(features.shape) > 2:
-        axes = len(features.shape) - 2
-        pooling = getattr(keras.layers, f"GlobalAveragePooling{axes}D")
-        features = pooling(name=f"{name}_pooling")(features)
-    activation = "softmax" if classes > 1 else "sigmoid"
-    # Probabilities in full precision, whatever the backbone computes in.
-    layer = keras.layers.Dense(classes, activation, name=name, dtype=keras.config.floatx())
-    return layer(features)

@@ -13,20 +13,13 @@ import keras
 import numpy as np
 from keras import layers as kl
 
-from dmtrl_keras.layers import (
-    NDDR,
-    CrossStitch,
-    TaskConcatenate,
-    TaskConv1D,
-    TaskConv2D,
-    TaskConv3D,
-    TaskDense,
-    TaskDepthwiseConv1D,
-    TaskDepthwiseConv2D,
-    TaskFlatten,
-    TaskLayer,
-    TaskLayerNormalization,
-)
+from dmtrl_keras.ground.keras_private import convnext_layers, is_keras_operation
+from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.tasks.dense import TaskDense
+from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
+from dmtrl_keras.tasks.layout import TaskConcatenate, TaskFlatten
+from dmtrl_keras.tasks.normalization import TaskLayerNormalization
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _RULES = {}
 
@@ -85,7 +78,7 @@ def rule_of(operation):
         return rule
     kind = type(operation)
     known = kind.__name__ in _ELEMENTWISE_OPERATIONS
-    return _OPERATION if known and kind.__module__.startswith("keras.src.ops") else None
+    return _OPERATION if known and is_keras_operation(operation) else None
 
 
 def is_elementwise(activation):
@@ -118,9 +111,18 @@ class Rule:
 
     Attributes:
         has_weights: bool, whether every task gets weights of its own.
+        sharing: str, what `task_summary` calls the layer's way to share where it runs on
+            grouped channels.
+        of_independent_tasks: bool, whether networks that share nothing have it too.
     """
 
     has_weights = False
+    sharing = "independent"
+    of_independent_tasks = True
+
+    def alone(self, layer):
+        """The layer without what only training needs, for the network of one task."""
+        return layer
 
     def problem(self, layer, shapes):
         """Why this layer can't be converted, a string, or None.
@@ -436,18 +438,6 @@ class _TaskLayer(Rule):
         return weights
 
 
-class _Fusion(Rule):
-    """Layers through which tasks see each other's features."""
-
-    has_weights = True
-
-    def problem(self, layer, shapes):
-        return "it mixes the features of several tasks already"
-
-    def single(self, layer, tasks, task):
-        raise ValueError("it mixes the features of the tasks")
-
-
 def _same_channels(layer, shapes):
     return len({(len(shape), shape[-1]) for shape in shapes}) == 1
 
@@ -540,7 +530,6 @@ def _register_keras():
     register_rule(kl.Rescaling, rule=_Channels(values=scale, fixed=True))
     moments = {"mean": "input_mean", "variance": "input_variance"}
     register_rule(kl.Normalization, rule=_Channels(values=moments, fixed=True))
-    register_rule(CrossStitch, NDDR, rule=_Fusion())
     register_rule(kl.Dense, rule=Kernels(TaskDense))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D, TaskConv3D)):
         register_rule(getattr(kl, f"Conv{n}D"), rule=_Convolution(cls))
@@ -548,11 +537,9 @@ def _register_keras():
         register_rule(getattr(kl, f"DepthwiseConv{n}D"), rule=_Depthwise(cls))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D)):
         register_rule(getattr(kl, f"SeparableConv{n}D"), rule=_Separable(cls))
-    # Layers that Keras's ConvNeXt brings along; they are not public by themselves.
-    from keras.src.applications import convnext
-
-    register_rule(convnext.LayerScale, rule=_Channels(counts=("projection_dim",)))
-    register_rule(convnext.StochasticDepth, rule=_OnlyIf(_never))
+    layer_scale, stochastic_depth = convnext_layers()
+    register_rule(layer_scale, rule=_Channels(counts=("projection_dim",)))
+    register_rule(stochastic_depth, rule=_OnlyIf(_never))
 
 
 _register_keras()

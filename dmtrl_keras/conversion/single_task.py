@@ -8,7 +8,6 @@ from keras import tree
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     checked_functional,
-    exportable,
     form_of,
     names_of_tasks,
     number_of_tasks,
@@ -16,15 +15,10 @@ from dmtrl_keras.conversion.graph import (
     run,
     values_in,
 )
-from dmtrl_keras.layers import (
-    TaskBatch,
-    TaskGroup,
-    TaskLayer,
-    TaskRepeat,
-    TaskSplit,
-    TaskStack,
-    TensorNormalPrior,
-)
+from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.validation import clean_name
+from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
 def single_task(model, task, name=None):
@@ -73,7 +67,7 @@ def single_task(model, task, name=None):
     part = keras.Model(model.input, outputs)
     taker = _Taker(tasks, index)
     inputs = _inputs(model.input, names)
-    values = tree.map_structure(lambda x: _One(x, "plain"), inputs)
+    values = tree.map_structure(lambda x: _One(x, Form.SHARED), inputs)
     outputs = run(part, values, taker.visit)
     if taker.problems:
         lines = "\n".join(f"- {line}" for line in taker.problems.values())
@@ -85,7 +79,7 @@ def single_task(model, task, name=None):
     if taker.apart and _is_by_task(inputs, names):
         inputs = inputs[names[index]]
     label = names[index] if names else f"task_{index}"
-    name = name or exportable(f"{model.name}_{label}")
+    name = name or clean_name(f"{model.name}_{label}")
     return keras.Model(inputs, outputs, name=name)
 
 
@@ -150,9 +144,9 @@ class _Taker:
 
     def visit(self, operation, args, kwargs, path):
         """What a call of the network becomes for this task; takes and returns `_One`."""
-        if isinstance(operation, TensorNormalPrior):
-            # A prior is for training.
-            operation = operation.layer
+        rule = rules.rule_of(operation)
+        if rule is not None:
+            operation = rule.alone(operation)
         values = values_in(_One, args, kwargs)
         form = form_of(operation, [value.form for value in values])
         if any(value.lost for value in values):
@@ -177,7 +171,7 @@ class _Taker:
             return _One(None, form, lost=True)
         args, kwargs = replaced(_One, args, kwargs, lambda one: one.tensor)
         fresh = not getattr(layer, "built", True)
-        layer.name = exportable(layer.name)
+        layer.name = clean_name(layer.name)
         outputs = layer(*args, **kwargs)
         if fresh and layer.weights:
             rules.load_weights(layer, self._weights(operation, form))
@@ -189,7 +183,7 @@ class _Taker:
             raise ValueError("it needs the features of other tasks")
         if id(operation) in self._made:
             return self._made[id(operation)]
-        grouped = {value.form == "grouped" for value in values}
+        grouped = {value.form == Form.GROUPED for value in values}
         rule = rules.rule_of(operation)
         if isinstance(operation, TaskLayer):
             if grouped == {operation.shared_input}:
@@ -211,7 +205,7 @@ class _Taker:
         return layer
 
     def _weights(self, operation, form):
-        if form == "grouped":
+        if form == Form.GROUPED:
             rule = rules.rule_of(operation)
             return rule.single_weights(operation, self._tasks, self._index)
         return operation.get_weights()

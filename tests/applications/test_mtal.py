@@ -10,7 +10,7 @@ from PIL import Image
 from applications import mtal, vgg
 from applications.experiment import Results
 from dmtrl_keras import task_layers
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 
 SMALL = (
     "--network vgg11 --width 2 --size 12 --epochs 2 --batch-size 4 --repeats 1 "

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from dmtrl_keras import factorization_report, multitask, single_task, zip_tasks
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 
 DOMAINS = ["dslr", "webcam"]
 SIZE = 128

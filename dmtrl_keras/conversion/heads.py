@@ -1,0 +1,82 @@
+"""What comes after the backbone: the outputs of each task."""
+
+import numbers
+
+import keras
+from keras import tree
+
+from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.tasks.layout import TaskSplit
+
+
+def checked_heads(heads, names):
+    """A dict by task name of None, ints, layers and functions."""
+    if isinstance(heads, dict):
+        if set(heads) != set(names):
+            raise ValueError(
+                f"multitask: `heads` must have one entry for each of the tasks "
+                f"{list(names)}. Received: {sorted(map(str, heads))}."
+            )
+    elif isinstance(heads, keras.layers.Layer) and len(names) > 1:
+        raise ValueError(
+            f"multitask: the layer {heads.name!r} as `heads` would be one for all tasks. "
+            "Give a function of the features that makes one, or a dict by task name."
+        )
+    else:
+        heads = dict.fromkeys(names, heads)
+    for task, head in heads.items():
+        whole = isinstance(head, numbers.Integral) and not isinstance(head, bool)
+        if not (head is None or callable(head) or (whole and head >= 1)):
+            raise ValueError(
+                f"multitask: the head of task {task!r} must be a positive int, a layer or "
+                f"a function of the features. Received: {head!r}."
+            )
+    return heads
+
+
+def outputs_by_task(outputs, heads, names, new_name):
+    """A dict of the output tensor of each task."""
+    flat = tree.flatten(outputs)
+    if len(flat) > 1 and not all(callable(head) for head in heads.values()):
+        raise ValueError(
+            f"multitask: the backbone has {len(flat)} outputs. Give `heads`, a function "
+            "for each task that makes one output tensor of them."
+        )
+    parts = [_per_task(features, new_name) for features in flat]
+    result = {}
+    for task in names:
+        features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
+        head = heads[task]
+        if isinstance(head, numbers.Integral):
+            features = _classes(features, head, new_name(f"{task}_head"))
+        elif head is not None:
+            features = head(features)
+        if not isinstance(features, keras.KerasTensor):
+            raise ValueError(
+                f"multitask: the head of task {task!r} must return one output tensor. "
+                f"Received: {features!r}."
+            )
+        result[task] = features
+    return result
+
+
+def _per_task(features, new_name):
+    names = list(features.names)
+    if features.form == Form.SHARED:
+        tensor = features.take(Form.SHARED)
+        return {
+            task: keras.layers.Identity(name=new_name(f"{task}_features"))(tensor)
+            for task in names
+        }
+    return TaskSplit(names, name=new_name("tasks"))(features.take(Form.GROUPED))
+
+
+def _classes(features, classes, name):
+    if len(features.shape) > 2:
+        axes = len(features.shape) - 2
+        pooling = getattr(keras.layers, f"GlobalAveragePooling{axes}D")
+        features = pooling(name=f"{name}_pooling")(features)
+    activation = "softmax" if classes > 1 else "sigmoid"
+    # Probabilities in full precision, whatever the backbone computes in.
+    layer = keras.layers.Dense(classes, activation, name=name, dtype=keras.config.floatx())
+    return layer(features)

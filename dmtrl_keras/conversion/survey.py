@@ -1,0 +1,130 @@
+"""What is known of a backbone before anything is built."""
+
+import collections
+import dataclasses
+import fnmatch
+
+import keras
+import numpy as np
+from keras import tree
+
+from dmtrl_keras.conversion import rules
+from dmtrl_keras.conversion.graph import output_spec, replaced, run, values_in
+
+_POOLINGS = tuple(
+    getattr(keras.layers, f"{kind}Pooling{axes}D")
+    for kind in ("Max", "Average")
+    for axes in (1, 2, 3)
+)
+
+
+@dataclasses.dataclass
+class Survey:
+    """What is known of the backbone.
+
+    Attributes:
+        shared: ids of the operations that all tasks share.
+        with_weights: names of the layers with weights, in order.
+        poolings: names of the pooling layers, but for global ones.
+        layers: names of all layers.
+        calls: how often each operation is called, by id.
+    """
+
+    shared: frozenset
+    with_weights: list
+    poolings: list
+    layers: list
+    calls: collections.Counter
+
+
+class _Surveyed:
+    """A symbolic tensor, and the ids of all operations that it depends on."""
+
+    def __init__(self, spec, ids=frozenset()):
+        self.spec = spec
+        self.ids = ids
+
+
+def survey(backbone, share_until):
+    """Look at every layer of the backbone.
+
+    Raises:
+        ValueError: if layers can't be converted, or there is no layer `share_until`.
+    """
+    problems, names, with_weights, calls = {}, {}, [], collections.Counter()
+    poolings, layers = [], []
+
+    def visit(operation, args, kwargs, path):
+        values = values_in(_Surveyed, args, kwargs)
+        shapes = [tuple(value.spec.shape) for value in values]
+        problem = _problem(operation, args, kwargs, shapes)
+        if problem is not None:
+            place = "/".join((*path, operation.name))
+            problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
+        elif rules.rule_of(operation).has_weights and not calls[id(operation)]:
+            with_weights.append(operation.name)
+        if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
+            layers.append(operation.name)
+            if isinstance(operation, _POOLINGS):
+                poolings.append(operation.name)
+        calls[id(operation)] += 1
+        ids = frozenset([id(operation)]).union(*(value.ids for value in values))
+        args, kwargs = replaced(_Surveyed, args, kwargs, lambda value: value.spec)
+        outputs = output_spec(operation, args, kwargs)
+        outputs = tree.map_structure(lambda spec: _Surveyed(spec, ids), outputs)
+        leave(operation, outputs)
+        return outputs
+
+    def leave(operation, outputs):
+        ids = frozenset().union(*(value.ids for value in tree.flatten(outputs)))
+        names[operation.name] = names.get(operation.name, frozenset()) | ids
+
+    run(backbone, tree.map_structure(_Surveyed, backbone.input), visit, leave)
+    if problems:
+        lines = "\n".join(f"- {line}" for line in problems.values())
+        raise ValueError(
+            f"multitask: model {backbone.name!r} has {len(problems)} layers that can't be "
+            f"converted (see `dmtrl_keras.conversion.register_rule`):\n{lines}"
+        )
+    names.update({x.name: frozenset() for x in tree.flatten(backbone.input)})
+    if share_until is not None and share_until not in names:
+        raise ValueError(
+            f"multitask: `share_until` must be the name of a layer of {backbone.name!r}. "
+            f"Received: share_until={share_until!r}. Its layers are: {list(names)}."
+        )
+    shared = names.get(share_until, frozenset())
+    return Survey(shared, with_weights, poolings, layers, calls)
+
+
+def _problem(operation, args, kwargs, shapes):
+    rule = rules.rule_of(operation)
+    if rule is None:
+        return ""
+    if getattr(operation, "data_format", None) == "channels_first":
+        return ": channels_first"
+    for value in tree.flatten((args, kwargs)):
+        constant = not isinstance(value, (str, _Surveyed, keras.KerasTensor))
+        if constant and np.ndim(value):
+            return ": a constant tensor among its inputs"
+    problem = rule.problem(operation, shapes)
+    return None if problem is None else f": {problem}"
+
+
+def by_pattern(argument, value, layers, resolve):
+    """A function from a layer's name to what an argument gives it, or None."""
+    if not isinstance(value, dict):
+        only = resolve(value)
+        return lambda name: only
+    patterns = {pattern: resolve(choice) for pattern, choice in value.items()}
+    for pattern in patterns:
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(
+                f"multitask: each key of `{argument}` must fit the name of a layer. "
+                f"Received: {pattern!r}, which fits none of {layers}."
+            )
+
+    def choose(name):
+        fitting = (own for p, own in patterns.items() if fnmatch.fnmatchcase(name, p))
+        return next(fitting, None)
+
+    return choose

@@ -1,0 +1,1 @@
+"""DMTRL: kernels generated from shared factors (Yang & Hospedales 2017)."""

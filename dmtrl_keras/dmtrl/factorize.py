@@ -1,0 +1,128 @@
+"""From independent kernels to shared factors.
+
+Yang & Hospedales, "Deep Multi-task Representation Learning: A Tensor Factorisation
+Approach" (ICLR 2017), section 4: train the tasks independently, decompose each stacked
+kernel, and train on from its factors.
+"""
+
+import keras
+
+from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
+from dmtrl_keras.tasks.rewrite_models import print_report, with_layers
+from dmtrl_keras.tasks.task_layer import task_layers
+
+
+def factorize(
+    model,
+    method,
+    tolerance=None,
+    rank=None,
+    layers=None,
+    implementation="auto",
+    threshold="frobenius",
+    verbose=True,
+):
+    """The same network with factorised kernels, started from trained ones.
+
+    The stacked kernel of each layer is decomposed (LAF: Eq. 2, Tucker: Eq. 3-5, TT:
+    Eq. 6-8 of DMTRL); its factors become the variables of a new layer. Biases, heads
+    and all other layers are carried over with their weights. The given model is left as
+    it was, and the new one is not compiled.
+
+    Args:
+        model: a built functional or Sequential Keras model with layers of independent
+            kernels, such as `TaskConv2D`; nested ones are factorised too.
+        method: `"laf"`, `"tucker"`, `"tt"`, or a factorised parameterization's name.
+        tolerance: number in (0, 1), the error that each kernel may have relative to its
+            Frobenius norm. Without `tolerance` and `rank`: 0.1, as in the paper.
+        rank: instead of the tolerance, int, float or tuple as in `TuckerDense`; or a
+            dict of them by layer name (layers that it lacks stay as they are).
+        layers: which layers, by name; or a function of a layer that returns a bool.
+            None: every layer with independent kernels and more than one task.
+        implementation: `"auto"`, `"compose"` or `"contract"`, as in `TuckerDense`.
+        threshold: `"frobenius"` or `"singular_value"`, as in `TuckerDense`.
+        verbose: bool, whether to print the table of `factorization_report`.
+
+    Returns:
+        A new model of the same kind, layer names and input and output structure.
+
+    Raises:
+        ValueError: if the method is not a factorisation, a named layer is missing or
+            has no independent kernels, nothing is left to factorise, or rank or
+            tolerance are impossible.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras import factorize, layers
+    >>> inputs = keras.Input((8,))
+    >>> hidden = layers.TaskDense(16, tasks=4, shared_input=True, name="fc")(inputs)
+    >>> model = keras.Model(inputs, hidden)
+    >>> factorize(model, "tucker", rank=2, verbose=False).get_layer("fc").rank
+    (2, 2, 2)
+    """
+    if tolerance is None and rank is None:
+        tolerance = 0.1
+    ranks = rank if isinstance(rank, dict) else None
+    kind = type(parameterizations.get(method))
+    if not issubclass(kind, FactorizedParameterization):
+        raise ValueError(
+            "`method` must be a factorisation such as 'laf', 'tucker' or 'tt'. "
+            f"Received: method={method!r}."
+        )
+    if ranks is not None and layers is None:
+        layers = list(ranks)
+    chosen = _chosen(model, layers)
+
+    def factorized(layer):
+        if id(layer) not in chosen:
+            return None
+        own = rank if ranks is None else ranks[layer.name]
+        return _factorized(layer, kind(own, tolerance, implementation, threshold))
+
+    new = with_layers(model, factorized, "factorize")
+    if verbose:
+        print_report(new)
+    return new
+
+
+def _chosen(model, layers):
+    """Ids of the layers to factorise."""
+    candidates = [
+        layer
+        for layer in task_layers(model)
+        if layer.sharing.is_stacked_kernel and layer.built
+    ]
+    if layers is None:
+        chosen = [layer for layer in candidates if layer.tasks > 1]
+    elif callable(layers):
+        chosen = [layer for layer in candidates if layers(layer)]
+    else:
+        by_name = {layer.name: layer for layer in candidates}
+        unknown = [name for name in layers if name not in by_name]
+        if unknown:
+            raise ValueError(
+                f"Model {model.name!r} has no built layers with independent kernels "
+                f"named {unknown}. It has: {sorted(by_name)}."
+            )
+        chosen = [by_name[name] for name in layers]
+    if not chosen:
+        raise ValueError(
+            f"Model {model.name!r} has no layer to factorise. Layers with independent "
+            f"kernels: {[layer.name for layer in candidates]}."
+        )
+    return {id(layer) for layer in chosen}
+
+
+def _factorized(layer, sharing):
+    """An unbuilt factorised copy of a layer."""
+    kernel = keras.ops.convert_to_numpy(layer.kernel).astype("float64")
+    try:
+        values = sharing.decompose(kernel)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(layer).__name__} {layer.name!r}, stacked kernel {kernel.shape}: {error}"
+        ) from error
+    return started_layer(lambda own: with_sharing(layer, own), sharing, kernel, values)

@@ -1,0 +1,122 @@
+"""How much the layers of a network share.
+
+Yang & Hospedales, "Deep Multi-task Representation Learning: A Tensor Factorisation
+Approach" (ICLR 2017), section 4.3, Eq. 9.
+"""
+
+import math
+
+import keras
+import numpy as np
+
+from dmtrl_keras.tasks.task_layer import task_layers
+
+
+def sharing_strength_of(task_matrix):
+    """How much T tasks share, from the task matrix S alone (DMTRL Eq. 9).
+
+    `rho = 2 / (T (T - 1)) * sum over i < j of cos(s_i, s_j)`, where the columns of S are
+    normalised first: absolute values, then a softmax over each column. Columns
+    that are not negative and sum to one already are taken as they are: that is the
+    range that the paper normalises to, and how it assigns the identity to independent
+    tasks (rho = 0) and one row of ones to hard sharing (rho = 1); their softmax would
+    not give these values.
+
+    Args:
+        task_matrix: array `(K, T)`.
+
+    Returns:
+        A float in [0, 1]; NaN for a single task, which has no pair.
+
+    Raises:
+        ValueError: if it is not a finite matrix.
+
+    Example:
+
+    >>> import numpy as np
+    >>> sharing_strength_of(np.eye(3)), round(sharing_strength_of(np.ones((2, 3))), 6)
+    (0.0, 1.0)
+    """
+    matrix = np.asarray(task_matrix, dtype="float64")
+    if matrix.ndim != 2 or matrix.size == 0 or not np.all(np.isfinite(matrix)):
+        raise ValueError(
+            "The task matrix must be a finite matrix (K, T). "
+            f"Received: shape={matrix.shape}."
+        )
+    tasks = matrix.shape[1]
+    if tasks == 1:
+        return math.nan
+    stochastic = np.all(matrix >= 0) and np.allclose(matrix.sum(axis=0), 1)
+    if not stochastic:
+        matrix = np.abs(matrix)
+        matrix = np.exp(matrix - matrix.max(axis=0))
+        matrix = matrix / matrix.sum(axis=0)
+    unit = matrix / np.linalg.norm(matrix, axis=0)
+    cosine = unit.T @ unit
+    pairs = np.triu_indices(tasks, 1)
+    return float(np.clip(cosine[pairs].mean(), 0, 1))
+
+
+def sharing_strength(model):
+    """The sharing strength of each layer with T kernels (DMTRL Eq. 9).
+
+    Args:
+        model: a built model.
+
+    Returns:
+        A dict from layer name to rho, in the order of the layers; see
+        `sharing_strength_of`. Independent kernels have 0, hard-shared ones 1.
+
+    Raises:
+        ValueError: if the model has no such layer.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras import layers, sharing_strength
+    >>> inputs = keras.Input((8,))
+    >>> hidden = layers.TaskDense(16, tasks=4, shared_input=True, name="fc")(inputs)
+    >>> sharing_strength(keras.Model(inputs, hidden))
+    {'fc': 0.0}
+    """
+    found = task_layers(model)
+    if not found:
+        raise ValueError(
+            f"Model {model.name!r} has no layer with a kernel for each task, such as "
+            "TaskConv2D or TuckerDense."
+        )
+    return {
+        layer.name: sharing_strength_of(keras.ops.convert_to_numpy(layer.task_matrix))
+        for layer in found
+    }
+
+
+def plot_sharing_strength(strengths, path=None):
+    """Plot the sharing strength over depth, one line for each network.
+
+    Args:
+        strengths: dict from a label to what `sharing_strength` returned, the layers in
+            their order from input to output; or one such dict by itself.
+        path: where to save the figure; None: don't.
+
+    Returns:
+        The `matplotlib` figure (matplotlib is in the extra `applications`).
+
+    Example:
+
+    >>> figure = plot_sharing_strength({"conv1": 0.9, "fc": 0.3})
+    """
+    from matplotlib.figure import Figure
+
+    if not all(isinstance(value, dict) for value in strengths.values()):
+        strengths = {"": strengths}
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for label, values in strengths.items():
+        axes.plot(list(values), list(values.values()), marker="o", label=label)
+    axes.set(ylim=(-0.05, 1.05), xlabel="layer", ylabel="sharing strength")
+    if any(strengths):
+        axes.legend()
+    if path is not None:
+        figure.savefig(path)
+    return figure

@@ -1,0 +1,1 @@
+"""Fusion units: layers through which tasks see each other's features."""

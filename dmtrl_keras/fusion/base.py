@@ -1,0 +1,52 @@
+"""Layers through which tasks see each other's features: Cross-Stitch and NDDR.
+
+Both are baselines of MTAL (Feng & Chen 2021, section 4.2), and work on the grouped layout
+between any two layers.
+"""
+
+import numbers
+
+import numpy as np
+
+from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.tasks.layout import LayoutLayer, on_channels_last
+
+
+class FusionLayer(LayoutLayer):
+    """Base of the layers that mix the features of T tasks (not for direct use).
+
+    Args:
+        tasks: positive int T, or the list of task names.
+        own: float in [0, 1]: at the start a task's features are `own` times its own plus
+            `(1 - own) / (T - 1)` times those of each other task; 1: its own alone.
+        data_format: `"channels_last"` or `"channels_first"`, Keras's setting by default.
+        **kwargs: `name`, `trainable`, `dtype`.
+    """
+
+    def __init__(self, tasks, own=0.9, data_format=None, **kwargs):
+        super().__init__(tasks, data_format, **kwargs)
+        number = isinstance(own, numbers.Real) and not isinstance(own, bool)
+        if not (number and 0 <= own <= 1):
+            raise ValueError(
+                f"{name_of(self)}: `own` must be a number in [0, 1]. Received: own={own!r}."
+            )
+        self.own = float(own)
+
+    def _start(self):
+        """The start weights of the tasks, an array `(T, T)`, rows summing to 1."""
+        tasks = self.tasks
+        if tasks == 1:
+            return np.ones((1, 1))
+        start = np.full((tasks, tasks), (1 - self.own) / (tasks - 1))
+        np.fill_diagonal(start, self.own)
+        return start
+
+    def call(self, inputs, training=None):
+        return on_channels_last(self, inputs, lambda x: self._mixed(x, training))
+
+    def compute_output_shape(self, input_shape):
+        self._channels(input_shape)
+        return tuple(input_shape)
+
+    def get_config(self):
+        return {**super().get_config(), "own": self.own}

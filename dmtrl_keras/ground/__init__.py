@@ -1,0 +1,1 @@
+"""What every room stands on: the backend, checks, plots, tables, linear algebra."""

@@ -1,0 +1,169 @@
+"""The one place where the library speaks to a backend.
+
+Everything else uses `keras.ops` and Keras's public interface, so that the same code runs
+on TensorFlow, JAX and PyTorch.
+"""
+
+import contextlib
+import functools
+
+import keras
+import numpy as np
+
+from dmtrl_keras.ground.keras_private import torch_scope
+
+
+def tensorflow():
+    """The TensorFlow module, for `tf.data` and `tf.distribute` only."""
+    import tensorflow as tf
+
+    return tf
+
+
+def teach_tf2onnx():
+    """Let tf2onnx convert the exact GELU, which Keras computes with `erfc`.
+
+    tf2onnx 1.17 knows `Erf` but copies `Erfc`, which ONNX lacks, into a file that no
+    runtime loads.
+    """
+    import tf2onnx
+    from tf2onnx.handler import tf_op
+
+    opsets = tf_op.get_opsets().get("", [])
+    if any("Erfc" in opset for opset in opsets if opset):
+        return
+
+    class Complement:
+        """`erfc(x) = 1 - erf(x)`."""
+
+        @classmethod
+        def version_9(cls, ctx, node, **kwargs):
+            (source,), output = node.input, node.output[0]
+            shape, dtype = ctx.get_shape(output), ctx.get_dtype(output)
+            outputs, name = node.output, node.name
+            ctx.remove_node(name)
+            erf = ctx.make_node("Erf", [source], shapes=[shape], dtypes=[dtype])
+            one = np.ones((), tf2onnx.utils.map_onnx_to_numpy_type(dtype))
+            one = ctx.make_const(tf2onnx.utils.make_name("one"), one)
+            operands = [one.output[0], erf.output[0]]
+            ctx.make_node(
+                "Sub", operands, name=name, outputs=outputs, shapes=[shape], dtypes=[dtype]
+            )
+
+    tf_op("Erfc")(Complement)
+
+
+def assert_true(condition, message):
+    """Raise if a boolean tensor is false, wherever the backend can.
+
+    Args:
+        condition: boolean scalar tensor.
+        message: str.
+
+    Raises:
+        ValueError: or, on TensorFlow, `tf.errors.InvalidArgumentError`. Nothing is raised
+            in code that XLA compiles.
+    """
+    if keras.backend.backend() == "tensorflow":
+        tensorflow().debugging.Assert(condition, [message])
+        return
+    try:
+        failed = not bool(condition)
+    except Exception:  # A traced value: JAX has a type of its own for that.
+        return
+    if failed:
+        raise ValueError(message)
+
+
+def full_precision(dtype):
+    """The dtype for linear algebra beside weights of a dtype: float32, or float64."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def eager_scope():
+    """A context in which `keras.ops` return values, not symbolic tensors.
+
+    A layer may be built while its model is traced, but ranks that come from a
+    tolerance need the numbers of the start kernel there and then.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return tensorflow().init_scope()
+    if backend == "jax":
+        import jax
+
+        return jax.ensure_compile_time_eval()
+    if backend == "torch":
+        return torch_scope()
+    return contextlib.nullcontext()
+
+
+def fused(function):
+    """A function that runs as one compiled loop, where the backend does not fuse by itself.
+
+    Args:
+        function: function of tensors, without state, whose gradient is never taken.
+    """
+    compiled = []
+
+    @functools.wraps(function)
+    def call(*arguments):
+        if keras.backend.backend() != "tensorflow":
+            return function(*arguments)
+        if not compiled:
+            compiled.append(tensorflow().function(function, jit_compile=True))
+        return compiled[0](*arguments)
+
+    return call
+
+
+def replicas_in_sync():
+    """The number of replicas of the strategy that is in scope; 1 without any."""
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    return tensorflow().distribute.get_strategy().num_replicas_in_sync
+
+
+def all_reduce_sum(x):
+    """The sum of a tensor over all replicas, where there are several."""
+    if replicas_in_sync() == 1:
+        return x
+    distribute = tensorflow().distribute
+    context = distribute.get_replica_context()
+    return x if context is None else context.all_reduce(distribute.ReduceOp.SUM, x)
+
+
+def share_of_replica(x):
+    """A loss that all replicas have in common, divided among them.
+
+    Keras sums the losses of the replicas.
+    """
+    return x / replicas_in_sync()
+
+
+def check_replicas(examples, owner):
+    """Raise if this replica has no example: statistics of none of them are NaN.
+
+    Args:
+        examples: tensor, whose first axis are the examples of this replica.
+        owner: str, for the message.
+    """
+    if replicas_in_sync() > 1:
+        assert_true(
+            keras.ops.shape(examples)[0] > 0,
+            f"{owner}: a replica got no example. With {replicas_in_sync()} replicas "
+            "every batch, also the last one, must have as many examples at least: use "
+            "batch(n, drop_remainder=True), or see distribution.divisible.",
+        )
+
+
+def local_part(values, strategy):
+    """Of values that a strategy has distributed, those of the first replica here."""
+    distributed = tensorflow().distribute.DistributedValues
+
+    def first(value):
+        if isinstance(value, distributed):
+            return strategy.experimental_local_results(value)[0]
+        return value
+
+    return keras.tree.map_structure(first, values)

@@ -1,0 +1,215 @@
+"""Everything of Keras that the library uses and that is not public, in one place.
+
+Where Keras renames something, this file changes and no other. Versions from 3.13 on.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import tree
+from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
+
+# --- functional models ------------------------------------------------------------
+
+
+def as_functional(model: Any) -> keras.Model | None:
+    """The functional model behind a functional or built Sequential model, or None."""
+    if isinstance(model, keras.Sequential):
+        # A Sequential model that knows its input shape runs as a functional one.
+        return getattr(model, "_functional", None)
+    return model if hasattr(model, "_run_through_graph") else None
+
+
+def run_through_graph(model: keras.Model, inputs: Any, call: Callable) -> Any:
+    """The outputs of a functional model whose every operation is called by a function.
+
+    Args:
+        model: a functional model.
+        inputs: one value for each input tensor, in the structure of `model.input`.
+        call: function `(operation, *args, **kwargs)`.
+    """
+    run = model._run_through_graph
+    arguments: dict[str, Any] = {"call_fn": call}
+    if "operation_fn" in inspect.signature(run).parameters:
+        # Keras before 3.15 has no default for it.
+        arguments["operation_fn"] = lambda operation: operation
+    return run(inputs, **arguments)
+
+
+def functional_constructor(init: Callable) -> Callable:
+    """The constructor of a functional model's subclass, as Keras wants it.
+
+    Keras 3.13 saves a subclass as a functional model only if its constructor takes
+    `*args, **kwargs`, seen without what `functools.wraps` says.
+    """
+
+    @functools.wraps(init)
+    def constructor(*args: Any, **kwargs: Any) -> None:
+        init(*args, **kwargs)
+
+    return constructor
+
+
+def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list]:
+    """The operation that made a symbolic tensor, and the tensors that it took."""
+    operation, node, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[node].input_tensors
+
+
+def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers in a layer, however deep, without itself."""
+    return list(layer._flatten_layers(include_self=False))
+
+
+def is_keras_operation(operation: Any) -> bool:
+    """Whether an operation is one of `keras.ops`."""
+    return type(operation).__module__.startswith("keras.src.ops")
+
+
+def convnext_layers() -> tuple[type, type]:
+    """`(LayerScale, StochasticDepth)` of Keras's ConvNeXt, not public by themselves."""
+    from keras.src.applications import convnext
+
+    return convnext.LayerScale, convnext.StochasticDepth
+
+
+# --- what rides on tensors --------------------------------------------------------
+
+
+def attach(tensor: Any, name: str, value: Any) -> None:
+    """Let a value ride on a tensor, as Keras's masks do, on every backend."""
+    set_tensor_attr(tensor, name, value)
+
+
+def attached(tensor: Any, name: str) -> Any:
+    """What rides on a tensor by that name, or None."""
+    return get_tensor_attr(tensor, name)
+
+
+# --- training ---------------------------------------------------------------------
+
+
+def symbolic_build(model: keras.Model, batch: Any) -> None:
+    """Make the variables of a compiled model's losses and metrics from a batch's shapes."""
+    model._maybe_symbolic_build(data_batch=batch)
+
+
+def unscaled_loss(value: Any) -> Any:
+    """A loss without the factor that Keras gives it for several replicas."""
+    from keras.src.losses import loss as loss_module
+
+    return loss_module.unscale_loss_for_distribution(value)
+
+
+def losses_by_output(
+    model: keras.Model, y: dict, y_pred: dict, sample_weight: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The loss of each output, and its weight, before they are added.
+
+    What Keras's own sum of the compiled losses does, step by step: the logs get the
+    unweighted values.
+
+    Args:
+        model: a compiled model with a dict of outputs.
+        y: dict of labels, of every output with a loss at least.
+        y_pred: dict of predictions.
+        sample_weight: None, a tensor, or a dict of them.
+
+    Returns:
+        `(losses, weights)`: dicts by output, of scalars and of floats; an output with
+        several losses has their sum.
+    """
+    compiled = model._compile_loss
+    if not compiled.built:
+        labels = {name: y.get(name) for name in y_pred}
+        compiled.build(labels, y_pred)
+    # With one loss Keras logs the total alone.
+    metrics = compiled.metrics or [None] * len(compiled._flat_losses)
+    values: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    for (path, loss, weight, _), metric in zip(compiled._flat_losses, metrics):
+        name = path[0]
+        own = sample_weight[name] if tree.is_nested(sample_weight) else sample_weight
+        value = keras.ops.cast(loss(y[name], y_pred[name], own), compiled.dtype)
+        if metric is not None:
+            metric.update_state(unscaled_loss(value), sample_weight=y_pred[name].shape[0])
+        values[name] = values[name] + value if name in values else value
+        weights[name] = 1.0 if weight is None else weight
+    return values, weights
+
+
+def aggregated_loss(model: keras.Model, loss: Any) -> Any:
+    """A penalty as Keras adds it to the losses: of one replica where there are several."""
+    return model._aggregate_additional_loss(loss)
+
+
+# --- optimizers -------------------------------------------------------------------
+
+
+def step_methods(
+    optimizer: keras.optimizers.Optimizer,
+) -> Iterator[tuple[str, Callable[[Any], Sequence]]]:
+    """The methods through which all of an optimizer's ways to take a step go.
+
+    Returns:
+        Pairs of a method's name and a function from its second argument to the variables.
+    """
+    yield "update_step", lambda variable: [variable]
+    if hasattr(optimizer, "_parallel_update_step"):
+        yield "_parallel_update_step", lambda variables: variables
+
+
+def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:
+    """The number of a variable among those of an optimizer."""
+    return optimizer._get_variable_index(variable)
+
+
+# --- serialization ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sharing_scope() -> Iterator[None]:
+    """A context in which objects with one key are deserialized to one object.
+
+    `keras.saving.load_model` opens one itself. Keras's own keys don't reach
+    objects that are nested in configurations, so that `shared_object` has others.
+    """
+    from keras.src.saving import serialization_lib
+    from keras.src.saving.serialization_lib import global_state
+
+    if global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None:
+        yield
+        return
+    with serialization_lib.ObjectSharingScope():
+        yield
+
+
+def shared_object(key: str, make: Callable[[], Any]) -> Any:
+    """The object with a key in the current sharing scope, made if there is none.
+
+    Args:
+        key: str.
+        make: function without arguments that returns the object.
+    """
+    from keras.src.saving import serialization_lib
+
+    found = serialization_lib.get_shared_object(key)
+    if found is None:
+        found = make()
+        serialization_lib.record_object_after_deserialization(found, key)
+    return found
+
+
+# --- PyTorch ----------------------------------------------------------------------
+
+
+def torch_scope() -> contextlib.AbstractContextManager:
+    """A context in which values are held, where Keras traces on the "meta" device."""
+    from keras.src.backend.torch.core import device_scope, get_device
+
+    device = get_device()
+    return device_scope("cpu" if device == "meta" else device)

@@ -1,0 +1,1 @@
+"""How a stacked kernel comes to be, and the kernel of a task layer."""

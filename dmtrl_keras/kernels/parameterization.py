@@ -1,0 +1,188 @@
+"""How the stacked kernel of T tasks comes to be: the interface and its registry."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+_REGISTRY = {}
+
+
+def register(cls):
+    """Class decorator: make a parameterization known to `get` by its `name`.
+
+    It also registers the class for Keras serialization under the package
+    `dmtrl_keras`.
+
+    Example:
+
+    >>> from dmtrl_keras import parameterizations
+    >>> parameterizations.get("tucker").name
+    'tucker'
+    """
+    if cls.name in _REGISTRY:
+        raise ValueError(f"A parameterization named {cls.name!r} is registered already.")
+    _REGISTRY[cls.name] = cls
+    return keras.saving.register_keras_serializable("dmtrl_keras")(cls)
+
+
+def names():
+    """The names of the registered parameterizations, a sorted tuple of strings."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get(identifier):
+    """A parameterization from a name, a serialized config, or itself.
+
+    Args:
+        identifier: None (independent kernels), a registered name such as `"laf"`,
+            a dict made by `keras.saving.serialize_keras_object`, or a
+            `Parameterization`.
+
+    Returns:
+        A `Parameterization`.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if identifier is None:
+        return _REGISTRY["independent"]()
+    if isinstance(identifier, Parameterization):
+        return identifier
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, str) and identifier.lower() in _REGISTRY:
+        return _REGISTRY[identifier.lower()]()
+    raise ValueError(
+        f"`sharing` must be one of {names()}, or a Parameterization. "
+        f"Received: {identifier!r}."
+    )
+
+
+class Parameterization:
+    """What a stacked kernel is made of.
+
+    It holds settings, never variables: the layer that uses it makes one variable
+    of each factor. A stacked kernel has shape `(*window, in, out, T)`, the task
+    axis last.
+
+    To be implemented: `name`, `decompose`, `compose`, `task_matrix`; and, where
+    the factors can be applied without composing, `contractions`.
+    """
+
+    name = None
+    # Whether the only factor, "kernel", is the stacked kernel itself.
+    is_stacked_kernel = False
+    # Whether `multitask` gives it to convolutions only, unless a layer is named.
+    convolutions_only = False
+    # Which arguments of `multitask` are this one's, where it is given by name.
+    short_forms: tuple[str, ...] = ()
+
+    @classmethod
+    def of_trained(cls, **options: Any) -> "Parameterization":
+        """The one that is meant by its name alone, for kernels that are trained already.
+
+        Args:
+            **options: arguments, of those in `short_forms`.
+        """
+        return cls(**options)
+
+    def decompose(self, kernel):
+        """Factors whose composition is, or approximates, a stacked kernel.
+
+        Args:
+            kernel: NumPy array of shape `(*window, in, out, T)`.
+
+        Returns:
+            A dict of NumPy arrays by factor name, in a fixed order.
+        """
+        raise NotImplementedError
+
+    def replicate(self, kernel, tasks):
+        """Factors of T equal kernels, such as pretrained ones, to train on from.
+
+        Args:
+            kernel: NumPy array of shape `(*window, in, out)`.
+            tasks: int, T.
+
+        Returns:
+            A dict of NumPy arrays by factor name, as from `decompose`.
+        """
+        return self.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
+
+    def with_names(self, names):
+        """The same parameterization for tasks of given names, where it speaks of tasks."""
+        return self
+
+    def new_state(self, factors, start, tasks, dtype):
+        """What a layer keeps beside the factors, or None (of most parameterizations).
+
+        Args:
+            factors: function without arguments that returns the dict of the variables.
+            start: dict of arrays, their start values.
+            tasks: int, T.
+            dtype: str, dtype of float state.
+
+        Returns:
+            A Keras layer without inputs: `call(training)` updates it in training, and
+            `tensors(training)` is a dict that `compose` finds among the factors.
+        """
+        return None
+
+    def compose(self, factors, tasks):
+        """The kernels as one tensor `(T, *window, in, out)`.
+
+        The task axis comes first here, so that one task's kernel is contiguous.
+
+        Args:
+            factors: dict of tensors by factor name, and those of the state.
+            tasks: int, T.
+        """
+        raise NotImplementedError
+
+    def compose_flops(self, shapes):
+        """Operations of `compose`, from the dict of the factors' shapes."""
+        return 0
+
+    def task_matrix(self, factors, tasks):
+        """S of the paper, `(K, T)`: column t has the coefficients of task t."""
+        raise NotImplementedError
+
+    def contractions(self, shapes):
+        """Plans that apply the factors without composing the stacked kernel.
+
+        Args:
+            shapes: dict of the factors' shapes.
+
+        Returns:
+            A list of lists of `Stage`, empty if composing is the only way.
+        """
+        return []
+
+    def rank(self, shapes):
+        """The ranks, a tuple of ints, or None where there is no such thing."""
+        return None
+
+    def with_rank(self, rank):
+        """The same parameterization with its ranks fixed."""
+        return self
+
+    def get_config(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __repr__(self):
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+def matrix(tensor, columns):
+    """A tensor as a matrix whose columns are its last `columns` axes."""
+    split = len(tensor.shape) - columns
+    rows = math.prod(tensor.shape[:split])
+    return ops.reshape(tensor, (rows, math.prod(tensor.shape[split:])))

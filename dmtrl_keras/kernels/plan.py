@@ -1,0 +1,228 @@
+"""Applying the kernels of T tasks as a sequence of linear stages.
+
+A stacked kernel that is a product of factors can be applied in several orders:
+compose it and convolve once per task, or pull the activations through the
+factors. Both are a sequence of stages, and one engine runs them all.
+
+Between stages the activations are shared, grouped or batched (see `ground.forms.Form`).
+Every array here is channels-last.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+from dmtrl_keras.ground.forms import Form
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One linear stage.
+
+    Attributes:
+        kind: `"shared"`, one kernel `(*window, inputs, outputs)` for all tasks;
+            `"stacked"`, one kernel for each task, `(T, *window, inputs, outputs)`;
+            `"mix"`, `K` latent outputs of `outputs` channels each, combined to
+            one output for each task by the task matrix `(K, T)`.
+        inputs: channels in (of one task, where tasks are apart).
+        outputs: channels out (likewise).
+        kernel: function from the dict of factors to the stage's array.
+        spatial: whether this stage is the convolution that carries window,
+            strides, dilation and padding; the others are pointwise.
+        flops: to make `kernel` from the factors, once in a step.
+    """
+
+    kind: str
+    inputs: int
+    outputs: int
+    kernel: Callable
+    spatial: bool = False
+    flops: int = 0
+
+
+class Geometry(typing.NamedTuple):
+    """The sizes of a forward pass, for a count of its operations.
+
+    Attributes:
+        batch: int.
+        positions_in: int, product of the spatial dimensions before the convolution.
+        positions_out: int, the same after it.
+    """
+
+    batch: int
+    positions_in: int
+    positions_out: int
+
+
+def plan_flops(plan, *, tasks, shared_input, geometry, window):
+    """Multiply-add operations (counted as 2) of one forward pass of a plan.
+
+    Args:
+        plan: sequence of `Stage`.
+        tasks: int, T.
+        shared_input: bool, whether the input is in the shared form.
+        geometry: `Geometry`.
+        window: int, product of the kernel size.
+
+    Returns:
+        An int.
+    """
+    groups = 1 if shared_input else tasks
+    batch, positions, positions_out = geometry
+    total = 0
+    for stage in plan:
+        taps = 1
+        if stage.spatial:
+            positions, taps = positions_out, window
+        if stage.kind == "stacked":
+            groups = tasks
+        if stage.kind == "mix":
+            groups, taps = tasks, 1
+        work = groups * taps * stage.inputs * stage.outputs
+        total += stage.flops + 2 * batch * positions * work
+    return total
+
+
+def _tail(x):
+    """The shape after the batch axis, dynamic where it is not known."""
+    return tuple(ops.shape(x))[1:]
+
+
+def fold(x, tasks):
+    """Grouped `(N, ..., T * C)` to batched `(T * N, ..., C)`."""
+    *middle, channels = _tail(x)
+    x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
+    axes = len(x.shape)
+    x = ops.transpose(x, (axes - 2, *range(axes - 2), axes - 1))
+    return ops.reshape(x, (-1, *middle, channels // tasks))
+
+
+def unfold_tasks(x, tasks):
+    """Batched `(T * N, ..., C)` to grouped `(N, ..., T * C)`."""
+    *middle, channels = _tail(x)
+    x = _by_task(x, tasks)
+    axes = len(x.shape)
+    x = ops.transpose(x, (*range(1, axes - 1), 0, axes - 1))
+    return ops.reshape(x, (-1, *middle, tasks * channels))
+
+
+def _by_task(x, tasks):
+    # The batch size may be unknown, and only one -1 is allowed.
+    return ops.reshape(x, (tasks, -1, *_tail(x)))
+
+
+def _pointwise(x, kernel):
+    return ops.matmul(x, ops.reshape(kernel, kernel.shape[-2:]))
+
+
+def _shared(x, form, kernel, tasks, convolve):
+    if convolve is None:
+        if form != Form.GROUPED:
+            return _pointwise(x, kernel), form
+        *middle, channels = _tail(x)
+        x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
+        x = _pointwise(x, kernel)
+        return ops.reshape(x, (-1, *middle, tasks * x.shape[-1])), form
+    if form == Form.GROUPED:
+        x, form = fold(x, tasks), Form.BATCHED
+    return convolve(x, kernel), form
+
+
+def _prefers_loop(x, kernel):
+    # TensorFlow's batched product on a CPU takes 1.3 times as long as T products of
+    # matrices this large (measured at T = 10, 64 rows, 3136 x 128 and 1024 x 512), and
+    # up to twice as long on maps, whose tasks would have to be moved in front.
+    return (
+        (len(x.shape) > 2 or math.prod(kernel.shape[1:]) >= 2**14)
+        and keras.config.backend() == "tensorflow"
+        and not keras.distribution.list_devices("gpu")
+    )
+
+
+def _stacked(x, form, kernel, tasks, convolve):
+    if form == Form.SHARED:
+        # One ordinary kernel with T times the outputs.
+        axes = len(kernel.shape)
+        merged = ops.transpose(kernel, (*range(1, axes - 1), 0, axes - 1))
+        shape = (*kernel.shape[1:-1], tasks * kernel.shape[-1])
+        merged = ops.reshape(merged, shape)
+        if convolve is None:
+            return _pointwise(x, merged), Form.GROUPED
+        return convolve(x, merged), Form.GROUPED
+    if convolve is None:
+        kernel = ops.reshape(kernel, (tasks, *kernel.shape[-2:]))
+        if form == Form.GROUPED and _prefers_loop(x, kernel):
+            parts = zip(ops.split(x, tasks, axis=-1), ops.unstack(kernel, axis=0))
+            parts = [ops.matmul(part, own) for part, own in parts]
+            return ops.concatenate(parts, axis=-1), Form.GROUPED
+        if form == Form.GROUPED:
+            x = fold(x, tasks)
+        *middle, channels = _tail(x)
+        x = ops.matmul(ops.reshape(x, (tasks, -1, channels)), kernel)
+        return ops.reshape(x, (-1, *middle, kernel.shape[-1])), Form.BATCHED
+    # A loop of ordinary convolutions: the grouped one is compiled on its own by
+    # Keras on TensorFlow, and is many times slower in training on a CPU.
+    if form == Form.GROUPED:
+        parts, axis = ops.split(x, tasks, axis=-1), -1
+    else:
+        parts, axis = ops.unstack(_by_task(x, tasks), axis=0), 0
+    kernels = ops.unstack(kernel, axis=0)
+    parts = [convolve(part, own) for part, own in zip(parts, kernels)]
+    return ops.concatenate(parts, axis=axis), form
+
+
+def _mix(x, form, task_matrix, tasks):
+    latent = task_matrix.shape[0]
+    if form == Form.GROUPED:
+        x, form = fold(x, tasks), Form.BATCHED
+    *middle, channels = _tail(x)
+    channels = channels // latent
+    if form == Form.SHARED:
+        x = ops.reshape(x, (-1, *middle, latent, channels))
+        x = ops.matmul(ops.transpose(task_matrix), x)
+        return ops.reshape(x, (-1, *middle, tasks * channels)), Form.GROUPED
+    x = ops.reshape(x, (tasks, -1, latent, channels))
+    weights = ops.reshape(ops.transpose(task_matrix), (tasks, 1, latent, 1))
+    x = ops.sum(x * weights, axis=2)
+    return ops.reshape(x, (-1, *middle, channels)), Form.BATCHED
+
+
+def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
+    """Run the stages of a plan on channels-last activations.
+
+    Args:
+        plan: sequence of `Stage`.
+        x: tensor `(batch, ..., C)` if `shared_input`, else `(batch, ..., T * C)`.
+        factors: dict of tensors, handed to each stage's `kernel`.
+        tasks: int, T.
+        shared_input: bool.
+        convolve: function of activations and one kernel `(*window, in, out)`, the
+            convolution of the spatial stage; None if the layer is dense.
+
+    Returns:
+        A grouped tensor `(batch, ..., T * outputs)`.
+    """
+    form = Form.SHARED if shared_input else Form.GROUPED
+    for stage in plan:
+        kernel = stage.kernel(factors)
+        spatial = convolve if stage.spatial else None
+        if stage.kind == "mix":
+            x, form = _mix(x, form, kernel, tasks)
+        elif stage.kind == "stacked":
+            x, form = _stacked(x, form, kernel, tasks, spatial)
+        else:
+            x, form = _shared(x, form, kernel, tasks, spatial)
+    if form == Form.BATCHED:
+        return unfold_tasks(x, tasks)
+    if form == Form.SHARED:
+        return ops.concatenate([x] * tasks, axis=-1)
+    return x
+
+
+def matmul_flops(*sizes):
+    """Operations of a matrix product of the given sizes (rows, inner, columns)."""
+    return 2 * math.prod(sizes)

@@ -1,0 +1,116 @@
+"""State that learns beside a kernel: the slot of priors and of choices among kernels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+_WINDOWS = {
+    0: (),
+    1: ("length",),
+    2: ("height", "width"),
+    3: ("depth", "height", "width"),
+}
+
+
+def state_weight(layer: keras.layers.Layer, name: str, value: np.ndarray) -> keras.Variable:
+    """A variable of a layer that is computed from its weights, not trained.
+
+    State derived from weights is the same on all replicas: nothing to aggregate, which is
+    also what may be assigned after an `ops.cond`.
+
+    Args:
+        layer: the layer that gets it.
+        name: str.
+        value: NumPy array, its start; ints and bools keep their dtype, floats get that of
+            the layer's variables.
+
+    Returns:
+        A `keras.Variable`.
+    """
+    value = np.asarray(value)
+    return layer.add_weight(
+        name=name,
+        shape=value.shape,
+        initializer=lambda shape, dtype=None: ops.convert_to_tensor(value, dtype=dtype),
+        trainable=False,
+        autocast=False,
+        aggregation="none",
+        dtype=value.dtype.name if value.dtype.kind in "ib" else layer.variable_dtype,
+    )
+
+
+def mode_names(order: int, task_axis: bool) -> tuple[str, ...]:
+    """The names of a kernel's modes, from the axes that Keras gives it.
+
+    Args:
+        order: int, the number of axes.
+        task_axis: bool, whether the last axis is that of the tasks.
+
+    Returns:
+        A tuple of strings, such as `("height", "width", "feature", "class", "task")`: input
+        channels are features and output channels classes, as in the papers. Axes without
+        a name of their own are `axis_0`, ...
+
+    Example:
+
+    >>> mode_names(3, task_axis=True), mode_names(2, task_axis=False)
+    (('feature', 'class', 'task'), ('feature', 'class'))
+    """
+    tail = ("feature", "class", "task") if task_axis else ("feature", "class")
+    window = _WINDOWS.get(order - len(tail))
+    if window is None:
+        return tuple(f"axis_{axis}" for axis in range(order))
+    return (*window, *tail)
+
+
+class KernelState(keras.layers.Layer):
+    """What learns beside a kernel and penalizes it (not for direct use).
+
+    A child of the layer that has the kernel, which calls `penalty` for its losses, and the
+    state itself in its own `call`. It never has inputs; `call(training)` updates it in
+    training. It must be of full precision, so that it sees the kernel uncast.
+    """
+
+    def penalty(self, kernel: Any) -> Any:
+        """The penalty on the kernel, a scalar."""
+        raise NotImplementedError
+
+
+class StatefulRegularizer(keras.regularizers.Regularizer):
+    """A penalty on a kernel that depends on state which learns with it.
+
+    It holds settings, never variables: every kernel that it is given to gets a state of its
+    own. The layers with T kernels take one as `kernel_regularizer`.
+    """
+
+    def new_state(
+        self,
+        kernel: Callable[[], Any],
+        shape: tuple[int, ...],
+        names: tuple[str, ...],
+        owner: str,
+        dtype: str,
+    ) -> KernelState:
+        """The state of one kernel, not built.
+
+        Args:
+            kernel: function without arguments that returns the kernel.
+            shape: tuple, the shape of the kernel.
+            names: tuple of strings, the names of its modes, see `mode_names`.
+            owner: str, the layer to name in errors.
+            dtype: str, dtype of the state.
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: Any) -> Any:
+        """Refused: without its state there is no penalty."""
+        raise ValueError(
+            f"{type(self).__name__}: a plain Keras layer can't update the state that "
+            f"learns with its kernel, here of shape {tuple(x.shape)}. {self.hint}"
+        )
+
+    # What to do instead, for the error.
+    hint = "Give it to a layer with T kernels, such as TaskDense."

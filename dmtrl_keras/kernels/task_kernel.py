@@ -1,0 +1,340 @@
+"""The kernels of T tasks as one child of a layer.
+
+A layer with T kernels is the forward pass; what its kernels are, how they are applied and
+what learns beside them is here. A layer may have several such children.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.backend import eager_scope, full_precision
+from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.plan import Geometry, Stage, apply_plan, plan_flops
+from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer, mode_names
+
+
+def draw_stacked_kernel(
+    initializer: Callable | None,
+    shape: tuple[int, ...],
+    tasks: int,
+    common: bool,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """T start kernels from an initializer that sees the shape of one.
+
+    Args:
+        initializer: a Keras initializer; None: Keras's default, Glorot uniform.
+        shape: tuple, the shape of one task's kernel.
+        tasks: int, T.
+        common: bool; one draw for all tasks, or one for each.
+        dtype: str, the dtype to draw in.
+
+    Returns:
+        A NumPy array of shape `(*shape, T)`.
+    """
+    initializer = initializer or keras.initializers.GlorotUniform()
+    if common:
+        draws = [initializer]
+    elif isinstance(getattr(initializer, "seed", None), numbers.Integral):
+        # An initializer with a fixed seed always draws the same values.
+        seeds = np.random.default_rng(initializer.seed).integers(2**31, size=tasks)
+        config = initializer.get_config()
+        draws = [
+            type(initializer).from_config({**config, "seed": int(seed)}) for seed in seeds
+        ]
+    else:
+        draws = [initializer] * tasks
+    kernels = [ops.convert_to_numpy(draw(shape, dtype=dtype)) for draw in draws]
+    return np.repeat(np.stack(kernels, axis=-1), tasks // len(kernels), axis=-1)
+
+
+class TaskKernel(keras.layers.Layer):
+    """The kernels of T tasks (not for direct use): a child of the layer that applies them.
+
+    Its variables are those of the parameterization. Beside them it has what the
+    parameterization keeps (`selection`) and what the regularizer learns (`prior`).
+    The host saves the variables with its own, under its own name, and calls the child in
+    its own `call`.
+
+    Args:
+        sharing: the `Parameterization`.
+        tasks: int, T.
+        owner: str, the layer to name in errors.
+        shared_input: bool; the input is the same for all tasks, not grouped.
+        contractible: bool; factors may be applied one after another, without composing.
+        initializer: Keras initializer of one task's kernel.
+        regularizer: penalty on the stacked kernel, or a `StatefulRegularizer`.
+        constraint: projection of the stacked kernel.
+        common_draw: bool; all tasks start from the same draw.
+        **kwargs: of `keras.layers.Layer`.
+
+    Attributes:
+        factors: dict of the variables.
+        rank: tuple of ints, or None.
+        shape: tuple, the shape of the stacked kernel, `(*window, in, out, T)`.
+        selection: state of the parameterization, a layer, or None.
+        prior: state of the regularizer, a `KernelState`, or None.
+    """
+
+    def __init__(
+        self,
+        sharing: Parameterization,
+        tasks: int,
+        owner: str,
+        shared_input: bool = False,
+        contractible: bool = True,
+        initializer: Callable | None = None,
+        regularizer: Callable | None = None,
+        constraint: Callable | None = None,
+        common_draw: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sharing = sharing
+        self.tasks = tasks
+        self.owner = owner
+        self.shared_input = shared_input
+        self.initializer = initializer
+        self.regularizer = regularizer
+        self.constraint = constraint
+        self.common_draw = common_draw
+        self.selection = None
+        self.prior: KernelState | None = None
+        self._start: Mapping[str, np.ndarray] | None = None
+        # A variable is projected after each update; factors can't be, so that their
+        # composition is projected wherever it is used.
+        self._projects_composed = constraint is not None and not sharing.is_stacked_kernel
+        self._contractible = contractible and not self._projects_composed
+
+    # --- building -------------------------------------------------------------
+
+    def start_from(self, factors: Mapping[str, np.ndarray]) -> None:
+        """Start from given factors instead of a decomposed draw; before `build`.
+
+        Args:
+            factors: dict of arrays, as the parameterization's `decompose` returns.
+        """
+        self._start = factors
+
+    def build(self, kernel_shape: tuple[int, ...]) -> None:
+        """Make the variables.
+
+        Args:
+            kernel_shape: tuple, the shape of one task's kernel.
+        """
+        values = self._draw(kernel_shape) if self._start is None else self._start
+        self._start = None
+        self.shape = (*kernel_shape, self.tasks)
+        direct = self.sharing.is_stacked_kernel
+        regularizer = self._penalty()
+        if regularizer is not None and not direct:
+            # The penalty is of the composed kernel. It hangs on the first factor,
+            # so that Keras counts it once, and not while the layer is frozen.
+            regularizer = _OfComposed(regularizer, self)
+        self._factors = {}
+        for name, value in values.items():
+            self._factors[name] = self.add_weight(
+                name=name,
+                shape=value.shape,
+                initializer=_constant(value),
+                regularizer=regularizer,
+                constraint=self.constraint if direct else None,
+            )
+            regularizer = None
+        self.rank = self.sharing.rank(self._shapes())
+        dtype = full_precision(self.variable_dtype)
+        self.selection = self.sharing.new_state(
+            lambda: dict(self._factors), values, self.tasks, dtype
+        )
+        if self.selection is not None:
+            self.selection.build()
+        self.built = True
+
+    def _draw(self, shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
+        with eager_scope():
+            start = draw_stacked_kernel(
+                self.initializer,
+                shape,
+                self.tasks,
+                self.common_draw,
+                dtype=full_precision(self.variable_dtype),
+            )
+        try:
+            return self.sharing.decompose(start)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.owner}, stacked kernel {(*shape, self.tasks)}: {error}"
+            ) from error
+
+    def _penalty(self) -> Callable | None:
+        """The regularizer as a function of the stacked kernel, or None."""
+        if not isinstance(self.regularizer, StatefulRegularizer):
+            return self.regularizer
+        self.prior = self.regularizer.new_state(
+            lambda: self.stacked(),
+            self.shape,
+            mode_names(len(self.shape), task_axis=True),
+            self.owner,
+            full_precision(self.variable_dtype),
+        )
+        self.prior.build()
+        return self.prior.penalty
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(v.shape) for name, v in self._factors.items()}
+
+    # --- the order of work ----------------------------------------------------
+
+    def plan_for(self, geometry: Geometry) -> None:
+        """Choose the order of work with the fewest operations, or the one asked for.
+
+        Args:
+            geometry: the sizes for which operations are counted.
+
+        Raises:
+            ValueError: if factors are to be contracted that must be composed.
+        """
+        shapes = self._shapes()
+        *_, inputs, outputs, _ = self.shape
+        composition = Stage(
+            "stacked",
+            inputs,
+            outputs,
+            self.composed,
+            spatial=True,
+            flops=self.sharing.compose_flops(shapes),
+        )
+        plans: list[Sequence[Stage]] = []
+        if self._contractible:
+            plans = self.sharing.contractions(shapes)
+        implementation = getattr(self.sharing, "implementation", "auto")
+        if implementation == "contract" and not plans:
+            raise ValueError(
+                f'{self.owner}: `implementation="contract"` is not possible with '
+                "a kernel constraint, with groups, or in a depthwise convolution: "
+                'there the kernel must be composed. Use "auto" or "compose".'
+            )
+        if implementation == "compose":
+            plans = []
+        if implementation != "contract":
+            plans = [*plans, (composition,)]
+        self.plan = tuple(min(plans, key=lambda plan: self._flops(plan, geometry)))
+
+    def flops(self, geometry: Geometry) -> int:
+        """Operations of one forward pass in the order of work that was chosen."""
+        return self._flops(self.plan, geometry)
+
+    def _flops(self, plan: Sequence[Stage], geometry: Geometry) -> int:
+        return plan_flops(
+            plan,
+            tasks=self.tasks,
+            shared_input=self.shared_input,
+            geometry=geometry,
+            window=math.prod(self.shape[:-3]),
+        )
+
+    # --- what the kernels are ---------------------------------------------------
+
+    @property
+    def factors(self) -> dict[str, keras.Variable]:
+        """The variables that the kernel is made of, by factor name."""
+        return dict(self._factors)
+
+    def tensors(self, training: bool | None = False) -> dict[str, Any]:
+        """The factors and the parameterization's state, as `compose` takes them."""
+        tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
+        if self.selection is None:
+            return tensors
+        return tensors | self.selection.tensors(training)
+
+    def composed(self, factors: Mapping[str, Any]) -> Any:
+        """The kernels `(T, *window, in, out)`, the constraint applied."""
+        kernel = self.sharing.compose(factors, self.tasks)
+        if not self._projects_composed:
+            return kernel
+        kernel = self.constraint(ops.moveaxis(kernel, 0, -1))
+        return ops.moveaxis(kernel, -1, 0)
+
+    def stacked(self) -> Any:
+        """The effective stacked kernel, `(*window, in, out, T)`.
+
+        A variable where the tasks' kernels are independent, else the tensor that the
+        factors compose to.
+        """
+        if self.sharing.is_stacked_kernel:
+            return self._factors["kernel"]
+        return ops.moveaxis(self.composed(self.tensors()), 0, -1)
+
+    def task_matrix(self) -> Any:
+        """S of DMTRL, a tensor `(K, T)`; column t has the coefficients of task t."""
+        return self.sharing.task_matrix(self.tensors(), self.tasks)
+
+    # --- the forward pass -------------------------------------------------------
+
+    def call(self, training: bool | None = None) -> None:
+        """Let the states learn, in training; once in a step, before `apply`."""
+        for state in (self.selection, self.prior):
+            if state is not None:
+                state(training=training)
+
+    def apply(self, x: Any, training: bool | None, convolve: Callable | None) -> Any:
+        """Channels-last activations through the kernels, to the grouped layout.
+
+        Args:
+            x: tensor `(batch, ..., C)` with a shared input, else `(batch, ..., T * C)`.
+            training: bool or None.
+            convolve: function of activations and one kernel; None if the layer is dense.
+
+        Returns:
+            A tensor `(batch, ..., T * outputs)`.
+        """
+        return apply_plan(
+            self.plan,
+            x,
+            self.tensors(training),
+            tasks=self.tasks,
+            shared_input=self.shared_input,
+            convolve=convolve,
+        )
+
+    # --- serialization ----------------------------------------------------------
+
+    @property
+    def fixed_sharing(self) -> Parameterization:
+        """The parameterization with the ranks that the factors have.
+
+        A saved layer must come back with the same variables, whatever it draws.
+        """
+        if self.built and self.rank is not None:
+            return self.sharing.with_rank(self.rank)
+        return self.sharing
+
+    def save_own_variables(self, store: Any) -> None:
+        """Nothing: the host saves them with its own."""
+
+    def load_own_variables(self, store: Any) -> None:
+        """Nothing: the host loads them with its own."""
+
+
+class _OfComposed(keras.regularizers.Regularizer):
+    """A penalty on the composed kernel, whatever variable it hangs on."""
+
+    def __init__(self, penalty: Callable, kernel: TaskKernel) -> None:
+        self._penalty = penalty
+        self._kernel = kernel
+
+    def __call__(self, x: Any) -> Any:
+        return self._penalty(self._kernel.stacked())
+
+
+def _constant(value: np.ndarray) -> Callable:
+    def initializer(shape: tuple[int, ...], dtype: str | None = None) -> Any:
+        return ops.convert_to_tensor(value, dtype=dtype)
+
+    return initializer

@@ -1,0 +1,207 @@
+"""The learned covariance of one mode."""
+
+import math
+import numbers
+import uuid
+import weakref
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.keras_private import shared_object
+from dmtrl_keras.ground.validation import check_number, name_of
+from dmtrl_keras.kernels.state import state_weight
+from dmtrl_keras.mrn import tensor_normal
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class ModeCovariance(keras.layers.Layer):
+    """The learned covariance of one mode: state of the priors that use it.
+
+    A `TensorNormalRegularizer` makes its own ones. Made by hand and given to several
+    regularizers as `task_covariance`, one object lets their layers share the task
+    covariance (DRN, remark after Eq. 9). Its maximum-likelihood update then is the mean
+    over the kernels of all these layers. Sharing survives in `.keras` files, in the
+    configuration of a `MultiTaskModel` and in `factorize`; `keras.models.clone_model`,
+    which copies layer by layer, ends it.
+
+    The update (DRN Eq. 5, 13) is `S <- c (M + epsilon I)`, where `M` is the scatter
+    of the whitened kernel along the mode.
+
+    Args:
+        epsilon: float, not negative.
+        relative: bool; `epsilon` is relative to the mean variance `tr(M) / d`, or (Eq. 13
+            as printed) absolute.
+        average: bool; `M` is the mean over the other dimensions (Eq. 5), or the sum. It
+            matters only with an absolute `epsilon` or without a normalised trace.
+        trace: `"size"`: c makes the trace d, so that the mean variance is one; a positive
+            number: it makes the trace that number (Eq. 13: 1); None: c = 1.
+        start: matrix `(d, d)` to start from, symmetric positive definite, taken as it is.
+            None: a multiple of the identity.
+        key: str, by which copies of one object in a saved model are known to be one. None:
+            a new one.
+        name: str.
+        dtype: dtype of the state.
+
+    Attributes:
+        covariance: variable `(d, d)`, or `(n, d, d)`.
+        whitener: variable of the same shape, the inverse of its Cholesky factor.
+        precision: variable of the same shape, the inverse of the covariance.
+
+    Raises:
+        ValueError: on malformed arguments, on a start that is no covariance.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras import ModeCovariance, TensorNormalRegularizer, layers
+    >>> shared = ModeCovariance()
+    >>> inputs = keras.Input((8,))
+    >>> x = inputs
+    >>> for first, name in [(True, "fc7"), (False, "fc8")]:
+    ...     prior = TensorNormalRegularizer(task_covariance=shared)
+    ...     x = layers.TaskDense(
+    ...         4, 3, kernel_regularizer=prior, shared_input=first, name=name
+    ...     )(x)
+    >>> [tuple(v.shape) for v in shared.variables]
+    [(3, 3), (3, 3), (3, 3)]
+    """
+
+    def __init__(
+        self,
+        epsilon=1e-3,
+        relative=True,
+        average=True,
+        trace="size",
+        start=None,
+        key=None,
+        name=None,
+        dtype="float32",
+    ):
+        super().__init__(name=name, dtype=dtype, trainable=False)
+        self.key = uuid.uuid4().hex if key is None else key
+        check_number("epsilon", epsilon, name_of(self))
+        number = isinstance(trace, numbers.Real) and not isinstance(trace, bool)
+        if not (trace in ("size", None) or (number and 0 < trace < math.inf)):
+            raise ValueError(
+                f"{name_of(self)}: `trace` must be 'size', a positive number or None. "
+                f"Received: trace={trace!r}."
+            )
+        self.epsilon = float(epsilon)
+        self.relative = bool(relative)
+        self.average = bool(average)
+        self.trace = trace
+        self.start = None
+        if start is not None:
+            start = tensor_normal.check_covariance(start, f"{name_of(self)}, `start`")
+            self.start = start.tolist()
+        self._members = _Members()
+
+    def build(self, input_shape):
+        """Make the state.
+
+        Args:
+            input_shape: tuple `(d, d)`, or `(n, d, d)` for n covariances.
+        """
+        size = input_shape[-1]
+        start = self.start
+        if start is None:
+            start = np.eye(size) * (1.0 if self.trace is None else self._trace(size) / size)
+        elif len(start) != size:
+            raise ValueError(
+                f"{name_of(self)}: expected a start of shape {(size, size)}. "
+                f"Received: {(len(start), len(start))}."
+            )
+        start = np.broadcast_to(np.asarray(start), input_shape)
+        self.covariance = state_weight(self, "covariance", start)
+        inverse = np.linalg.inv(np.linalg.cholesky(start))
+        self.whitener = state_weight(self, "whitener", inverse)
+        # With it a training step needs one product for the penalty and its gradient.
+        self.precision = state_weight(self, "precision", np.linalg.inv(start))
+        self.built = True
+
+    def _trace(self, size):
+        return float(size if self.trace == "size" else self.trace)
+
+    def join(self, member, size):
+        """Let one more layer's kernel take part in the update.
+
+        Args:
+            member: the layer's state.
+            size: int, T.
+
+        Raises:
+            ValueError: if the layers have different numbers of tasks.
+        """
+        if not self.built:
+            self.build((size, size))
+        if tuple(self.covariance.shape) != (size, size):
+            raise ValueError(
+                f"{name_of(self)} is the covariance of {self.covariance.shape[-1]} tasks, "
+                f"but {member.owner} has {size}."
+            )
+        self._members.add(member)
+
+    def others(self, member):
+        """The states of the other layers that share this covariance."""
+        return [other for other in self._members.all() if other is not member]
+
+    def estimate(self, scatter, count):
+        """The covariance that a scatter matrix gives, its whitener and its precision.
+
+        Args:
+            scatter: tensor `(..., d, d)`, the sum over the other dimensions.
+            count: int or tensor, the product of the other dimensions.
+
+        Returns:
+            Three tensors like `scatter`.
+        """
+        size = scatter.shape[-1]
+        matrix = (scatter + ops.swapaxes(scatter, -1, -2)) / 2
+        if self.average:
+            matrix = matrix / count
+        identity = ops.eye(size, dtype=matrix.dtype)
+        ridge = self.epsilon
+        if self.relative:
+            mean = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / size
+            # A kernel of zeros has no scale; it gives the identity.
+            ridge = ridge * ops.maximum(mean, keras.config.epsilon() ** 4)
+        matrix = matrix + ridge * identity
+        if self.trace is not None:
+            trace = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+            matrix = matrix * (self._trace(size) / trace)
+        whitener = tensor_normal.whitener(matrix)
+        precision = ops.matmul(ops.swapaxes(whitener, -1, -2), whitener)
+        return matrix, whitener, precision
+
+    def get_config(self):
+        config = super().get_config()
+        del config["trainable"]
+        return {
+            **config,
+            "epsilon": self.epsilon,
+            "relative": self.relative,
+            "average": self.average,
+            "trace": self.trace,
+            "start": self.start,
+            "key": self.key,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return shared_object(config["key"], lambda: cls(**config))
+
+
+class _Members:
+    """Layers' states, in the order in which they joined, not kept alive."""
+
+    def __init__(self):
+        self._references = []
+
+    def add(self, member):
+        self._references.append(weakref.ref(member))
+
+    def all(self):
+        alive = (reference() for reference in self._references)
+        return [member for member in alive if member is not None]

@@ -1,0 +1,194 @@
+"""Tensor-normal priors over kernels: DRN and MRN as a regularizer.
+
+Long, Wang & Yu, "Learning Multiple Tasks with Deep Relationship Networks" (2015), and
+Long, Cao, Wang & Yu, "Learning Multiple Tasks with Multilinear Relationship Networks" (NIPS
+2017). The formulas are in `dmtrl_keras.tensor_normal`; here is the state that learns with
+a layer.
+"""
+
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.validation import check_number, check_positive
+from dmtrl_keras.kernels.state import StatefulRegularizer
+from dmtrl_keras.mrn.covariance import ModeCovariance
+from dmtrl_keras.mrn.state import TensorNormalState
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TensorNormalRegularizer(StatefulRegularizer):
+    """Tensor-normal prior over a kernel, with covariances that learn (DRN, MRN).
+
+    The penalty is `strength / 2 (vec(W)^T (S_1 (x) ... (x) S_K)^-1 vec(W) + sum_k (d / d_k)
+    ln|S_k|)`, the negative log of the density (DRN Eq. 2, 8) without its constant. DRN
+    Eq. 9 and 11 print the log-determinant with a minus, for which the update (Eq. 13) would
+    be no stationary point. Between the gradient steps the covariances of the
+    given modes follow the kernel by the flip-flop update (Eq. 5, 13; see
+    `ModeCovariance`); the others are identities. Prior mean is zero.
+
+    As `kernel_regularizer` of the layers with T kernels (`TaskDense`, `TTConv2D`, ...) it
+    applies to the stacked kernel, also where that is composed of factors. For any other
+    Keras layer wrap it: `layers.TensorNormalPrior(keras.layers.Dense(10), regularizer)`.
+    The covariances move in training only, never in `evaluate` or `predict`. They are
+    non-trainable weights: saved, restored, and the same on all replicas. A layer that is
+    called twice in a step also updates twice.
+
+    With unit mean variances the largest precision of one mode is about `1 / epsilon`, and
+    those of several modes multiply. Gradient descent needs `learning_rate * strength` times
+    their product to be below 2.
+
+    Args:
+        strength: float, not negative. With a loss that is a mean over N examples, 1/N is
+            the paper's objective.
+        modes: the modes that learn a covariance, names or axes: `"task"`, `"class"`
+            (outputs), `"feature"` (inputs), and for convolutions `"height"`, `"width"`, ...
+            One or several; DRN: `"task"`, MRN: `("feature", "class", "task")`.
+        update_every: positive int, training steps from one update to the next. None: the
+            covariances stay as they start.
+        epsilon: as in `ModeCovariance`, as are `relative`, `average` and `trace`; or a dict
+            of them by mode, since a covariance needs the more of it the more entries and
+            the fewer columns it is estimated from.
+        relative: bool.
+        average: bool.
+        trace: `"size"`, a positive number, or None. With None the joint optimum of kernel
+            and covariances is a kernel of zeros; an absolute `epsilon` bounds it.
+        start: dict from mode to the matrix to start from; None: identities.
+        each: a mode; the kernel's slices along it are drawn independently, each with its
+            own covariances. `each="class"` learns how the tasks are related class by
+            class.
+        task_covariance: a `ModeCovariance` for the task mode that several layers share,
+            with its own `epsilon` and so on; None: each layer has its own.
+
+    Raises:
+        ValueError: on malformed arguments; when the layer is built, on modes that its
+            kernel does not have.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras import TensorNormalRegularizer
+    >>> from dmtrl_keras.layers import TaskDense
+    >>> prior = TensorNormalRegularizer(1e-2, modes=("feature", "class", "task"))
+    >>> layer = TaskDense(5, tasks=3, shared_input=True, kernel_regularizer=prior)
+    >>> outputs = layer(np.zeros((2, 4), "float32"), training=True)
+    >>> {mode: matrix.shape for mode, matrix in layer.prior.covariances.items()}
+    {'feature': (4, 4), 'class': (5, 5), 'task': (3, 3)}
+    """
+
+    def __init__(
+        self,
+        strength=1e-3,
+        modes="task",
+        update_every=1,
+        epsilon=1e-3,
+        relative=True,
+        average=True,
+        trace="size",
+        start=None,
+        each=None,
+        task_covariance=None,
+    ):
+        owner = type(self).__name__
+        check_number("strength", strength, owner)
+        if update_every is not None:
+            other = " or None"
+            update_every = check_positive("update_every", update_every, owner, other)
+        single = isinstance(modes, (str, numbers.Integral))
+        modes = (modes,) if single else tuple(modes)
+        if not modes or len(set(modes)) < len(modes):
+            raise ValueError(
+                f"{owner}: `modes` must be one or several distinct names or axes. "
+                f"Received: modes={modes!r}."
+            )
+        unknown = set(start or {}) - set(modes)
+        if unknown:
+            raise ValueError(
+                f"{owner}: `start` must be a dict by modes that are in `modes`={modes!r}. "
+                f"Received: {sorted(map(str, unknown))}."
+            )
+        if task_covariance is not None:
+            if not isinstance(task_covariance, ModeCovariance):
+                raise ValueError(
+                    f"{owner}: `task_covariance` must be a ModeCovariance. "
+                    f"Received: {task_covariance!r}."
+                )
+            if "task" not in modes or "task" in (start or {}) or each is not None:
+                raise ValueError(
+                    f"{owner}: `task_covariance` needs 'task' among the modes, no start "
+                    f"for it and no `each`. Received: modes={modes!r}, start={start!r}, "
+                    f"each={each!r}."
+                )
+        self.strength = float(strength)
+        self.modes = modes
+        self.update_every = update_every
+        self.start = {
+            mode: np.asarray(ops.convert_to_numpy(matrix)).tolist()
+            for mode, matrix in (start or {}).items()
+        }
+        self.each = each
+        self.task_covariance = task_covariance
+        if isinstance(epsilon, dict) and set(epsilon) != set(modes):
+            raise ValueError(
+                f"{owner}: `epsilon` must be a number, or a dict with each of the modes "
+                f"{list(modes)}. Received: epsilon={epsilon!r}."
+            )
+        self.epsilon = epsilon
+        self._options = {
+            "relative": relative,
+            "average": average,
+            "trace": trace,
+        }
+        for mode in modes:
+            self.new_covariance(mode)
+
+    def new_covariance(self, mode, name=None, dtype="float32"):
+        """A `ModeCovariance` for one mode, as the arguments say."""
+        epsilon = self.epsilon
+        return ModeCovariance(
+            epsilon[mode] if isinstance(epsilon, dict) else epsilon,
+            **self._options,
+            start=self.start.get(mode),
+            name=name,
+            dtype=dtype,
+        )
+
+    hint = (
+        "Wrap the layer instead: dmtrl_keras.layers.TensorNormalPrior(layer, regularizer)."
+    )
+
+    def new_state(self, kernel, shape, names, owner, dtype):
+        """The covariances of one kernel, see `kernels.state.StatefulRegularizer`."""
+        return TensorNormalState(self, kernel, shape, names, owner, dtype)
+
+    def get_config(self):
+        shared = self.task_covariance
+        return {
+            "strength": self.strength,
+            "modes": list(self.modes),
+            "update_every": self.update_every,
+            "epsilon": _as_pairs(self.epsilon),
+            **self._options,
+            "start": _as_pairs(self.start or None),
+            "each": self.each,
+            "task_covariance": keras.saving.serialize_keras_object(shared),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        shared = keras.saving.deserialize_keras_object(config["task_covariance"])
+        by_mode = {
+            name: dict(map(tuple, config[name]))
+            for name in ("epsilon", "start")
+            if isinstance(config[name], (list, tuple))
+        }
+        return cls(**{**config, **by_mode, "task_covariance": shared})
+
+
+def _as_pairs(by_mode):
+    # In a file a dict would turn modes that are axes into strings.
+    return (
+        [list(pair) for pair in by_mode.items()] if isinstance(by_mode, dict) else by_mode
+    )

@@ -1,0 +1,74 @@
+"""How the tasks of a network are related, as it was learned: matrices and diagrams."""
+
+import numpy as np
+
+from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.mrn.state import TensorNormalState
+
+
+def task_covariance(model):
+    """The learned task covariance of each layer with a tensor-normal prior (DRN Eq. 13).
+
+    Args:
+        model: a built model.
+
+    Returns:
+        A dict from layer name to a NumPy array `(T, T)`, or `(n, T, T)` where the prior
+        learns one for each of n classes (`each="class"`).
+
+    Raises:
+        ValueError: if no layer learns a task covariance, or a kernel is not finite.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras import TensorNormalRegularizer, layers, task_covariance
+    >>> inputs = keras.Input((8,))
+    >>> prior = TensorNormalRegularizer()
+    >>> outputs = layers.TaskDense(
+    ...     4, tasks=2, shared_input=True, kernel_regularizer=prior, name="fc8"
+    ... )(inputs)
+    >>> task_covariance(keras.Model(inputs, outputs))["fc8"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    found, seen = {}, set()
+    for layer in flatten_layers(model):
+        # A layer comes before the child that holds its kernel, which has the same prior.
+        prior = getattr(layer, "prior", None)
+        fresh = isinstance(prior, TensorNormalState) and id(prior) not in seen
+        seen.add(id(prior))
+        if fresh and "task" in prior.modes:
+            found[layer.name] = prior.covariances["task"]
+    if not found:
+        raise ValueError(
+            f"Model {model.name!r} has no layer that learns a task covariance; see "
+            "TensorNormalRegularizer."
+        )
+    return found
+
+
+def task_correlation(model):
+    """The learned task correlations, `S_ij / sqrt(S_ii S_jj)`, of each layer.
+
+    Args:
+        model: a built model.
+
+    Returns:
+        A dict like that of `task_covariance`, of values in [-1, 1].
+
+    Raises:
+        ValueError: as `task_covariance`.
+
+    Example:
+
+    >>> from dmtrl_keras import relationship_network, task_correlation
+    >>> network = relationship_network((16,), ["amazon", "webcam"], classes=3)
+    >>> sorted(task_correlation(network))
+    ['bottleneck', 'classifier']
+    """
+    return {name: _correlation(matrix) for name, matrix in task_covariance(model).items()}
+
+
+def _correlation(matrix):
+    deviation = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
+    return matrix / deviation[..., :, None] / deviation[..., None, :]

@@ -1,0 +1,199 @@
+"""The covariances of one kernel, which learn with it."""
+
+import math
+import numbers
+
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.backend import assert_true
+from dmtrl_keras.kernels.state import KernelState, state_weight
+from dmtrl_keras.mrn import tensor_normal
+
+
+class TensorNormalState(KernelState):
+    """The covariances of one kernel (not for direct use): a child of the kernel's layer.
+
+    The host gives `penalty` to the kernel's variable as its regularizer, and calls the
+    state in its own `call`. Being a layer of full precision, it sees the kernel uncast.
+
+    Args:
+        regularizer: the `TensorNormalRegularizer`.
+        kernel: function without arguments that returns the kernel.
+        shape: tuple, the shape of the kernel.
+        names: tuple of strings, the names of its modes.
+        owner: str, the layer to name in errors.
+        dtype: str, dtype of the state.
+    """
+
+    def __init__(self, regularizer, kernel, shape, names, owner, dtype):
+        super().__init__(name="prior", dtype=dtype, trainable=False)
+        self.regularizer = regularizer
+        self.owner = owner
+        self.names = tuple(names)
+        self._kernel = kernel
+        self._kernel_shape = tuple(shape)
+        each = regularizer.each
+        self._each = None if each is None else self._axis(each, "each")
+        learned = [self._axis(mode, "modes") for mode in regularizer.modes]
+        if len(set(learned)) < len(learned) or self._each in learned:
+            raise ValueError(
+                f"{owner}: expected distinct modes, none of them `each`. "
+                f"Received: modes={regularizer.modes!r}, each={each!r}, which are the axes "
+                f"{learned} and {self._each} of the kernel {self._kernel_shape}."
+            )
+        # In the order of the axes, whatever the order of the names.
+        self._learned = sorted(learned)
+        self._given = dict(zip(learned, regularizer.modes))
+
+    def _axis(self, mode, argument):
+        order = len(self._kernel_shape)
+        number = isinstance(mode, numbers.Integral) and not isinstance(mode, bool)
+        if number and -order <= mode < order:
+            return int(mode) % order
+        if mode in self.names:
+            return self.names.index(mode)
+        hint = ""
+        if mode == "task":
+            hint = (
+                " The kernel has no task axis: use a layer with T kernels such as "
+                "TaskDense, or name the axes (`TensorNormalPrior(..., axes=...)`)."
+            )
+        raise ValueError(
+            f"{self.owner}: TensorNormalRegularizer expected `{argument}` among "
+            f"{list(self.names)}, the modes of the kernel {self._kernel_shape}, or axes. "
+            f"Received: {mode!r}.{hint}"
+        )
+
+    def build(self, input_shape=None):
+        regularizer, shape = self.regularizer, self._kernel_shape
+        rest = [axis for axis in range(len(shape)) if axis != self._each]
+        self._sizes = tuple(shape[axis] for axis in rest)
+        self.modes, self._shared = {}, None
+        for axis in self._learned:
+            mode, size = self._given[axis], shape[axis]
+            name = self.names[axis]
+            if name == "task" and regularizer.task_covariance is not None:
+                covariance = regularizer.task_covariance
+                covariance.join(self, size)
+                count = math.prod(self._sizes) // size
+                self._shared = (rest.index(axis), count)
+                start = count * ops.convert_to_numpy(covariance.covariance)
+                self.scatter = state_weight(self, "scatter", start)
+            else:
+                covariance = regularizer.new_covariance(mode, name, self.dtype_policy)
+                own = (
+                    (size, size) if self._each is None else (shape[self._each], size, size)
+                )
+                try:
+                    covariance.build(own)
+                except ValueError as error:
+                    raise ValueError(f"{self.owner}, mode {name!r}: {error}") from error
+            self.modes[name] = covariance
+        self._positions = [rest.index(axis) for axis in self._learned]
+        self.step = state_weight(self, "step", np.zeros((), "int32"))
+        self.built = True
+
+    # --- the prior ----------------------------------------------------------------
+
+    def _arranged(self, kernel):
+        """The kernel as samples, `(n, d_1, ..., d_K)`."""
+        x = ops.cast(kernel, self.variable_dtype)
+        return x[None] if self._each is None else ops.moveaxis(x, self._each, 0)
+
+    def _matrices(self, name):
+        """A matrix of every mode, None where there is no covariance."""
+        matrices = [None] * len(self._sizes)
+        for position, covariance in zip(self._positions, self.modes.values()):
+            matrices[position] = ops.convert_to_tensor(getattr(covariance, name))
+        return matrices
+
+    def penalty(self, kernel):
+        """The negative log prior of a kernel, without its constant, times the strength."""
+        x = self._arranged(kernel)
+        # The gradient of half the quadratic form is `S^-1 W` (DRN Eq. 12): the product that
+        # gives the value gives it too, and need not be differentiated.
+        precisions = self._matrices("precision")
+        gradient = ops.stop_gradient(tensor_normal.mode_products(x, precisions))
+        form = ops.sum(x * gradient)
+        half = form - ops.stop_gradient(form) / 2
+        log_determinant = ops.sum(
+            tensor_normal.log_determinant(self._sizes, self._matrices("whitener"))
+        )
+        return self.regularizer.strength * (half + log_determinant / 2)
+
+    def call(self, training=None):
+        every = self.regularizer.update_every
+        if not training or every is None:
+            return
+        step = ops.convert_to_tensor(self.step) + 1
+        due = ops.equal(step, every)
+        x = ops.stop_gradient(self._arranged(self._kernel()))
+        finite = ops.all(ops.isfinite(x))
+        # A kernel that is not finite must not spoil what was learned.
+        assert_true(
+            finite,
+            f"{self.owner}: the kernel has values that are not finite (NaN or infinite); "
+            "its covariances can't be updated. Is the learning rate too high?",
+        )
+        variables = self._updated_variables()
+        values = ops.cond(
+            ops.logical_and(due, finite),
+            lambda: self._flip_flop(x),
+            lambda: [ops.convert_to_tensor(variable) for variable in variables],
+        )
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+        self.step.assign(ops.where(due, ops.zeros_like(step), step))
+
+    def _updated_variables(self):
+        variables = [] if self._shared is None else [self.scatter]
+        for covariance in self.modes.values():
+            variables += [covariance.covariance, covariance.whitener, covariance.precision]
+        return variables
+
+    def _flip_flop(self, x):
+        """One sweep over the modes, each given the newest of the others (DRN Eq. 5)."""
+        whiteners, scatters, updated = self._matrices("whitener"), [], []
+        size = math.prod(self._sizes)
+        for position, covariance in zip(self._positions, self.modes.values()):
+            pooled = self._each is None
+            scatter = tensor_normal.mode_covariance(x, whiteners, position, pooled)
+            count = size // self._sizes[position]
+            scatter = scatter * count
+            if self._shared is not None and self._shared[0] == position:
+                scatters = [scatter]
+                for other in covariance.others(self):
+                    scatter = scatter + ops.convert_to_tensor(other.scatter)
+                    count += other.shared_count
+            values = covariance.estimate(scatter, count)
+            whiteners[position] = values[1]
+            updated += values
+        return [*scatters, *updated]
+
+    @property
+    def shared_count(self):
+        """The product of the other dimensions than that of the tasks, an int."""
+        return self._shared[1]
+
+    # --- what was learned -----------------------------------------------------------
+
+    @property
+    def covariances(self):
+        """The learned covariances, a dict from mode name to a NumPy array.
+
+        Each is `(d, d)`, or `(n, d, d)` with `each`.
+
+        Raises:
+            ValueError: if the kernel has values that are not finite.
+        """
+        kernel = ops.convert_to_numpy(self._kernel())
+        if not np.all(np.isfinite(kernel)):
+            raise ValueError(
+                f"{self.owner}: the kernel has {np.count_nonzero(~np.isfinite(kernel))} "
+                "values that are not finite; its covariances mean nothing."
+            )
+        return {
+            name: ops.convert_to_numpy(covariance.covariance)
+            for name, covariance in self.modes.items()
+        }

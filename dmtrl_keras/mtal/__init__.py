@@ -1,0 +1,1 @@
+"""MTAL: similar kernels of different tasks are shared (Feng & Chen 2021)."""

@@ -1,0 +1,410 @@
+"""MTAL: every task its own kernels, similar ones of different tasks aggregated."""
+
+import itertools
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.backend import eager_scope, full_precision
+from dmtrl_keras.kernels.independent import Independent
+from dmtrl_keras.kernels.parameterization import Parameterization, register
+from dmtrl_keras.kernels.state import state_weight
+from dmtrl_keras.mtal import similarity as similar_kernels
+
+# In training a kernel is aggregated with its partners alone if none has more than these,
+# or than T - 1. Each one more costs time, whether it is used or not.
+_PARTNERS = 4
+
+
+@register
+class SimilarKernels(Parameterization):
+    """Kernels of different tasks that are similar are shared (MTAL Eq. 3-6).
+
+    Variables: `kernel`, the stacked kernel `(*window, in, out, T)`; and `logits`, `(T, T)`,
+    if the weights are learned. Each of the `T * out` kernels (one output channel of one
+    task) is compared with those of the other tasks by the cosine (Eq. 3); the pairs at or
+    above the threshold (Eq. 4) are aggregated, `phi_ij w_i + phi_ji w_j` with
+    `phi_ij + phi_ji = 1` (Eq. 5), and the mean over all aggregates of a kernel takes its
+    place (Eq. 6). A kernel that has none stays as it is.
+
+    What the paper leaves open is read as follows.
+
+    - *Which kernels are paired.* The text and Algorithm 1 write pairs of tasks, Figure 7
+      draws pairs of kernels. `pairs="all"`: every kernel of task i with every one of task
+      j, so that a bank (Eq. 6) has an entry for each similar kernel. `pairs="index"`: the
+      kernels of equal index only, at most T - 1 entries; it is far cheaper, and
+      tasks that start from equal kernels (such as pretrained ones) start with these.
+    - *What is updated.* Algorithm 1 writes the aggregate over the kernel and then goes on
+      by back propagation. Here the aggregate is a function of the kernels that are
+      trained, so that gradients flow to both kernels of each pair; which pairs pass is
+      not differentiated.
+    - *In which order.* All tasks at once, from the kernels as they were; a loop over
+      tasks that overwrites them would depend on the order of the tasks.
+    - *When.* The pairs are chosen anew in training, at every step (the paper's algorithm)
+      or every `update_every`. `evaluate`, `predict` and an exported model use the last
+      choice.
+
+    Source: Feng & Chen, "Learning Twofold Heterogeneous Multi-Task by Sharing Similar
+    Convolution Kernel Pairs", 2021.
+
+    Args:
+        threshold: number in [0, 1]; `"related"` (0.4) or `"unrelated"` (0.55), the paper's
+            values for such tasks; or a `keras.optimizers.schedules.LearningRateSchedule`,
+            a function of the training step.
+        weights: 0.5 for all pairs; `"learned"`, per layer and pair of tasks, from 0.5 on;
+            or a matrix `(T, T)` of `phi_ij` in [0, 1] with `phi_ij + phi_ji = 1`.
+        pairs: `"all"` or `"index"`.
+        related: MTAL_R: the groups of tasks that may share, a list of lists of two or more
+            tasks, numbers or (in `multitask`) names. None: all tasks.
+        update_every: positive int, steps from one choice of the pairs to the next.
+
+    Raises:
+        ValueError: on a malformed argument, such as a threshold out of [0, 1] or a group of
+            a single task.
+
+    Example:
+
+    >>> from dmtrl_keras.parameterizations import SimilarKernels
+    >>> SimilarKernels("related", related=[[0, 1], [2, 3]]).threshold
+    0.4
+    """
+
+    name = "similar"
+    convolutions_only = True
+    short_forms = ("threshold",)
+
+    def __init__(
+        self,
+        threshold="related",
+        weights=0.5,
+        pairs="all",
+        related=None,
+        update_every=1,
+    ):
+        self.threshold = _check_threshold(threshold)
+        self.weights = _check_weights(weights)
+        if pairs not in similar_kernels.PAIRINGS:
+            raise ValueError(
+                f"SimilarKernels: `pairs` must be one of {similar_kernels.PAIRINGS}. "
+                f"Received: pairs={pairs!r}."
+            )
+        whole = isinstance(update_every, numbers.Integral)
+        if not whole or isinstance(update_every, bool) or update_every < 1:
+            raise ValueError(
+                "SimilarKernels: `update_every` must be a positive int, a number of steps. "
+                f"Received: update_every={update_every!r}."
+            )
+        self.pairs = pairs
+        self.related = _check_related(related)
+        self.update_every = int(update_every)
+
+    def with_names(self, names):
+        if self.related is None or not _named(self.related):
+            return self
+        unknown = sorted({task for group in self.related for task in group} - set(names))
+        if unknown:
+            raise ValueError(
+                f"SimilarKernels: `related` has the unknown tasks {unknown}. "
+                f"The tasks are {list(names)}."
+            )
+        related = [[names.index(task) for task in group] for group in self.related]
+        return type(self)(**{**self._arguments(), "related": related})
+
+    def _groups(self, tasks):
+        """Bool array `(T, T)`: which tasks may share."""
+        if self.related is None:
+            return similar_kernels.related_tasks(tasks)
+        if _named(self.related):
+            raise ValueError(
+                "SimilarKernels: a layer knows its tasks by number. Give `related` "
+                f"numbers from 0 to {tasks - 1}, or use `multitask`. "
+                f"Received: related={self.related!r}."
+            )
+        if max(map(max, self.related)) >= tasks:
+            raise ValueError(
+                f"SimilarKernels: `related` must have tasks from 0 to {tasks - 1}. "
+                f"Received: related={self.related!r}."
+            )
+        return similar_kernels.related_tasks(tasks, self.related)
+
+    def threshold_at(self, step):
+        """The threshold at a training step, a number or scalar tensor."""
+        return self.threshold(step) if callable(self.threshold) else self.threshold
+
+    def decompose(self, kernel):
+        tasks = kernel.shape[-1]
+        factors = {"kernel": kernel}
+        if self.weights == "learned":
+            factors["logits"] = np.zeros((tasks, tasks))
+        elif np.ndim(self.weights) and np.shape(self.weights)[0] != tasks:
+            raise ValueError(
+                f"SimilarKernels: `weights` must be a matrix for {tasks} tasks. "
+                f"Received: shape {np.shape(self.weights)}."
+            )
+        self._groups(tasks)
+        return factors
+
+    def new_state(self, factors, start, tasks, dtype):
+        # A single task has nothing to choose.
+        if tasks == 1:
+            return None
+        return SelectionState(self, factors, start["kernel"], dtype)
+
+    def task_weights(self, factors):
+        """The weights `phi_ij` of Eq. 5, a tensor `(T, T)` in full precision."""
+        kernel = factors["kernel"]
+        tasks = kernel.shape[-1]
+        dtype = full_precision(keras.backend.standardize_dtype(kernel.dtype))
+        if self.weights == "learned":
+            logits = ops.cast(factors["logits"], dtype)
+            return ops.sigmoid(logits - ops.transpose(logits))
+        weights = np.broadcast_to(np.asarray(self.weights, "float64"), (tasks, tasks))
+        return ops.convert_to_tensor(weights, dtype)
+
+    def select(self, kernel, step):
+        """The pairs that pass (Eq. 3, 4) among the kernels of a layer.
+
+        Args:
+            kernel: float tensor `(*window, in, out, T)`.
+            step: int or int tensor, the training step, for a schedule.
+
+        Returns:
+            A dict: `"selection"`, a bool tensor `(groups, size, size)`, True for the pairs;
+            and the same as lists, `"partners"` and `"counts"`.
+        """
+        tasks = kernel.shape[-1]
+        compared = similar_kernels.comparable(
+            similar_kernels.kernel_rows(kernel), tasks, self.pairs
+        )
+        selection = similar_kernels.similar_pairs(
+            compared, self.threshold_at(step), self._groups(tasks)
+        )
+        capacity = self._capacity(kernel.shape)
+        partners, counts = similar_kernels.partners_of(selection, capacity)
+        return {
+            # TensorFlow sends no int8 to other machines.
+            "selection": ops.cast(selection, "bool"),
+            "partners": partners,
+            "counts": counts,
+        }
+
+    def _capacity(self, shape):
+        """How many partners of a kernel are listed."""
+        return min(self._most(shape), max(_PARTNERS, shape[-1] - 1))
+
+    def compose(self, factors, tasks):
+        kernel = factors["kernel"]
+        if tasks > 1 and "selection" not in factors:
+            factors = factors | self.select(ops.stop_gradient(kernel), 0)
+            # One use is not worth the compilation.
+            del factors["partners"]
+        if tasks == 1 or "partners" in factors:
+            if tasks > 1:
+                kernel = self._by_partners(kernel, factors)
+            return Independent().compose({"kernel": kernel}, tasks)
+        return self._by_matrix(kernel, factors)
+
+    def _by_matrix(self, kernel, factors):
+        rows = similar_kernels.kernel_rows(kernel)
+        compared = similar_kernels.comparable(rows, kernel.shape[-1], self.pairs)
+        weights = self.task_weights(factors)
+        mixed = similar_kernels.aggregate(compared, factors["selection"], weights)
+        mixed = ops.reshape(mixed, rows.shape)
+        return similar_kernels.kernels_by_task(mixed, kernel.shape)
+
+    def _by_partners(self, kernel, factors):
+        """The aggregated kernels, by the lists where they are long enough."""
+        partners, counts = factors["partners"], factors["counts"]
+        *shape, outputs, tasks = kernel.shape
+        coefficients = similar_kernels.partner_coefficients(
+            partners, counts, self.task_weights(factors), kernel.dtype
+        )
+        columns = ops.reshape(kernel, (int(np.prod(shape)), outputs * tasks))
+
+        def listed():
+            learned = self.weights == "learned"
+            mixed = similar_kernels.aggregate_partners(columns, coefficients, learned)
+            return ops.reshape(mixed, kernel.shape)
+
+        if partners.shape[1] >= self._most(kernel.shape):
+            return listed()
+        return ops.cond(
+            ops.max(counts) <= partners.shape[1],
+            listed,
+            lambda: ops.moveaxis(self._by_matrix(kernel, factors), 0, -1),
+        )
+
+    def _most(self, shape):
+        """The most partners that a kernel can have."""
+        *_, outputs, tasks = shape
+        return (tasks - 1) * (1 if self.pairs == "index" else outputs)
+
+    def compose_flops(self, shapes):
+        shape = shapes["kernel"]
+        partners = self._capacity(shape) if shape[-1] > 1 else 0
+        return 2 * int(np.prod(shape)) * (partners + 1)
+
+    def task_matrix(self, factors, tasks):
+        """How much of task t's kernels comes from task k's: `(T, T)`, columns sum to 1."""
+        if tasks == 1:
+            return ops.eye(1)
+        if "selection" not in factors:
+            factors = factors | self.select(factors["kernel"], 0)
+        weights = self.task_weights(factors)
+        others = similar_kernels.coefficients(factors["selection"], weights)
+        groups, size, _ = others.shape
+        shape = (groups, size // tasks, tasks, size // tasks, tasks)
+        others = ops.mean(ops.sum(ops.reshape(others, shape), axis=3), axis=(0, 1))
+        own = 1 - ops.sum(others, axis=1)
+        return ops.transpose(others + ops.diag(own))
+
+    def _arguments(self):
+        return {
+            "threshold": self.threshold,
+            "weights": self.weights,
+            "pairs": self.pairs,
+            "related": self.related,
+            "update_every": self.update_every,
+        }
+
+    def get_config(self):
+        config = self._arguments()
+        if callable(self.threshold):
+            config["threshold"] = keras.optimizers.schedules.serialize(self.threshold)
+        return config
+
+
+class SelectionState(keras.layers.Layer):
+    """Which kernels are similar (not for direct use): a child of the kernels' layer.
+
+    Being a layer of full precision, it sees the kernels uncast.
+
+    Args:
+        sharing: the `SimilarKernels`.
+        factors: function without arguments that returns the dict of the variables.
+        start: array `(*window, in, out, T)`, the kernels at the start.
+        dtype: str, dtype to compare in.
+    """
+
+    def __init__(self, sharing, factors, start, dtype):
+        super().__init__(name="selection", dtype=dtype, trainable=False)
+        self._sharing = sharing
+        self._factors = factors
+        self._start = start
+
+    def build(self, input_shape=None):
+        with eager_scope():
+            start = ops.convert_to_tensor(self._start, self.variable_dtype)
+            found = {
+                name: ops.convert_to_numpy(value)
+                for name, value in self._sharing.select(start, 0).items()
+            }
+        self._start = None
+        self._chosen = {
+            name: state_weight(self, name, value) for name, value in found.items()
+        }
+        self.step = state_weight(self, "step", np.zeros((), "int32"))
+        self.built = True
+
+    def tensors(self, training=False):
+        """The choice, by name, for `SimilarKernels.compose`; in training with the lists."""
+        names = self._chosen if training else ["selection"]
+        # The values: Keras takes its variables for tensors, but a gradient can't read them.
+        return {name: ops.stop_gradient(self._chosen[name]) for name in names}
+
+    def refresh(self):
+        """Choose the pairs anew from the kernels as they are now."""
+        self._assign(self._select(ops.convert_to_tensor(self.step)))
+
+    def _select(self, step):
+        kernel = ops.convert_to_tensor(self._factors()["kernel"])
+        kernel = ops.cast(ops.stop_gradient(kernel), self.variable_dtype)
+        return list(self._sharing.select(kernel, step).values())
+
+    def _assign(self, values):
+        for variable, value in zip(self._chosen.values(), values):
+            variable.assign(value)
+
+    def call(self, training=None):
+        if not training:
+            return
+        step = ops.convert_to_tensor(self.step)
+        every = self._sharing.update_every
+        if every == 1:
+            values = self._select(step)
+        else:
+            values = ops.cond(
+                ops.equal(step % every, 0),
+                lambda: self._select(step),
+                lambda: list(self.tensors(training=True).values()),
+            )
+        self._assign(values)
+        self.step.assign(step + 1)
+
+
+def _check_threshold(threshold):
+    if isinstance(threshold, dict):
+        threshold = keras.optimizers.schedules.deserialize(threshold)
+    if isinstance(threshold, keras.optimizers.schedules.LearningRateSchedule):
+        return threshold
+    if isinstance(threshold, str) and threshold in similar_kernels.THRESHOLDS:
+        return similar_kernels.THRESHOLDS[threshold]
+    number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+    if not (number and 0 <= threshold <= 1):
+        raise ValueError(
+            "SimilarKernels: `threshold` must be a number in [0, 1], one of "
+            f"{list(similar_kernels.THRESHOLDS)}, or a schedule. "
+            f"Received: threshold={threshold!r}."
+        )
+    return float(threshold)
+
+
+def _check_weights(weights):
+    if np.ndim(weights) == 0 and weights in ("learned", 0.5):
+        return weights
+    try:
+        matrix = np.asarray(weights, "float64")
+    except (TypeError, ValueError):
+        matrix = np.zeros(())
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    if square:
+        sums = (matrix + matrix.T)[~np.eye(len(matrix), dtype=bool)]
+        if np.allclose(sums, 1) and np.all((matrix >= 0) & (matrix <= 1)):
+            return matrix.tolist()
+    raise ValueError(
+        "SimilarKernels: `weights` must be 0.5, 'learned', or a square matrix of phi_ij in "
+        f"[0, 1] with phi_ij + phi_ji = 1. Received: weights={weights!r}."
+    )
+
+
+def _named(groups):
+    return any(isinstance(task, str) for task in itertools.chain(*groups))
+
+
+def _check_related(related):
+    if related is None:
+        return None
+    problem = ValueError(
+        "SimilarKernels: `related` must be a list of groups, each of two or more different "
+        f"tasks (numbers, or names in `multitask`). Received: related={related!r}."
+    )
+    if isinstance(related, str) or not isinstance(related, (list, tuple)) or not related:
+        raise problem
+    groups = []
+    for group in related:
+        if isinstance(group, str) or not isinstance(group, (list, tuple, set)):
+            raise problem
+        group = list(group)
+        names = all(isinstance(task, str) for task in group)
+        numbered = all(
+            isinstance(task, numbers.Integral) and not isinstance(task, bool) and task >= 0
+            for task in group
+        )
+        if not (names or numbered) or len(set(group)) != len(group) or len(group) < 2:
+            raise problem
+        groups.append(group if names else list(map(int, group)))
+    if len({isinstance(group[0], str) for group in groups}) > 1:
+        raise problem
+    return groups

@@ -1,0 +1,309 @@
+"""MTAL's maths: which kernels of different tasks are similar, and their aggregation.
+
+Feng & Chen, "Learning Twofold Heterogeneous Multi-Task by Sharing Similar Convolution
+Kernel Pairs" (2021), Eq. 3-6, as functions of tensors. What the paper leaves open is
+settled in `dmtrl_keras.parameterizations.SimilarKernels`.
+"""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.backend import fused
+
+# The thresholds that the paper found best, section 4.3.
+THRESHOLDS = {"related": 0.4, "unrelated": 0.55}
+PAIRINGS = ("all", "index")
+
+# A cosine this far below the threshold counts as at it: equal kernels miss 1 by rounding.
+_ROUNDING = 2e-6
+
+
+def kernel_rows(kernel):
+    """Kernels as rows of a matrix.
+
+    Args:
+        kernel: tensor `(*window, in, out, T)`, the stacked kernel.
+
+    Returns:
+        A tensor `(out * T, d)`; row `a * T + t` is `vec(w)` of kernel `a` of task `t`.
+    """
+    *shape, outputs, tasks = kernel.shape
+    rows = ops.reshape(kernel, (math.prod(shape), outputs * tasks))
+    return ops.transpose(rows)
+
+
+def kernels_by_task(rows, shape):
+    """Rows as kernels again, the task axis first.
+
+    Args:
+        rows: tensor `(out * T, d)`, as from `kernel_rows`.
+        shape: tuple `(*window, in, out, T)`.
+
+    Returns:
+        A tensor `(T, *window, in, out)`.
+    """
+    *window, outputs, tasks = shape
+    x = ops.reshape(rows, (outputs, tasks, math.prod(window)))
+    return ops.reshape(ops.transpose(x, (1, 2, 0)), (tasks, *window, outputs))
+
+
+def comparable(rows, tasks, pairs):
+    """Rows in groups within which they are compared.
+
+    Args:
+        rows: tensor `(out * T, d)`.
+        tasks: int, T.
+        pairs: `"all"`, one group of all kernels; `"index"`, one for each kernel index.
+
+    Returns:
+        A tensor `(groups, size, d)`; member `i` of a group is of task `i % T`.
+    """
+    count, length = rows.shape
+    size = tasks if pairs == "index" else count
+    return ops.reshape(rows, (count // size, size, length))
+
+
+def cosine_similarity(kernels):
+    """The cosines of all kernels of a group (Eq. 3), as one Gram matrix.
+
+    Args:
+        kernels: float tensor `(groups, size, d)`.
+
+    Returns:
+        A tensor `(groups, size, size)`; 0 where a kernel is zero.
+    """
+    norm = ops.sqrt(ops.sum(ops.square(kernels), axis=-1, keepdims=True))
+    unit = kernels / ops.where(norm > 0, norm, ops.ones_like(norm))
+    return ops.matmul(unit, ops.swapaxes(unit, -1, -2))
+
+
+def similar_pairs(kernels, threshold, related):
+    """The pairs of kernels of different tasks that are similar enough (Eq. 4).
+
+    Args:
+        kernels: float tensor `(groups, size, d)`.
+        threshold: number or scalar tensor; above 1, no pair passes.
+        related: bool array `(T, T)`, symmetric: which tasks may share.
+
+    Returns:
+        A bool tensor `(groups, size, size)`, symmetric, false on the diagonal.
+    """
+    related = np.asarray(related) & ~np.eye(len(related), dtype=bool)
+    repeats = kernels.shape[1] // len(related)
+    allowed = ops.tile(ops.convert_to_tensor(related), (repeats, repeats))
+    threshold = ops.cast(threshold, kernels.dtype) - _ROUNDING
+    return ops.logical_and(cosine_similarity(kernels) >= threshold, allowed)
+
+
+def coefficients(selection, weights):
+    """What the similar kernels of others contribute to each aggregated kernel.
+
+    By Eq. 5 and 6, `w_i = 1 / |M_i| sum over j in M_i of (phi_ij w_i + phi_ji w_j)`: the
+    coefficient of `w_j` is `phi_ji / |M_i|`, and what is left to 1 is that of `w_i`.
+
+    Args:
+        selection: tensor `(groups, size, size)`, 1 or true for the pairs of Eq. 4.
+        weights: tensor `(T, T)`, `phi_ij`, in full precision: banks are counted in it.
+
+    Returns:
+        A tensor `(groups, size, size)` of the dtype of the weights.
+    """
+    selection = ops.cast(selection, weights.dtype)
+    repeats = selection.shape[1] // weights.shape[0]
+    weights = ops.tile(ops.transpose(weights), (repeats, repeats))
+    sizes = ops.sum(selection, axis=-1, keepdims=True)
+    return selection * weights / ops.maximum(sizes, 1)
+
+
+def aggregate(kernels, selection, weights):
+    """Aggregated kernels (Eq. 5, 6) by one matrix product; those without similar ones stay.
+
+    Args:
+        kernels: tensor `(groups, size, d)`.
+        selection: as from `similar_pairs`.
+        weights: tensor `(T, T)`.
+
+    Returns:
+        A tensor `(groups, size, d)`.
+    """
+    others = coefficients(selection, weights)
+    own = ops.cast(1 - ops.sum(others, axis=-1, keepdims=True), kernels.dtype)
+    return own * kernels + ops.matmul(ops.cast(others, kernels.dtype), kernels)
+
+
+def partners_of(selection, capacity):
+    """For each kernel, the similar ones of other tasks, in a list of fixed length.
+
+    Args:
+        selection: bool tensor `(groups, size, size)`, as from `similar_pairs`.
+        capacity: int, the length of the lists.
+
+    Returns:
+        `(partners, counts)`, int32 tensors: `(groups * size, capacity)`, numbers of rows,
+        those of the partners first; and `(groups * size,)`, how many partners each
+        kernel has, which may be more than the list holds.
+    """
+    groups, size, _ = selection.shape
+    ones = ops.cast(selection, "int32")
+    # Of equal values the first come first.
+    _, members = ops.top_k(ops.cast(selection, "float32"), capacity)
+    start = size * ops.arange(groups, dtype="int32")[:, None, None]
+    partners = ops.reshape(ops.cast(members, "int32") + start, (groups * size, capacity))
+    return partners, ops.reshape(ops.sum(ones, axis=-1), (groups * size,))
+
+
+def partner_coefficients(partners, counts, weights, dtype):
+    """`coefficients`, of listed partners only.
+
+    Args:
+        partners: int tensor `(size, capacity)`, as from `partners_of`.
+        counts: int tensor `(size,)`.
+        weights: tensor `(T, T)`, `phi_ij`, in full precision.
+        dtype: str, that of the kernels.
+
+    Returns:
+        `(own, to_own, to_theirs, partners)`: the coefficients of the kernels themselves,
+        `(size,)`; two tensors like `partners`, 0 beyond the last of them, those with which
+        the partners of a kernel contribute to it, and with which it contributes to them;
+        and the partners as float32 numbers.
+    """
+    capacity, tasks = partners.shape[1], weights.shape[0]
+    own_task = ops.arange(partners.shape[0], dtype="int32")[:, None] % tasks
+    their_task = partners % tasks
+    flat = ops.reshape(weights, (-1,))
+    banks = ops.cast(ops.maximum(counts, 1), flat.dtype)
+    to_own = ops.take(flat, their_task * tasks + own_task) / banks[:, None]
+    to_theirs = ops.take(flat, own_task * tasks + their_task) / ops.take(banks, partners)
+    listed = ops.arange(capacity, dtype="int32") < counts[:, None]
+    to_own = ops.where(listed, to_own, ops.zeros_like(to_own))
+    to_theirs = ops.where(listed, to_theirs, ops.zeros_like(to_theirs))
+    # The gradient of the two others is in that of `to_own`.
+    own = ops.stop_gradient(1 - ops.sum(to_own, axis=1))
+    to_theirs = ops.stop_gradient(to_theirs)
+    parts = (ops.cast(x, dtype) for x in (own, to_own, to_theirs))
+    # Functions with gradients of their own take no ints on JAX.
+    return (*parts, ops.cast(partners, "float32"))
+
+
+def aggregate_partners(kernels, coefficients, learned=False):
+    """`aggregate` by the lists of partners: no kernel meets any but these.
+
+    The gradient, too, gathers: pairs are symmetric, so that the transposed matrix of
+    coefficients has the same lists. Adding to scattered columns would be far slower.
+
+    Args:
+        kernels: tensor `(d, size)`, a kernel in each column. In a branch of a condition all
+            tensors must come from outside of it, since the gradient needs them.
+        coefficients: as from `partner_coefficients`, of the kernels' dtype.
+        learned: bool, whether they need a gradient.
+
+    Returns:
+        A tensor `(d, size)`.
+    """
+
+    @ops.custom_gradient
+    def mix(kernels, own, to_own, to_theirs, partners):
+        def gradient(*arguments, upstream=None):
+            upstream = arguments[0] if upstream is None else upstream
+            weights = ops.zeros_like(to_own)
+            if learned:
+                weights = _inner_products(upstream, kernels, partners)
+            none = map(ops.zeros_like, (to_theirs, partners))
+            to_kernels = _combine(upstream, own, to_theirs, partners)
+            return (to_kernels, ops.zeros_like(own), weights, *none)
+
+        return _combine(kernels, own, to_own, partners), gradient
+
+    return mix(kernels, *coefficients)
+
+
+@fused
+def _combine(kernels, own, others, partners):
+    """`own` times each column plus `others` times those of its partners."""
+    taken = ops.take(kernels, ops.cast(partners, "int32"), axis=1)
+    return own * kernels + ops.sum(taken * others, axis=-1)
+
+
+@fused
+def _inner_products(upstream, kernels, partners):
+    """The gradient of `others`: each adds a partner and takes away the column itself."""
+    taken = ops.take(kernels, ops.cast(partners, "int32"), axis=1)
+    return ops.sum(upstream[..., None] * (taken - kernels[..., None]), axis=0)
+
+
+def related_tasks(tasks, groups=None):
+    """Which tasks may share, from groups of related ones.
+
+    Args:
+        tasks: int, T.
+        groups: list of lists of task numbers; None: all tasks are one group.
+
+    Returns:
+        A bool array `(T, T)`, symmetric, false on the diagonal.
+    """
+    related = np.zeros((tasks, tasks), bool)
+    for group in [range(tasks)] if groups is None else groups:
+        related[np.ix_(list(group), list(group))] = True
+    np.fill_diagonal(related, False)
+    return related
+
+
+def stacked(kernels):
+    """The kernels of T tasks as one array `(*window, in, out, T)`.
+
+    Args:
+        kernels: list of T arrays `(*window, in, out)`, or the stacked kernel itself.
+
+    Raises:
+        ValueError: if their shapes differ, so that they can't be compared.
+    """
+    if not isinstance(kernels, (list, tuple)):
+        return kernels
+    shapes = [tuple(kernel.shape) for kernel in kernels]
+    if len(set(shapes)) != 1:
+        raise ValueError(
+            "Kernels can be compared only if they have one shape (*window, in, out). "
+            f"Received: {shapes}."
+        )
+    return ops.stack(kernels, axis=-1)
+
+
+def aggregate_similar_kernels(kernels, threshold, weights=0.5, pairs="all", related=None):
+    """MTAL's aggregation of the kernels of T tasks (Eq. 3-6), once.
+
+    `SimilarKernelConv2D` does the same in a network.
+
+    Args:
+        kernels: tensor `(*window, in, out, T)`; or list of T tensors `(*window, in, out)`.
+        threshold: number; cosines from here on are similar. Above 1, none is.
+        weights: number, `phi_ij` for all tasks, or array `(T, T)` with
+            `phi_ij + phi_ji = 1`.
+        pairs: `"all"`, every kernel of one task with every kernel of another; or `"index"`,
+            kernels of equal index only.
+        related: list of groups of task numbers, those that may share; None: all.
+
+    Returns:
+        A tensor `(*window, in, out, T)`.
+
+    Raises:
+        ValueError: on kernels of different shapes.
+
+    Example:
+
+    >>> import numpy as np
+    >>> kernels = np.array([[1.0, 0.0], [0.8, 0.6]])[:, :, None]  # T = 2, in = 2, out = 1
+    >>> stacked = aggregate_similar_kernels(list(kernels), threshold=0.7)
+    >>> np.round(np.asarray(stacked)[:, 0, :], 2).tolist()
+    [[0.9, 0.9], [0.3, 0.3]]
+    """
+    kernel = ops.convert_to_tensor(stacked(kernels))
+    tasks = kernel.shape[-1]
+    rows = kernel_rows(kernel)
+    compared = comparable(rows, tasks, pairs)
+    selection = similar_pairs(compared, threshold, related_tasks(tasks, related))
+    weights = ops.broadcast_to(ops.cast(weights, kernel.dtype), (tasks, tasks))
+    mixed = aggregate(compared, selection, weights)
+    mixed = kernels_by_task(ops.reshape(mixed, rows.shape), kernel.shape)
+    return ops.moveaxis(mixed, 0, -1)

@@ -1,0 +1,68 @@
+"""Kernels that some tasks have in common, each stored once."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.mtal import similarity
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class StoredOnce(Parameterization):
+    """Kernels that some tasks have in common, each stored once.
+
+    `dmtrl_keras.merge_similar_kernels` makes layers of it. The only variable, `kernel`
+    `(*window, in, K)`, has the K different kernels.
+
+    Args:
+        numbers: list of lists of ints, `(out, T)`: the place of each kernel of each task.
+
+    Raises:
+        ValueError: if they are not numbers from 0 on, each of them used.
+
+    Example:
+
+    >>> from dmtrl_keras.parameterizations import StoredOnce
+    >>> StoredOnce([[0, 0], [1, 2]]).count  # Both tasks have the first of two kernels.
+    3
+    """
+
+    name = "stored_once"
+
+    def __init__(self, numbers):
+        array = np.asarray(numbers)
+        whole = array.ndim == 2 and array.dtype.kind == "i"
+        if not whole or not np.array_equal(np.unique(array), np.arange(array.max() + 1)):
+            raise ValueError(
+                "StoredOnce: `numbers` must be lists of ints (out, T), from 0 on and each "
+                f"used. Received: numbers={numbers!r}."
+            )
+        self.numbers = array.tolist()
+        self.count = int(array.max()) + 1
+
+    def decompose(self, kernel):
+        numbers = np.asarray(self.numbers)
+        if kernel.shape[-2:] != numbers.shape:
+            raise ValueError(
+                f"StoredOnce: expected kernels (out, T) = {numbers.shape}. "
+                f"Received: {kernel.shape[-2:]}."
+            )
+        _, first = np.unique(numbers.ravel(), return_index=True)
+        return {"kernel": kernel.reshape(*kernel.shape[:-2], -1)[..., first]}
+
+    def compose(self, factors, tasks):
+        kernel = factors["kernel"]
+        rows = similarity.kernel_rows(kernel[..., None])
+        rows = ops.take(rows, np.ravel(self.numbers).astype("int32"), axis=0)
+        shape = (*kernel.shape[:-1], len(self.numbers), tasks)
+        return similarity.kernels_by_task(rows, shape)
+
+    def task_matrix(self, factors, tasks):
+        """The share of the kernels that two tasks have in common, `(T, T)`."""
+        numbers = np.asarray(self.numbers)
+        common = (numbers[:, :, None] == numbers[:, None, :]).mean(axis=0)
+        return ops.convert_to_tensor(common, factors["kernel"].dtype)
+
+    def get_config(self):
+        return {"numbers": self.numbers}

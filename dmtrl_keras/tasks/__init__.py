@@ -1,0 +1,1 @@
+"""Layers of T tasks on the grouped layout."""

@@ -1,0 +1,176 @@
+"""T depthwise convolutions at once."""
+
+import keras
+from keras import ops
+
+from dmtrl_keras.tasks.task_layer import TaskLayer
+
+_TWIN_NAME = "one_task"
+
+
+class TaskDepthwiseConv(TaskLayer):
+    """The depthwise convolution of any rank (not for direct use)."""
+
+    _twin_type = None
+    _window_axes = None
+
+    _kernel_prefix = "depthwise"
+
+    def __init__(
+        self,
+        kernel_size,
+        tasks,
+        strides=1,
+        padding="valid",
+        depth_multiplier=1,
+        data_format=None,
+        dilation_rate=1,
+        activation=None,
+        use_bias=True,
+        depthwise_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        depthwise_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        depthwise_constraint=None,
+        bias_constraint=None,
+        shared_input=False,
+        sharing="independent",
+        common_draw=None,
+        **kwargs,
+    ):
+        twin = self._twin_type(
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            depth_multiplier=depth_multiplier,
+            data_format=data_format,
+            dilation_rate=dilation_rate,
+            activation=activation,
+            use_bias=use_bias,
+            depthwise_initializer=depthwise_initializer,
+            bias_initializer=bias_initializer,
+            depthwise_regularizer=depthwise_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            depthwise_constraint=depthwise_constraint,
+            bias_constraint=bias_constraint,
+            name=_TWIN_NAME,
+        )
+        super().__init__(
+            twin,
+            tasks,
+            shared_input=shared_input,
+            sharing=sharing,
+            common_draw=common_draw,
+            contractible=False,
+            activity_regularizer=activity_regularizer,
+            **kwargs,
+        )
+        self.kernel_size = twin.kernel_size
+        self.strides = twin.strides
+        self.padding = twin.padding
+        self.dilation_rate = twin.dilation_rate
+        self.depth_multiplier = twin.depth_multiplier
+
+    @property
+    def _minimum_ndim(self):
+        return self._window_axes + 2
+
+    def _kernel_shape(self, channels):
+        return (*self.kernel_size, channels, self.depth_multiplier)
+
+    def _bias_size(self, channels):
+        return channels * self.depth_multiplier
+
+    def _apply(self, x, training):
+        kernel = self.stacked.composed(self.stacked.tensors(training))
+        _, *window, channels, multiplier = kernel.shape
+        if self.shared_input:
+            # Every channel has the multipliers of all tasks, which are then moved
+            # in front of the channels.
+            axes = len(kernel.shape)
+            kernel = ops.transpose(kernel, (*range(1, axes - 1), 0, axes - 1))
+            shape = (*window, channels, self.tasks * multiplier)
+        else:
+            axes = len(kernel.shape)
+            order = (*range(1, axes - 2), 0, axes - 2, axes - 1)
+            kernel = ops.transpose(kernel, order)
+            shape = (*window, self.tasks * channels, multiplier)
+        x = ops.depthwise_conv(
+            x,
+            ops.reshape(kernel, shape),
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            data_format="channels_last",
+        )
+        if not self.shared_input:
+            return x
+        middle = tuple(ops.shape(x))[1:-1]
+        x = ops.reshape(x, (-1, *middle, channels, self.tasks, multiplier))
+        x = ops.swapaxes(x, -2, -3)
+        return ops.reshape(x, (-1, *middle, self.tasks * channels * multiplier))
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TaskDepthwiseConv2D(TaskDepthwiseConv):
+    """T depthwise 2D convolutions at once, each with a kernel of its own.
+
+    The stacked kernel has shape `(height, width, in, depth_multiplier, T)`. Where
+    tasks need no relation and the input is grouped, `keras.layers.DepthwiseConv2D` does
+    the same; this layer adds the shared input, `sharing`, and the stacked kernel.
+    A factorised kernel is always composed: it is small beside the activations.
+
+    Args:
+        kernel_size: int or tuple of two ints, the window.
+        tasks: positive int, T.
+        strides, padding, depth_multiplier, data_format, dilation_rate, activation,
+            use_bias, depthwise_initializer, bias_initializer, depthwise_regularizer,
+            bias_regularizer, activity_regularizer, depthwise_constraint,
+            bias_constraint: as in `keras.layers.DepthwiseConv2D`. Initializer,
+            regularizer and constraint of the kernel are treated as in `TaskConv2D`.
+        shared_input, sharing, common_draw, **kwargs: as in `TaskConv2D`.
+
+    Input shape:
+        `(batch, height, width, T * in)`, or `(batch, height, width, in)` with
+        `shared_input=True`; the channels come second if channels-first.
+
+    Output shape:
+        `(batch, new_height, new_width, T * in * depth_multiplier)`, task-major.
+
+    Raises:
+        ValueError: on a malformed argument, on channels that don't divide by T, on an
+            impossible rank.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TaskDepthwiseConv2D
+    >>> layer = TaskDepthwiseConv2D(3, tasks=2, depth_multiplier=2)
+    >>> tuple(layer(np.zeros((1, 5, 5, 6), "float32")).shape)
+    (1, 3, 3, 12)
+    """
+
+    _twin_type = keras.layers.DepthwiseConv2D
+    _window_axes = 2
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TaskDepthwiseConv1D(TaskDepthwiseConv):
+    """T depthwise 1D convolutions at once, on `(batch, steps, T * in)`.
+
+    Arguments, errors and layout are those of `TaskDepthwiseConv2D`; the stacked kernel is
+    `(length, in, depth_multiplier, T)`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TaskDepthwiseConv1D
+    >>> layer = TaskDepthwiseConv1D(3, tasks=2)
+    >>> tuple(layer(np.zeros((1, 5, 6), "float32")).shape)
+    (1, 3, 6)
+    """
+
+    _twin_type = keras.layers.DepthwiseConv1D
+    _window_axes = 1

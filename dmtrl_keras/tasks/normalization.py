@@ -1,0 +1,74 @@
+"""Normalization over the channels of each task."""
+
+import keras
+from keras import ops
+
+from dmtrl_keras.ground.validation import channels_per_task, check_tasks
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TaskLayerNormalization(keras.layers.LayerNormalization):
+    """Layer normalization of each task's features by itself, on the grouped layout.
+
+    For the features x of one task at one position,
+    `y = gamma (x - mean(x)) / sqrt(var(x) + epsilon) + beta`, mean and variance over the
+    C channels of that task (Ba et al. 2016, "Layer Normalization", Eq. 4). Batch and group
+    normalization need no layer of their own: on grouped channels Keras's
+    `BatchNormalization`, and its `GroupNormalization` with T times the groups, do it.
+
+    Args:
+        tasks: positive int, T.
+        epsilon: float, added to the variance.
+        center: bool, whether there is `beta`.
+        scale: bool, whether there is `gamma`.
+        **kwargs: the initializers, regularizers and constraints of `gamma` and `beta` as in
+            `keras.layers.LayerNormalization`; `name`, `trainable`, `dtype`.
+
+    Input shape:
+        `(batch, ..., T * C)`.
+
+    Output shape:
+        The same; `gamma` and `beta` have shape `(T * C,)`, task-major.
+
+    Raises:
+        ValueError: if the channels don't divide by T, if `axis` is not the last one.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TaskLayerNormalization
+    >>> y = TaskLayerNormalization(tasks=2)(np.array([[1.0, 3.0, 10.0, 30.0]], "float32"))
+    >>> np.round(y, 2).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    def __init__(self, tasks, axis=-1, epsilon=1e-3, center=True, scale=True, **kwargs):
+        super().__init__(axis=-1, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        self.tasks = check_tasks(tasks, type(self).__name__)
+        if axis not in (-1, [-1], (-1,)):
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r}: `axis` must be -1, the channels. "
+                f"Received: axis={axis!r}."
+            )
+
+    def build(self, input_shape):
+        owner = f"{type(self).__name__} {self.name!r}"
+        channels_per_task(input_shape[-1], self.tasks, owner, input_shape)
+        super().build((None, input_shape[-1]))
+
+    def call(self, inputs):
+        *middle, channels = tuple(ops.shape(inputs))[1:]
+        x = ops.reshape(inputs, (-1, *middle, self.tasks, channels // self.tasks))
+        # Half precision has too few digits for a mean of squares.
+        if keras.backend.standardize_dtype(x.dtype) != "float64":
+            x = ops.cast(x, "float32")
+        x = ops.layer_normalization(x, axis=-1, epsilon=self.epsilon)
+        x = ops.reshape(x, (-1, *middle, channels))
+        if self.scale:
+            x = x * ops.cast(self.gamma, x.dtype)
+        if self.center:
+            x = x + ops.cast(self.beta, x.dtype)
+        return ops.cast(x, self.compute_dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "axis": -1, "tasks": self.tasks}

@@ -1,0 +1,99 @@
+"""Models in which some layers with T kernels are others."""
+
+import keras
+
+from dmtrl_keras.ground.keras_private import sharing_scope
+from dmtrl_keras.ground.tables import print_table
+from dmtrl_keras.tasks.task_layer import task_layers
+
+
+def with_layers(model, replace, owner):
+    """A copy of a model in which some layers with T kernels are others.
+
+    Args:
+        model: a built functional or Sequential model.
+        replace: function of a layer that returns another one with T kernels, unbuilt, which
+            has a start of its own for them; or None, for an equal copy.
+        owner: str, the function to name in the error.
+
+    Returns:
+        The new model. Layers that aren't replaced have their weights, the others their
+        biases and the state of their priors.
+
+    Raises:
+        ValueError: if the layers of such a model can't be replaced.
+    """
+    if not isinstance(model, keras.Sequential) and not hasattr(model, "operations"):
+        raise ValueError(
+            f"`{owner}` needs a functional or Sequential model, whose layers can be "
+            f"replaced. Received: {type(model).__name__} {model.name!r}."
+        )
+    copies = []
+
+    def clone(layer):
+        copy = replace(layer)
+        replaced = copy is not None
+        copy = copy if replaced else type(layer).from_config(layer.get_config())
+        copies.append((copy, layer, replaced))
+        return copy
+
+    with sharing_scope():
+        new = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    for copy, layer, replaced in copies:
+        if not replaced:
+            copy.set_weights(layer.get_weights())
+            continue
+        if layer.use_bias:
+            copy.bias.assign(layer.bias)
+        if layer.prior is not None:
+            copy.prior.set_weights(layer.prior.get_weights())
+    # A model of T tasks brings along what is not in its layers.
+    like = getattr(model, "like", None)
+    return new if like is None else like(new)
+
+
+def factorization_report(model):
+    """What `factorize` did to each layer of a model.
+
+    Args:
+        model: a model that `factorize` or `multitask` returned, also after it was saved
+            and loaded.
+
+    Returns:
+        A list of `Factorization`, in the order of the layers.
+    """
+    return [
+        layer.factorization
+        for layer in task_layers(model)
+        if layer.factorization is not None
+    ]
+
+
+def print_report(model):
+    """Print the report of `factorize` as a table, with the totals."""
+    # Keras itself depends on rich, for `model.summary()`.
+    from rich.table import Table
+
+    report = factorization_report(model)
+    table = Table(title=f"Factorised: {model.name}")
+    table.add_column("Layer", overflow="fold", min_width=30)
+    for column in ("Method", "Kernel", "Rank"):
+        table.add_column(column)
+    for column in ("Before", "After", "Ratio", "Error"):
+        table.add_column(column, justify="right")
+    before = sum(entry.parameters_before for entry in report)
+    after = sum(entry.parameters_after for entry in report)
+    for entry in report:
+        table.add_row(
+            entry.layer,
+            entry.method,
+            str(entry.shape),
+            str(entry.rank),
+            f"{entry.parameters_before:,}",
+            f"{entry.parameters_after:,}",
+            f"{entry.parameters_after / entry.parameters_before:.3f}",
+            f"{entry.error:.4f}",
+        )
+    ratio = f"{after / before:.3f}" if before else "-"
+    table.add_row("Total", "", "", "", f"{before:,}", f"{after:,}", ratio, "")
+    print_table(table)

@@ -1,0 +1,409 @@
+"""The forward pass that all layers with T kernels share."""
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.ground.validation import (
+    channel_axis,
+    channels_per_task,
+    check_tasks,
+    name_of,
+)
+from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.kernels.factorization import Factorization
+from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.plan import Geometry
+from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer
+from dmtrl_keras.kernels.task_kernel import TaskKernel
+
+# Sizes taken for a FLOP count where the input shape leaves them open.
+NOMINAL_BATCH = 32
+NOMINAL_LENGTH = 32
+
+
+def positions_of(shape: tuple[int | None, ...], data_format: str) -> int:
+    """The number of positions of a map, `NOMINAL_LENGTH` along each open axis.
+
+    Args:
+        shape: tuple, batch and channels included.
+        data_format: `"channels_last"` or `"channels_first"`.
+    """
+    middle = list(shape[1:])
+    middle.pop(0 if data_format == "channels_first" else -1)
+    return math.prod(NOMINAL_LENGTH if d is None else d for d in middle)
+
+
+class TaskLayer(keras.layers.Layer):
+    """Base of the layers that run T kernels at once (not for direct use).
+
+    A subclass names its Keras twin, the layer that one task alone would use, which
+    validates the arguments and computes output shapes, so that both mean the same by
+    them. The kernels are a child, `stacked`, a `TaskKernel`.
+
+    Args:
+        twin: an unbuilt Keras layer made from the user's arguments.
+        tasks: int, T.
+        shared_input: bool; the input is the same for all tasks, not grouped.
+        sharing: name of a parameterization, or an instance.
+        common_draw: bool; all tasks start from the same draw. None: True, unless
+            the ranks come from a tolerance: equal kernels have task rank 1 at any
+            tolerance, so the tasks could never differ.
+        contractible: bool; factors may be applied one after another, without composing.
+        **kwargs: of `keras.layers.Layer`.
+
+    Attributes:
+        factorization: the `Factorization` that the layer's factors came from, or None.
+    """
+
+    # Names of the twin's kernel arguments; `DepthwiseConv2D` calls them otherwise.
+    _kernel_prefix = "kernel"
+    _minimum_ndim = 2
+
+    def __init__(
+        self,
+        twin: keras.layers.Layer,
+        tasks: int,
+        shared_input: bool = False,
+        sharing: str | Parameterization | dict | None = "independent",
+        common_draw: bool | None = None,
+        contractible: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.tasks = check_tasks(tasks, type(self).__name__)
+        self.shared_input = bool(shared_input)
+        sharing = parameterizations.get(sharing)
+        tolerant = getattr(sharing, "tolerance", None) is not None
+        self._common_draw_argument = common_draw
+        self.common_draw = not tolerant if common_draw is None else bool(common_draw)
+        prefix = self._kernel_prefix
+        self.kernel_initializer = getattr(twin, f"{prefix}_initializer")
+        self.kernel_regularizer = getattr(twin, f"{prefix}_regularizer")
+        self.kernel_constraint = getattr(twin, f"{prefix}_constraint")
+        self.activation = twin.activation
+        self.use_bias = twin.use_bias
+        self.bias_initializer = twin.bias_initializer
+        self.bias_regularizer = twin.bias_regularizer
+        self.bias_constraint = twin.bias_constraint
+        self.data_format = getattr(twin, "data_format", "channels_last")
+        # A method, not an attribute: a layer held as an attribute would be tracked.
+        self._twin_arguments = twin.get_config()
+        if isinstance(self.kernel_regularizer, StatefulRegularizer):
+            # One task alone has no relations; a twin needs nothing of this library.
+            self._twin_arguments[f"{prefix}_regularizer"] = None
+        self._twin_class = type(twin)
+        self.input_spec = keras.layers.InputSpec(min_ndim=self._minimum_ndim)
+        self.bias = None
+        self.factorization: Factorization | None = None
+        # Keras saves children by the first name under which it finds them, in the order of
+        # the alphabet: after `prior` and `selection`, which files have under the layer.
+        self.stacked = TaskKernel(
+            sharing,
+            self.tasks,
+            name_of(self),
+            shared_input=self.shared_input,
+            contractible=contractible,
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            common_draw=self.common_draw,
+            trainable=self.trainable,
+            dtype=self.dtype_policy,
+            name="kernel",
+        )
+
+    def _twin(self) -> keras.layers.Layer:
+        return self._twin_class.from_config(self._twin_arguments)
+
+    # --- building -------------------------------------------------------------
+
+    def _axis(self) -> int:
+        return channel_axis(self.data_format)
+
+    def _channels(self, input_shape: tuple) -> int:
+        """Input channels of one task."""
+        channels = input_shape[self._axis()]
+        tasks = 1 if self.shared_input else self.tasks
+        return channels_per_task(channels, tasks, name_of(self), input_shape)
+
+    def _task_shape(self, input_shape: tuple) -> tuple:
+        """The input shape that one task's twin would see."""
+        shape = list(input_shape)
+        shape[self._axis()] = self._channels(input_shape)
+        return tuple(shape)
+
+    def _kernel_shape(self, channels: int) -> tuple[int, ...]:
+        """The shape of one task's kernel, `(*window, in, out)`."""
+        raise NotImplementedError
+
+    def _bias_size(self, channels: int) -> int:
+        """The output channels of one task."""
+        raise NotImplementedError
+
+    def build(self, input_shape: tuple) -> None:
+        output_shape = self.compute_output_shape(input_shape)
+        channels = self._channels(input_shape)
+        self.input_spec = keras.layers.InputSpec(
+            min_ndim=self._minimum_ndim,
+            axes={self._axis(): input_shape[self._axis()]},
+        )
+        self.stacked.build(self._kernel_shape(channels))
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self._bias_size(channels), self.tasks),
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+        self.stacked.plan_for(self._geometry(input_shape, output_shape))
+        self.built = True
+
+    def start_from(self, factors: Mapping[str, np.ndarray]) -> None:
+        """Start from given factors instead of a decomposed draw; before `build`.
+
+        Args:
+            factors: dict of arrays, as the parameterization's `decompose` returns.
+        """
+        self.stacked.start_from(factors)
+
+    def _geometry(self, input_shape: tuple, output_shape: tuple) -> Geometry:
+        return Geometry(
+            batch=input_shape[0] or NOMINAL_BATCH,
+            positions_in=positions_of(input_shape, self.data_format),
+            positions_out=positions_of(output_shape, self.data_format),
+        )
+
+    def flops(self, input_shape: tuple, batch: int = NOMINAL_BATCH) -> int:
+        """Operations of one forward pass in the order of work that was chosen.
+
+        Args:
+            input_shape: tuple, the shape of the input; sizes that are open count as 32.
+            batch: int, the number of examples.
+
+        Returns:
+            An int: additions and multiplications of the kernels, the composition of
+            factors counted once, biases and activations left out.
+        """
+        self._check_built("flops")
+        input_shape = (batch, *input_shape[1:])
+        output_shape = self.compute_output_shape(input_shape)
+        return self.stacked.flops(self._geometry(input_shape, output_shape))
+
+    # --- what the kernels are ---------------------------------------------------
+
+    def _check_built(self, name: str) -> None:
+        if not self.built:
+            raise AttributeError(
+                f"{name_of(self)}: build the layer before accessing `{name}`."
+            )
+
+    @property
+    def sharing(self) -> Parameterization:
+        """The parameterization of the kernels."""
+        return self.stacked.sharing
+
+    @property
+    def selection(self) -> keras.layers.Layer | None:
+        """What the parameterization keeps beside its factors, a layer, or None."""
+        return self.stacked.selection
+
+    @property
+    def prior(self) -> KernelState | None:
+        """What a regularizer learns with the kernel, or None."""
+        return self.stacked.prior
+
+    @property
+    def kernel(self) -> Any:
+        """The effective stacked kernel, `(*window, in, out, T)`.
+
+        A variable where the tasks' kernels are independent, else the tensor that the
+        factors compose to.
+        """
+        self._check_built("kernel")
+        return self.stacked.stacked()
+
+    def task_kernel(self, task: int) -> Any:
+        """The kernel of one task, as the Keras twin would hold it.
+
+        Args:
+            task: int in [0, T).
+
+        Returns:
+            A tensor `(*window, in, out)`.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        self._check_built("task_kernel")
+        if not isinstance(task, numbers.Integral) or not 0 <= task < self.tasks:
+            raise ValueError(
+                f"{name_of(self)}: `task` must be an int from 0 to "
+                f"{self.tasks - 1}. Received: task={task!r}."
+            )
+        return ops.convert_to_tensor(self.kernel)[..., int(task)]
+
+    def task_twin(self) -> keras.layers.Layer:
+        """The ordinary Keras layer that one task alone would use, new and unbuilt."""
+        config = {**self._twin_arguments, "name": self.name}
+        config["trainable"] = self.trainable
+        config["dtype"] = keras.dtype_policies.serialize(self.dtype_policy)
+        return self._twin_class.from_config(config)
+
+    @property
+    def task_matrix(self) -> Any:
+        """S of DMTRL, a tensor `(K, T)`; column t has the coefficients of task t."""
+        self._check_built("task_matrix")
+        return self.stacked.task_matrix()
+
+    @property
+    def factors(self) -> dict[str, keras.Variable]:
+        """The variables that the kernel is made of, a dict by factor name."""
+        self._check_built("factors")
+        return self.stacked.factors
+
+    @property
+    def rank(self) -> tuple[int, ...] | None:
+        """The ranks of the factors, a tuple of ints; None without factors."""
+        self._check_built("rank")
+        return self.stacked.rank
+
+    @property
+    def stacked_kernel_shape(self) -> tuple[int, ...]:
+        """The shape of the stacked kernel, `(*window, in, out, T)`."""
+        self._check_built("stacked_kernel_shape")
+        return self.stacked.shape
+
+    # --- the forward pass -------------------------------------------------------
+
+    # The convolution of the twin, a function of activations and one kernel; None: a dense
+    # layer, or a pointwise convolution.
+    _convolve = None
+
+    def _apply(self, x: Any, training: bool | None) -> Any:
+        """Channels-last activations through the kernels, to the grouped layout."""
+        return self.stacked.apply(x, training, self._convolve)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        self.stacked(training=training)
+        x = inputs
+        first = self.data_format == "channels_first"
+        if first:
+            axes = len(x.shape)
+            x = ops.transpose(x, (0, *range(2, axes), 1))
+        x = self._apply(x, training)
+        if self.use_bias:
+            bias = ops.transpose(ops.convert_to_tensor(self.bias))
+            x = ops.add(x, ops.reshape(bias, (-1,)))
+        if first:
+            x = ops.transpose(x, (0, axes - 1, *range(1, axes - 1)))
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def compute_output_shape(self, input_shape: tuple) -> tuple:
+        try:
+            shape = self._twin().compute_output_shape(self._task_shape(input_shape))
+        except ValueError as error:
+            raise ValueError(f"{name_of(self)}: {error}") from error
+        shape = list(shape)
+        shape[self._axis()] *= self.tasks
+        return tuple(shape)
+
+    # --- variables: the kernel's and the bias, in the order of Keras's own layers -----
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables: factors, bias, then the states."""
+        return self._factors_first(super().variables)
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """All weights: factors, bias, then the states."""
+        return self._factors_first(super().weights)
+
+    def _factors_first(self, variables: list[keras.Variable]) -> list[keras.Variable]:
+        own = {id(variable) for variable in self._own_variables()}
+        return [*self._own_variables(), *(v for v in variables if id(v) not in own)]
+
+    def _own_variables(self) -> list[keras.Variable]:
+        if not self.stacked.built:
+            return []
+        bias = [] if self.bias is None else [self.bias]
+        return [*self.stacked.factors.values(), *bias]
+
+    def save_own_variables(self, store: Any) -> None:
+        for number, variable in enumerate(self._own_variables()):
+            store[f"{number}"] = variable
+
+    def load_own_variables(self, store: Any) -> None:
+        variables = self._own_variables()
+        if len(store.keys()) != len(variables):
+            raise ValueError(
+                f"{name_of(self)}: expected {len(variables)} variables, "
+                f"{[v.name for v in variables]}. Received: a file with "
+                f"{len(store.keys())} for this layer."
+            )
+        for number, variable in enumerate(variables):
+            variable.assign(store[f"{number}"])
+
+    # --- serialization ----------------------------------------------------------
+
+    # Arguments of the twin that make no sense for T kernels.
+    _dropped = (
+        "name",
+        "trainable",
+        "dtype",
+        "lora_rank",
+        "lora_alpha",
+        "quantization_config",
+    )
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        for name, value in self._twin_arguments.items():
+            if name not in self._dropped:
+                config[name] = value
+        name = f"{self._kernel_prefix}_regularizer"
+        config[name] = keras.regularizers.serialize(self.kernel_regularizer)
+        config["tasks"] = self.tasks
+        config["shared_input"] = self.shared_input
+        config["common_draw"] = self._common_draw_argument
+        config.update(self._sharing_config())
+        if self.factorization is not None:
+            config["factorization"] = self.factorization.get_config()
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict) -> "TaskLayer":
+        config = dict(config)
+        factorization = config.pop("factorization", None)
+        layer = super().from_config(config)
+        if factorization is not None:
+            layer.factorization = Factorization.from_config(factorization)
+        return layer
+
+    def _sharing_config(self) -> dict:
+        sharing = self.stacked.fixed_sharing
+        return {"sharing": keras.saving.serialize_keras_object(sharing)}
+
+
+def task_layers(model: keras.Model) -> list[TaskLayer]:
+    """The layers of a model that hold T kernels, nested models included, in order."""
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, TaskLayer):
+            found.append(layer)
+        elif isinstance(layer, keras.Model):
+            found += task_layers(layer)
+        else:
+            inner = flatten_layers(layer)
+            found += [child for child in inner if isinstance(child, TaskLayer)]
+    return found

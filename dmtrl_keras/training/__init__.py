@@ -1,0 +1,1 @@
+"""The model of T tasks: losses, metrics, missing labels, data, optimizers, replicas."""

@@ -1,0 +1,221 @@
+"""Data-parallel training: strategies by name, and a loop for several machines.
+
+Layers, priors and relations need nothing of this module: they work in the scope of any
+`tf.distribute` strategy. Replicas have one state, since what is derived from data is
+summed over them first, and what is derived from weights is equal anyway.
+"""
+
+import functools
+
+import keras
+
+from dmtrl_keras.ground.backend import local_part, tensorflow
+from dmtrl_keras.ground.keras_private import symbolic_build
+from dmtrl_keras.ground.validation import check_positive
+
+STRATEGIES = ("auto", "mirrored", "cpu")
+
+
+def make_strategy(name="auto", replicas=None):
+    """A `tf.distribute` strategy for one machine.
+
+    Make it before anything else of TensorFlow runs, and the model in its `scope()`.
+
+    Args:
+        name: `"auto"`: `"mirrored"` where there are two or more GPUs, else TensorFlow's
+            default, one device. `"mirrored"`: a replica of the model on each GPU, or,
+            where there is none, on each logical CPU device. `"cpu"`: no GPU is used.
+        replicas: positive int, how many of the devices are used; logical CPU devices are
+            made. None: all GPUs, or one CPU.
+
+    Returns:
+        A `tf.distribute.Strategy`, whose `num_replicas_in_sync` says how many replicas
+        there are; the same one for the same devices.
+
+    Raises:
+        ValueError: on an unknown name, on more replicas than GPUs.
+        RuntimeError: if TensorFlow has already made another number of CPU devices; if
+            Keras has another backend.
+
+    Example:
+
+    >>> from dmtrl_keras.distribution import make_strategy
+    >>> make_strategy("cpu").num_replicas_in_sync
+    1
+    """
+    if name not in STRATEGIES:
+        raise ValueError(f"`name` must be one of {STRATEGIES}. Received: name={name!r}.")
+    if replicas is not None:
+        check_positive("replicas", replicas, "make_strategy", " or None")
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            "tf.distribute needs Keras's TensorFlow backend. "
+            f"The backend is {keras.backend.backend()!r}."
+        )
+    tf = tensorflow()
+    gpus = [] if name == "cpu" else tf.config.list_physical_devices("GPU")
+    if gpus:
+        count = len(gpus) if replicas is None else replicas
+        if count > len(gpus):
+            raise ValueError(
+                f"There are {len(gpus)} GPUs. Received: replicas={replicas}. "
+                "Logical CPU devices are made with name='cpu'."
+            )
+        if name == "auto" and count == 1:
+            return tf.distribute.get_strategy()
+        return _mirrored("gpu", count)
+    count = 1 if replicas is None else replicas
+    if count > 1:
+        _divide_cpu(tf, count)
+        return _mirrored("cpu", count)
+    if name == "auto":
+        return tf.distribute.get_strategy()
+    return tf.distribute.OneDeviceStrategy("/cpu:0")
+
+
+@functools.cache
+def _mirrored(kind, count):
+    """One strategy for the same devices: several take each other's collectives."""
+    devices = [f"/{kind}:{number}" for number in range(count)]
+    return tensorflow().distribute.MirroredStrategy(devices)
+
+
+def _divide_cpu(tf, count):
+    """Make the CPU so many devices."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    devices = [tf.config.LogicalDeviceConfiguration()] * count
+    if len(tf.config.get_logical_device_configuration(cpu) or ()) == count:
+        return
+    try:
+        tf.config.set_logical_device_configuration(cpu, devices)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The CPU can't be made {count} devices any more, since TensorFlow runs "
+            "already. Make the strategy first."
+        ) from error
+
+
+def divisible(count, batch_size, replicas):
+    """How many of `count` examples give batches that divide among replicas.
+
+    Keras gives each replica the same weight, however many examples it has, and batch
+    statistics of no example are NaN. So a training set is cut such that every
+    batch, also the last one, divides.
+
+    Args:
+        count: int, number of examples.
+        batch_size: int, of the global batch.
+        replicas: int.
+
+    Returns:
+        An int, at most `replicas - 1` less than `count`.
+
+    Raises:
+        ValueError: if the batch size does not divide, or nothing is left.
+
+    Example:
+
+    >>> from dmtrl_keras.distribution import divisible
+    >>> divisible(33, 8, 2)
+    32
+    """
+    if batch_size % replicas:
+        raise ValueError(
+            f"A batch of {batch_size} does not divide among {replicas} replicas: expected "
+            f"a multiple of {replicas}."
+        )
+    left = count - (count % batch_size) % replicas
+    if left < 1:
+        raise ValueError(f"{count} examples are too few for {replicas} replicas.")
+    return left
+
+
+def train(model, dataset, epochs=1, validation_data=None, callbacks=None, initial_epoch=0):
+    """Train as `model.fit`, under strategies of several machines too.
+
+    `fit` of Keras 3.15 fails under `tf.distribute.MultiWorkerMirroredStrategy` (it takes
+    the mean of scalars along an axis); this loop runs the model's own `train_step`, so
+    that losses, metrics and updates are those of `fit`. Every machine runs the same
+    script, with its own `TF_CONFIG`.
+
+    Args:
+        model: a compiled Keras model, made in the scope of its strategy.
+        dataset: `tf.data.Dataset` of global batches, the same on every machine, in
+            the same order; each takes its part of every batch. Batches must divide among
+            the replicas: `batch(n, drop_remainder=True)`.
+        epochs: int, as in `fit`.
+        validation_data: `tf.data.Dataset` or None.
+        callbacks: list of Keras callbacks, called at the start and end of training
+            and of epochs. What writes files needs another path on each machine.
+        initial_epoch: int.
+
+    Returns:
+        A `keras.callbacks.History`; its values are those of all machines.
+
+    Raises:
+        ValueError: if the model is not compiled.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> import tensorflow as tf
+    >>> from dmtrl_keras.distribution import train
+    >>> strategy = tf.distribute.get_strategy()  # or MultiWorkerMirroredStrategy()
+    >>> with strategy.scope():
+    ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    ...     model.compile("sgd", "mse")
+    >>> data = tf.data.Dataset.from_tensor_slices((np.ones((8, 4)), np.ones((8, 1))))
+    >>> len(train(model, data.batch(4, drop_remainder=True), epochs=2).history["loss"])
+    2
+    """
+    if not model.compiled:
+        raise ValueError(f"train: the model {model.name!r} must be compiled.")
+    tf = tensorflow()
+    strategy = model.distribute_strategy
+    batches = _distributed(tf, strategy, dataset)
+    first = local_part(next(iter(batches)), strategy)
+    symbolic_build(model, first)
+
+    @tf.function
+    def train_step(batch):
+        strategy.run(model.train_step, args=(batch,))
+
+    @tf.function
+    def test_step(batch):
+        strategy.run(model.test_step, args=(batch,))
+
+    def run(step, batches):
+        model.reset_metrics()
+        for batch in batches:
+            step(batch)
+        return {name: float(value) for name, value in model.get_metrics_result().items()}
+
+    if validation_data is not None:
+        validation_data = _distributed(tf, strategy, validation_data)
+    every = keras.callbacks.CallbackList(
+        callbacks, add_history=True, model=model, epochs=epochs, verbose=0
+    )
+    model.stop_training = False
+    every.on_train_begin()
+    logs = {}
+    # Set by `BackupAndRestore`, as for `fit`.
+    for epoch in range(model._initial_epoch or initial_epoch, epochs):
+        every.on_epoch_begin(epoch)
+        logs = run(train_step, batches)
+        if validation_data is not None:
+            found = run(test_step, validation_data)
+            logs |= {f"val_{name}": value for name, value in found.items()}
+        every.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    every.on_train_end(logs)
+    return model.history
+
+
+def _distributed(tf, strategy, dataset):
+    """The data set, each machine with its part of every batch."""
+    options = tf.data.Options()
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
+    return strategy.experimental_distribute_dataset(dataset.with_options(options))

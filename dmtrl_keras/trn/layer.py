@@ -1,0 +1,408 @@
+"""The Task Relation Layer: the similarity of tasks, learned online.
+
+Li et al., "Task Relation Networks" (WACV 2019), section 3.3. The formulas come first, as
+functions of covariances; the layer is a shell around them. Offline, on arrays:
+`dmtrl_keras.canonical_correlation`.
+"""
+
+import itertools
+
+import keras
+import numpy as np
+from keras import ops
+
+from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, full_precision
+from dmtrl_keras.ground.linalg import whitener
+from dmtrl_keras.ground.validation import check_number, checked_pairs, name_of
+
+# Lanczos steps after which the largest singular value is exact for all purposes here.
+_STEPS = 24
+
+
+def correlation_along(first, cross, second, a, b):
+    """The correlation of two linear combinations (TRN Eq. 1), from covariances.
+
+    `rho = a^T S_12 b / (sqrt(a^T S_11 a) sqrt(b^T S_22 b))`.
+
+    Args:
+        first: tensor `(..., d_1, d_1)`, `S_11`.
+        cross: tensor `(..., d_1, d_2)`, `S_12`.
+        second: tensor `(..., d_2, d_2)`, `S_22`.
+        a: tensor `(..., d_1)`.
+        b: tensor `(..., d_2)`.
+
+    Returns:
+        A tensor `(...)`.
+    """
+
+    def form(left, matrix, right):
+        return ops.sum(ops.multiply(left, _apply(matrix, right)), -1)
+
+    return form(a, cross, b) / ops.sqrt(form(a, first, a) * form(b, second, b))
+
+
+def canonical_directions(first, cross, second):
+    """The pair of directions with the largest correlation, by Cholesky whitening.
+
+    With `S_tt = L_t L_t^T`, these are `a = L_1^-T u` and `b = L_2^-T v` for the singular
+    vectors of the largest singular value of `L_1^-1 S_12 L_2^-T`, which has the singular
+    values of Eq. 10. They are found by Golub-Kahan-Lanczos steps.
+
+    Args:
+        first: tensor `(..., d_1, d_1)`, positive definite.
+        cross: tensor `(..., d_1, d_2)`.
+        second: tensor `(..., d_2, d_2)`, positive definite.
+
+    Returns:
+        Two tensors, `(..., d_1)` and `(..., d_2)`.
+    """
+    left, right = whitener(first), whitener(second)
+    u, v = _largest_singular_vectors(
+        ops.matmul(ops.matmul(left, cross), ops.swapaxes(right, -1, -2))
+    )
+    return _apply(ops.swapaxes(left, -1, -2), u), _apply(ops.swapaxes(right, -1, -2), v)
+
+
+def _largest_singular_vectors(matrix):
+    """`(u, v)` of the largest singular value of each matrix, by Lanczos steps."""
+    rng = np.random.default_rng(0)
+    fallbacks = []
+    for size in matrix.shape[-2:]:
+        start = rng.normal(size=size)
+        start = ops.convert_to_tensor(start / np.linalg.norm(start), matrix.dtype)
+        fallbacks.append(ops.broadcast_to(start, (*matrix.shape[:-2], size)))
+    transposed = ops.swapaxes(matrix, -1, -2)
+    # In the row space, which as many steps as the rank then exhaust.
+    v = _nonzero(_orthonormal(_apply(transposed, fallbacks[0])), fallbacks[1])
+    steps = min(_STEPS, *matrix.shape[-2:])
+
+    def step(i, state):
+        v, left, right = state
+        column = ops.one_hot(i, steps, dtype=matrix.dtype)
+        right = right + v[..., None] * column
+        u = _orthonormal(_apply(matrix, v), left)
+        left = left + u[..., None] * column
+        return _orthonormal(_apply(transposed, u), right), left, right
+
+    # One loop in the graph: traced step by step it was most of a model's compile time.
+    bases = [ops.zeros((*x.shape, steps), matrix.dtype) for x in fallbacks]
+    _, left, right = ops.fori_loop(0, steps, step, (v, *bases))
+    # In the small basis the matrix is bidiagonal, but for rounding.
+    small = ops.matmul(ops.swapaxes(left, -1, -2), ops.matmul(matrix, right))
+    _, vectors = ops.eigh(ops.matmul(ops.swapaxes(small, -1, -2), small))
+    v = _apply(right, vectors[..., -1])
+    u = _orthonormal(_apply(matrix, v))
+    return _nonzero(u, fallbacks[0]), _nonzero(v, fallbacks[1])
+
+
+def _nonzero(vector, fallback):
+    """A vector, or another where it is zero: without correlation any direction is best."""
+    return ops.where(ops.any(vector != 0, axis=-1, keepdims=True), vector, fallback)
+
+
+def _apply(matrix, vector):
+    return ops.squeeze(ops.matmul(matrix, vector[..., None]), -1)
+
+
+def _orthonormal(vector, basis=None):
+    """A unit vector orthogonal to the columns of a basis; zero where nothing is left."""
+    norm = ops.norm(vector, axis=-1, keepdims=True)
+    if basis is not None:
+        for _ in range(2):
+            # Once is not enough in floating point.
+            inner = _apply(ops.swapaxes(basis, -1, -2), vector)
+            vector = vector - _apply(basis, inner)
+    left = ops.norm(vector, axis=-1, keepdims=True)
+    enough = left > 1e-5 * norm
+    return ops.where(enough, vector / ops.where(enough, left, 1.0), 0.0)
+
+
+def largest_canonical_correlation(first, cross, second, method="cholesky"):
+    """The largest canonical correlation of covariances, with its gradient (TRN Eq. 10).
+
+    `method="cholesky"`: Eq. 1 at the best directions. These maximise it, so that its
+    derivative by them vanishes, and the gradient with the directions held fixed is exact;
+    no decomposition is differentiated. `method="svd"` is the paper's own route (Eq. 10,
+    15): inverse square roots and the largest singular value, all by SVD and
+    differentiated through, which is not stable at repeated singular values.
+
+    Args:
+        first: tensor `(..., d_1, d_1)`, positive definite.
+        cross: tensor `(..., d_1, d_2)`.
+        second: tensor `(..., d_2, d_2)`, positive definite.
+        method: `"cholesky"` or `"svd"`.
+
+    Returns:
+        A tensor `(...)`.
+    """
+    if method == "cholesky":
+        given = [ops.stop_gradient(x) for x in (first, cross, second)]
+        directions = [ops.stop_gradient(x) for x in canonical_directions(*given)]
+        return correlation_along(first, cross, second, *directions)
+    roots = []
+    for matrix in (first, second):
+        u, values, _ = ops.svd(matrix, full_matrices=False)
+        roots.append(
+            ops.matmul(u / ops.sqrt(values)[..., None, :], ops.swapaxes(u, -1, -2))
+        )
+    whole = ops.matmul(ops.matmul(roots[0], cross), roots[1])
+    _, values, _ = ops.svd(whole, full_matrices=False)
+    return values[..., 0]
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class TRL(keras.layers.Layer):
+    """Task Relation Layer: the similarities of tasks' features, learned online.
+
+    In training the covariances of the batch join moving ones (TRN Algorithm 1), `S <- m S +
+    (1 - m) S_batch`, which start as the identity, and the similarities (Eq. 11) are those
+    of the updated covariances. The gradient flows into the batch's part alone. At
+    inference the layer returns the similarities that it has, and changes nothing. Batch
+    covariances are divided by the batch size less one, where the paper's listing takes
+    sums, so that the batch size makes no difference. Under several replicas the batch is
+    the global one.
+
+    All pairs are one batched computation; sets of different dimensions are padded.
+
+    Where some examples lack some sets (`present`), a covariance is that of the examples
+    that have both, and joins with a weight in proportion to their number.
+
+    Args:
+        pairs: list of pairs of tasks, as names of an input dict or numbers. None: all pairs
+            `(i, j)` with i < j, in order.
+        momentum: float in [0, 1), m.
+        ridge: float, not negative, added to the variances relative to themselves, as in
+            `task_similarity`, so that covariances can be inverted.
+        method: `"cholesky"`, or the paper's `"svd"`; see `largest_canonical_correlation`.
+        **kwargs: `name`, `dtype`.
+
+    Attributes:
+        covariance: variable `(D, D)`, the moving joint covariance of all sets side by side,
+            D being the sum of their dimensions.
+        similarity: variable `(P,)`, the last estimate; zeros at the start.
+
+    Call arguments:
+        inputs: a list or a dict by task name of two or more tensors `(batch, ..., d_t)` of
+            the same examples; further axes are flattened.
+        training: bool.
+        present: None, or bool tensors `(batch,)` in the same structure: which examples have
+            the set. What the others have in its place is not looked at.
+
+    Output shape:
+        `(P,)`, the similarity of each pair, in [0, 1], float32.
+
+    Raises:
+        ValueError: on malformed arguments, on unknown tasks, on fewer than two sets, on
+            different batch sizes or a batch of one. Of values that are not finite, and of
+            a first batch of one where sizes are not known before, the backend's own error
+            (TensorFlow: `tf.errors.InvalidArgumentError`); none in code that XLA compiles.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.layers import TRL
+    >>> rng = np.random.default_rng(0)
+    >>> pose = rng.normal(size=(64, 3)).astype("float32")
+    >>> landmarks = np.concatenate([pose, pose**2], axis=1)
+    >>> layer = TRL(momentum=0.5)
+    >>> for _ in range(20):
+    ...     similarity = layer({"pose": pose, "landmarks": landmarks}, training=True)
+    >>> round(float(similarity[0]), 2)
+    1.0
+    """
+
+    def __init__(self, pairs=None, momentum=0.99, ridge=1e-3, method="cholesky", **kwargs):
+        # Labels, say, are not to be rounded to half precision on the way in.
+        super().__init__(autocast=False, **kwargs)
+        for argument, value, high in (
+            ("momentum", momentum, 1),
+            ("ridge", ridge, float("inf")),
+        ):
+            check_number(argument, value, name_of(self), high)
+        if method not in ("cholesky", "svd"):
+            raise ValueError(
+                f'{name_of(self)}: `method` must be "cholesky" or "svd". '
+                f"Received: method={method!r}."
+            )
+        self.pairs = checked_pairs(pairs, name_of(self), "tasks")
+        self.momentum = float(momentum)
+        self.ridge = float(ridge)
+        self.method = method
+
+    def _sets(self, inputs):
+        """`(names, values)` of the input in one order."""
+        if isinstance(inputs, dict):
+            return list(inputs), list(inputs.values())
+        return list(range(len(inputs))), list(inputs)
+
+    def build(self, input_shape):
+        names, shapes = self._sets(input_shape)
+        if len(shapes) < 2 or any(not isinstance(s, (tuple, list)) for s in shapes):
+            raise ValueError(
+                f"{name_of(self)}: expected the features of two tasks at least, in a list "
+                f"or a dict. Received: shape {input_shape}."
+            )
+        self._sizes = []
+        for name, shape in zip(names, shapes):
+            if any(d is None for d in shape[1:]) or len(shape) < 2:
+                raise ValueError(
+                    f"{name_of(self)}: expected features (batch, ..., d) of known sizes. "
+                    f"Received: {tuple(shape)} for {name!r}."
+                )
+            self._sizes.append(int(np.prod(shape[1:])))
+        self._check_batch(names, shapes)
+        pairs = self.pairs
+        if pairs is None:
+            pairs = itertools.combinations(names, 2)
+        try:
+            numbered = [(names.index(i), names.index(j)) for i, j in pairs]
+        except ValueError:
+            raise ValueError(
+                f"{name_of(self)}: unknown tasks in `pairs`. Received: pairs="
+                f"{self.pairs!r}. The tasks are {names}."
+            ) from None
+        self._first, self._second = (list(side) for side in zip(*numbered))
+        self.covariance = self.add_weight(
+            name="covariance",
+            shape=(sum(self._sizes), sum(self._sizes)),
+            initializer="identity",
+            trainable=False,
+            autocast=False,
+            # Every replica computes the same, from the statistics of the global batch.
+            aggregation="none",
+            dtype=full_precision(self.variable_dtype),
+        )
+        self.similarity = self.add_weight(
+            name="similarity",
+            shape=(len(self._first),),
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+            aggregation="none",
+            dtype=full_precision(self.variable_dtype),
+        )
+        self.built = True
+
+    def _check_batch(self, names, shapes):
+        batches = {name: shape[0] for name, shape in zip(names, shapes)}
+        known = {batch for batch in batches.values() if batch is not None}
+        if len(known) > 1 or 1 in known:
+            raise ValueError(
+                f"{name_of(self)}: expected features of the same examples, two at least. "
+                f"Received: batch sizes {batches}."
+            )
+
+    def call(self, inputs, training=None, present=None):
+        if not training:
+            return ops.convert_to_tensor(self.similarity)
+        names, values = self._sets(inputs)
+        self._check_batch(names, [x.shape for x in values])
+        if present is not None:
+            present = [present[name] for name in names]
+        covariance = self._updated(values, present)
+        similarity = self._similarities(covariance)
+        self.covariance.assign(ops.stop_gradient(covariance))
+        self.similarity.assign(ops.stop_gradient(similarity))
+        return similarity
+
+    def _updated(self, values, present):
+        """The moving covariance with that of a batch (Algorithm 1, lines 6 to 13)."""
+        moving = ops.convert_to_tensor(self.covariance)
+        x, there = self._side_by_side(values, present, moving.dtype)
+        assert_true(
+            ops.all(ops.isfinite(x)),
+            f"{name_of(self)}: features have values that are not finite (NaN or infinite).",
+        )
+        size = all_reduce_sum(ops.cast(ops.shape(x)[0], x.dtype))
+        assert_true(
+            ops.logical_or(size > 1, ops.any(ops.diagonal(moving) != 1)),
+            f"{name_of(self)}: expected batches of two examples at least, since one says "
+            "nothing about covariances. Received: a first batch of one.",
+        )
+        covariance, count = self._batch_covariance(x, there, size)
+        # A batch of one, the last of an epoch, says nothing about covariances.
+        share = ops.where(count > 1, (1 - self.momentum) * count / size, 0.0)
+        return (1 - share) * ops.stop_gradient(moving) + share * covariance
+
+    def _side_by_side(self, values, present, dtype):
+        """All sets as one matrix `(batch, D)`, and which are there, `(batch, sets)`."""
+        flat = [ops.reshape(x, (-1, d)) for x, d in zip(values, self._sizes)]
+        x = ops.cast(ops.concatenate(flat, axis=-1), dtype)
+        if present is None:
+            return x, None
+        there = ops.cast(ops.stack(present, axis=-1), dtype)
+        # What stands in the place of a missing set is not looked at.
+        return ops.where(self._by_feature(there, -1) > 0, x, 0.0), there
+
+    def _by_feature(self, by_set, axis):
+        """Values of sets along an axis, once for each of their features."""
+        owners = np.repeat(range(len(self._sizes)), self._sizes)
+        return ops.take(by_set, owners, axis=axis)
+
+    def _batch_covariance(self, x, there, size):
+        """`(covariance, count)`, both `(D, D)`: count examples have both of two sets."""
+        centred = x - all_reduce_sum(ops.sum(x, axis=0)) / size
+        if there is None:
+            there = ops.ones((ops.shape(x)[0], len(self._sizes)), x.dtype)
+        else:
+            centred = centred * self._by_feature(there, -1)
+        both = all_reduce_sum(ops.matmul(ops.transpose(there), there))
+        count = self._by_feature(self._by_feature(both, 0), 1)
+        # Sums of one, and of products, over the examples that have both.
+        sums = all_reduce_sum(ops.matmul(ops.transpose(centred), there))
+        sums = self._by_feature(sums, 1)
+        products = all_reduce_sum(ops.matmul(ops.transpose(centred), centred))
+        scatter = products - sums * ops.transpose(sums) / ops.maximum(count, 1)
+        return scatter / ops.maximum(count - 1, 1), count
+
+    def _similarities(self, covariance):
+        """Eq. 11 for all pairs, on blocks that are padded to one size."""
+        width, borders = max(self._sizes), np.cumsum([0, *self._sizes])
+        blocks = []
+        for size, start in zip(self._sizes, borders):
+            rows = covariance[start : start + size]
+            blocks.append(ops.pad(rows, ((0, width - size), (0, 0))))
+        rows = ops.stack(blocks)
+        own = []
+        for t, (size, start) in enumerate(zip(self._sizes, borders)):
+            block = rows[t, :size, start : start + size]
+            variances = ops.diagonal(block)
+            # Constant features have no scale; they are similar to nothing.
+            # What rounding makes of singular matrices must not be taken for variance.
+            rounding = 4 * size * np.finfo(self.covariance.dtype).eps
+            least = rounding * ops.mean(variances) + keras.config.epsilon() ** 2
+            block = block + ops.diag(self.ridge * variances + least)
+            pad = ((0, width - size), (0, width - size))
+            rest = np.diag(np.arange(width) >= size).astype("float32")
+            own.append(ops.pad(block, pad) + ops.cast(rest, block.dtype))
+        own = ops.stack(own)
+        columns = [
+            ops.pad(rows[:, :, start : start + size], ((0, 0), (0, 0), (0, width - size)))
+            for size, start in zip(self._sizes, borders)
+        ]
+        # (task, task, width, width): all cross-covariances.
+        cross = ops.stack(columns, axis=1)
+        pairs = [i * len(self._sizes) + j for i, j in zip(self._first, self._second)]
+        cross = ops.take(ops.reshape(cross, (-1, width, width)), pairs, axis=0)
+        found = largest_canonical_correlation(
+            ops.take(own, self._first, axis=0),
+            cross,
+            ops.take(own, self._second, axis=0),
+            self.method,
+        )
+        # Covariances of different examples may be correlated by more than one.
+        return ops.minimum(found, 1.0)
+
+    def compute_output_shape(self, input_shape):
+        count = len(input_shape)
+        pairs = count * (count - 1) // 2 if self.pairs is None else len(self.pairs)
+        return (pairs,)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "pairs": self.pairs,
+            "momentum": self.momentum,
+            "ridge": self.ridge,
+            "method": self.method,
+        }

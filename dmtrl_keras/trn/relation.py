@@ -1,0 +1,207 @@
+"""Which tasks are compared, where, and how similar their labels are."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from dmtrl_keras.ground.validation import check_number, checked_pairs, clean_name, name_of
+from dmtrl_keras.trn.canonical_correlation import task_similarity, task_similarity_matrix
+
+Pair = tuple[str, str]
+
+
+@keras.saving.register_keras_serializable("dmtrl_keras")
+class Relation:
+    """Where in a network which tasks are compared, and with what weight.
+
+    One term `lambda_l L_ts^(l)` of the total loss (TRN Eq. 13) for each pair.
+
+    Args:
+        at: where the features are taken. `"output"`: the network's outputs. The name of
+            another layer: its output, the channels of all tasks side by side. A dict from
+            task to the name of a layer of its own. Name a layer after pooling: all its
+            values are features, and the state has the square of their number.
+        weight: float, not negative, lambda. The moving covariances keep all but a share of
+            (1 - momentum) of the gradient, so that with momentum 0.99 a weight of 1 pulls
+            a hundredth as hard as a task's loss of weight 1.
+        pairs: list of pairs of names of tasks or groups. None: all pairs of groups, or
+            without groups all pairs of the tasks in `at`.
+        groups: dict from name to list of tasks, whose features side by side are one set.
+        name: str, how it is called in logs; what TensorFlow takes in no name, such as a
+            space, becomes an underscore. None: `"output"`, the name of the layer,
+            `"hidden"` for a dict.
+
+    Raises:
+        ValueError: on malformed arguments.
+
+    Example:
+
+    >>> from dmtrl_keras import Relation
+    >>> Relation({"pose": "pose_pool", "landmarks": "landmarks_pool"}, weight=0.001).name
+    'hidden'
+    """
+
+    def __init__(
+        self,
+        at: str | Mapping[str, str] = "output",
+        weight: float = 0.01,
+        pairs: Sequence[Pair] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.at = _checked_place(at)
+        if name is None:
+            name = "hidden" if isinstance(self.at, dict) else self.at
+        self.name = clean_name(name)
+        check_number("weight", weight, name_of(self))
+        self.weight = float(weight)
+        self.groups = _checked_groups(groups, name_of(self))
+        self.pairs = checked_pairs(pairs, name_of(self), "tasks or groups")
+
+    def sets(self, tasks):
+        """The pairs, and the tasks of each set in them, for the tasks of a network.
+
+        Args:
+            tasks: tuple of names.
+
+        Returns:
+            `(pairs, sets)`: a list of pairs of names, and a dict from name to a tuple of
+            tasks.
+
+        Raises:
+            ValueError: on unknown tasks, on less than two of them, on pairs that have a
+                task in common, on a group with the name of a task.
+        """
+        known = tuple(self.at) if isinstance(self.at, dict) else tuple(tasks)
+        members = {**{task: (task,) for task in known}, **self.groups}
+        named = [name for pair in self.pairs or () for name in pair]
+        used = [task for group in self.groups.values() for task in group]
+        unknown = sorted({*known, *used} - set(tasks)) + sorted({*named} - {*members})
+        unknown += sorted({*used} - {*known, *unknown})
+        if unknown:
+            raise ValueError(
+                f"{name_of(self)}: unknown tasks {unknown}. The tasks are {list(tasks)}, "
+                f"those in `at` {list(known)}, the groups {list(self.groups)}."
+            )
+        doubled = sorted(set(self.groups) & set(known))
+        if doubled:
+            raise ValueError(f"{name_of(self)}: groups with names of tasks: {doubled}.")
+        pairs = self.pairs
+        if pairs is None:
+            pairs = list(itertools.combinations(self.groups or known, 2))
+        if not pairs:
+            raise ValueError(
+                f"{name_of(self)}: expected two tasks or groups at least. Received: "
+                f"tasks {list(known)}, groups {list(self.groups)}."
+            )
+        sets = {name: tuple(members[name]) for pair in pairs for name in pair}
+        common = [(i, j) for i, j in pairs if set(sets[i]) & set(sets[j])]
+        if common:
+            raise ValueError(
+                f"{name_of(self)}: pairs that have tasks in common: {common}. The groups "
+                f"are {self.groups}."
+            )
+        return pairs, sets
+
+    def get_config(self):
+        """The arguments, as a dict."""
+        return {
+            "at": self.at,
+            "weight": self.weight,
+            "pairs": self.pairs,
+            "groups": self.groups,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """From the dict of `get_config`."""
+        return cls(**config)
+
+
+def label_similarity(labels, pairs=None, groups=None, ridge=0.0):
+    """The similarity of tasks' labels over a whole data set (TRN Eq. 12).
+
+    Args:
+        labels: dict from task to array of n labels. Ints `(n,)` are classes; everything
+            else is vectors `(n, ...)`. An example with NaN in it has no label of the task;
+            a pair is compared by the examples that have both.
+        pairs: list of pairs of names of tasks or groups; None: all pairs of groups, or
+            without groups of tasks.
+        groups: dict from name to list of tasks, whose labels side by side are one set.
+        ridge: as in `task_similarity`.
+
+    Returns:
+        A dict from pair to float in [0, 1], as `TaskRelationModel` takes it.
+
+    Raises:
+        ValueError: on unknown tasks, on different numbers of labels, on a pair of which no
+            example has both.
+
+    Example:
+
+    >>> import numpy as np
+    >>> label_similarity({"a": np.array([0, 0, 1, 2]), "b": np.array([1.0, 1.0, 2.0, 0.0])})
+    {('a', 'b'): 1.0}
+    """
+    pairs, sets = Relation("labels", pairs=pairs, groups=groups).sets(tuple(labels))
+    vectors = {task: _vectors(values) for task, values in labels.items()}
+    sizes = {task: len(values) for task, values in vectors.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"Label similarity: expected labels of the same examples. Received: {sizes}."
+        )
+    arrays = {
+        name: np.concatenate([vectors[task] for task in tasks], axis=1)
+        for name, tasks in sets.items()
+    }
+    present = {name: ~np.isnan(x).any(axis=1) for name, x in arrays.items()}
+    if all(np.all(there) for there in present.values()):
+        names = list(arrays)
+        matrix = task_similarity_matrix(arrays, ridge)
+        return {(i, j): float(matrix[names.index(i), names.index(j)]) for i, j in pairs}
+    found = {}
+    for i, j in pairs:
+        both = present[i] & present[j]
+        if not both.any():
+            raise ValueError(
+                f"Label similarity: no example has labels of both {i!r} and {j!r}."
+            )
+        found[i, j] = task_similarity(arrays[i][both], arrays[j][both], ridge)
+    return found
+
+
+def _vectors(labels):
+    """Labels as vectors: classes one-hot."""
+    labels = np.asarray(labels)
+    if labels.ndim == 1 and labels.dtype.kind in "iub":
+        _, classes = np.unique(labels, return_inverse=True)
+        return np.eye(classes.max(initial=0) + 1)[classes]
+    return labels.reshape(len(labels), -1).astype("float64")
+
+
+def _checked_place(at: Any) -> str | dict[str, str]:
+    """Where features are taken, see `Relation`."""
+    layers = at.items() if isinstance(at, Mapping) else [(at, at)]
+    if not at or not all(isinstance(x, str) for pair in layers for x in pair):
+        raise ValueError(
+            'Relation: `at` must be "output", the name of a layer, or a dict from task '
+            f"to the name of a layer. Received: at={at!r}."
+        )
+    return dict(at) if isinstance(at, Mapping) else at
+
+
+def _checked_groups(groups: Any, owner: str) -> dict[str, list[str]]:
+    """Groups of different tasks by name."""
+    groups = {} if groups is None else groups
+    if not isinstance(groups, Mapping) or any(
+        isinstance(g, str) or not g or len(set(g)) < len(g) for g in groups.values()
+    ):
+        raise ValueError(
+            f"{owner}: `groups` must be a dict from name to a list of "
+            f"different tasks. Received: groups={groups!r}."
+        )
+    return {name: list(tasks) for name, tasks in groups.items()}

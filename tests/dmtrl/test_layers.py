@@ -1,0 +1,121 @@
+"""The named factorised layers: thin names over one mechanism."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from dmtrl_keras import layers, parameterizations
+from dmtrl_keras.tasks.rewrite import named_classes, with_sharing
+from dmtrl_keras.testing import check_layer
+
+KINDS = sorted(
+    {
+        kind.__name__
+        for _, kind in named_classes()
+        if issubclass(kind, parameterizations.FactorizedParameterization)
+    }
+)
+DIMENSIONS = {"Dense": (4,), "Conv1D": (6, 4), "Conv2D": (5, 5, 4), "Conv3D": (4, 4, 4, 4)}
+
+
+def make(kind, base, **kwargs):
+    """One of the twelve layers."""
+    cls = getattr(layers, f"{kind}{base}")
+    window = () if base == "Dense" else (2,)
+    return cls(3, *window, tasks=2, **kwargs)
+
+
+# Each name with ranks, and each way to choose ranks.
+PROMISES = [(base, {"rank": 2}) for base in DIMENSIONS]
+PROMISES += [("Dense", {}), ("Dense", {"tolerance": 0.4})]
+
+
+@pytest.mark.parametrize(("base", "choice"), PROMISES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_promises(kind, base, choice, rng):
+    """`check_layer` for each name."""
+    shape = DIMENSIONS[base]
+    x = rng.normal(size=(2, *shape)).astype("float32")
+    export = "rank" in choice and base in ("Dense", "Conv2D")
+    check_layer(lambda **kwargs: make(kind, base, **choice, **kwargs), x, export=export)
+
+
+@pytest.mark.parametrize("base", DIMENSIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_as_sharing(kind, base, rng):
+    """The name and the `sharing` argument are one layer."""
+    shape = DIMENSIONS[base]
+    named = make(kind, base, rank=0.8, implementation="compose")
+    plain_class = getattr(layers, f"Task{base}")
+    sharing = getattr(parameterizations, kind)(rank=0.8)
+    window = () if base == "Dense" else (2,)
+    plain = plain_class(3, *window, tasks=2, sharing=sharing)
+    x = rng.normal(size=(2, *shape)).astype("float32")
+    named(x), plain(x)
+    assert named.rank == plain.rank
+    plain.set_weights(named.get_weights())
+    np.testing.assert_allclose(named(x), plain(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_configuration_holds_the_ranks(kind):
+    """Before build what was asked for; after it the ranks as they are."""
+    layer = make(kind, "Dense", tolerance=0.4, name="fc")
+    config = layer.get_config()
+    assert config["tolerance"] == 0.4
+    assert config["rank"] is None
+    layer.build((None, 8))
+    config = layer.get_config()
+    assert tuple(config["rank"]) == layer.rank
+    assert config["tolerance"] is None
+    assert "sharing" not in config
+    again = type(layer).from_config(config)
+    again.build((None, 8))
+    assert [w.shape for w in again.weights] == [w.shape for w in layer.weights]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_registered(kind):
+    """All under the package name of the library."""
+    for base in DIMENSIONS:
+        name = f"dmtrl_keras>{kind}{base}"
+        cls = getattr(layers, f"{kind}{base}")
+        assert keras.saving.get_registered_object(name) is cls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_common_draw_learns_apart(kind, shared, rng):
+    """From equal kernels tasks with different labels reach different kernels."""
+    keras.utils.set_random_seed(1)
+    layer = make(kind, "Dense", rank=1.0, shared_input=shared)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    kernel = None
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    kernel = ops.convert_to_numpy(layer.kernel)
+    assert np.ptp(kernel, axis=-1).max() < 1e-5
+    x = rng.normal(size=(64, 4)).astype("float32")
+    features = 4 if shared else 2
+    wanted = rng.normal(size=(2, features, 3))
+    own = [x, x] if shared else [x[:, :2], x[:, 2:]]
+    y = np.concatenate([a @ b for a, b in zip(own, wanted)], -1)
+    # Few epochs: each takes longer than its steps.
+    model.fit(np.tile(x, (15, 1)), np.tile(y, (15, 1)), epochs=10, verbose=0)
+    assert model.evaluate(x, y, verbose=0) < 0.02
+
+
+def test_with_sharing():
+    """To a named class, between named classes, and back to a plain one."""
+    plain = layers.TaskConv2D(4, 3, 2, strides=2, name="conv")
+    tucker = with_sharing(plain, parameterizations.Tucker(rank=2))
+    assert type(tucker) is layers.TuckerConv2D
+    assert (tucker.name, tucker.strides) == ("conv", (2, 2))
+    laf = with_sharing(tucker, parameterizations.LAF(rank=1))
+    assert type(laf) is layers.LAFConv2D
+    back = with_sharing(laf, parameterizations.Independent())
+    assert type(back) is layers.TaskConv2D
+    depthwise = layers.TaskDepthwiseConv2D(3, 2)
+    factorized = with_sharing(depthwise, parameterizations.TT(rank=1))
+    assert type(factorized) is layers.TaskDepthwiseConv2D
+    assert factorized.sharing.name == "tt"

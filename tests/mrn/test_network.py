@@ -1,0 +1,180 @@
+"""Relationship networks: what is shared, what is whose, and the prior."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from dmtrl_keras import (
+    ModeCovariance,
+    TensorNormalRegularizer,
+    relationship_network,
+    single_task,
+    task_correlation,
+    task_covariance,
+    task_layers,
+)
+from dmtrl_keras.mrn.network import LAYERS
+
+TASKS = ["amazon", "webcam", "dslr"]
+
+
+def trunk():
+    """A small convolutional network that gives a vector."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, 3, name="conv1"),
+            keras.layers.BatchNormalization(name="norm1"),
+            keras.layers.ReLU(),
+            keras.layers.GlobalAveragePooling2D(),
+        ],
+        name="trunk",
+    )
+
+
+def network(**arguments):
+    """A network on features, without a trunk."""
+    return relationship_network((6,), TASKS, 4, 5, **arguments)
+
+
+@pytest.mark.parametrize("shared_input", [True, False])
+@pytest.mark.parametrize("own", [(), *(LAYERS[-n:] for n in (1, 2, 3))])
+def test_what_is_shared(own, shared_input, rng):
+    """All sets of layers, with one input and with one per task, against plain Keras."""
+    backbone = trunk()
+    model = relationship_network(
+        backbone, TASKS, 4, 5, layers=own, shared_input=shared_input, common_draw=False
+    )
+    kernels = {layer.name: layer for layer in task_layers(model)}
+    assert set(kernels) == {"conv1", "bottleneck", "classifier"} & {
+        {"trunk": "conv1"}.get(name, name) for name in own
+    }
+    for layer in kernels.values():
+        has_prior = layer.name != "conv1"
+        assert (layer.prior is not None) == has_prior
+    images = rng.normal(size=(3, 2, 8, 8, 3)).astype("float32")
+    if shared_input:
+        images[:] = images[0]
+        outputs = model(images[0])
+    else:
+        outputs = model(dict(zip(TASKS, images)))
+    assert list(model.output) == TASKS
+    for number, task in enumerate(TASKS):
+        x = ops.convert_to_numpy(backbone(images[number]))
+        for name in ("bottleneck", "classifier"):
+            layer = model.get_layer(name)
+            kernel, bias = layer.kernel, layer.bias
+            if name in own:
+                kernel, bias = kernel[..., number], bias[..., number]
+            x = x @ ops.convert_to_numpy(kernel) + ops.convert_to_numpy(bias)
+            x = np.maximum(x, 0) if name == "bottleneck" else np.exp(x)
+        expected = x / x.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(outputs[task], expected, atol=1e-5)
+
+
+def test_priors_are_one_argument_apart():
+    """DRN, DRN_8, MRN, DRN_bi and the baselines."""
+
+    def modes(**arguments):
+        return {
+            layer.name: list(layer.prior.modes) if layer.prior else []
+            for layer in task_layers(network(**arguments))
+        }
+
+    assert modes() == {"bottleneck": ["task"], "classifier": ["task"]}
+    assert modes(layers=("classifier",)) == {"classifier": ["task"]}
+    mrn = ["feature", "class", "task"]
+    assert modes(prior="mrn") == {"bottleneck": mrn, "classifier": mrn}
+    assert modes(prior=None, layers=("classifier",)) == {"classifier": []}
+    assert modes(prior=None) == {"bottleneck": [], "classifier": []}
+    binary = network(binary=True)
+    assert task_covariance(binary)["classifier"].shape == (4, 3, 3)
+    assert task_covariance(binary)["bottleneck"].shape == (3, 3)
+    binary = network(binary=True, prior="mrn")
+    assert list(binary.get_layer("classifier").prior.modes) == ["feature", "task"]
+    outputs = binary({task: np.ones((2, 6)) for task in TASKS})["amazon"]
+    assert not np.allclose(np.sum(ops.convert_to_numpy(outputs), axis=1), 1)
+
+
+def test_own_regularizer_and_shared_covariance():
+    """Everything the regularizer can do; one covariance of both layers by its object."""
+    shared = ModeCovariance()
+    model = network(prior=TensorNormalRegularizer(0.2, task_covariance=shared))
+    for name in ("bottleneck", "classifier"):
+        prior = model.get_layer(name).prior
+        assert prior.modes["task"] is shared
+        assert prior.regularizer.strength == pytest.approx(0.2)
+    first, second = network(), network(strength=0.5)
+    assert first.get_layer("classifier").prior.regularizer.strength == 1e-3
+    assert second.get_layer("classifier").prior.regularizer.strength == 0.5
+
+
+def test_without_bottleneck_and_with_dropout(rng):
+    """The classifier on the features; dropout in training only."""
+    model = relationship_network((6,), TASKS, 4, bottleneck=None, dropout=0.5)
+    assert [layer.name for layer in task_layers(model)] == ["classifier"]
+    x = {task: rng.normal(size=(3, 6)).astype("float32") for task in TASKS}
+    first, again = model(x)["dslr"], model(x)["dslr"]
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(model(x, training=True)["dslr"], first)
+
+
+def test_draws():
+    """Equal kernels at first, or a draw for each task."""
+    for common in (True, False):
+        kernel = ops.convert_to_numpy(
+            network(common_draw=common).get_layer("bottleneck").kernel
+        )
+        assert np.array_equal(kernel[..., 0], kernel[..., 1]) == common
+
+
+def test_training_saving_and_one_task(tmp_path, rng):
+    """Tasks that are the same get the highest correlation; files and exports as ever."""
+    truth = rng.normal(size=(6, 4))
+    x, y = {}, {}
+    for task in TASKS:
+        own = rng.normal(size=(6, 4)) if task == "dslr" else truth
+        x[task] = rng.normal(size=(200, 6)).astype("float32")
+        y[task] = (x[task] @ own).argmax(axis=1)
+    model = relationship_network(
+        (6,), TASKS, 4, bottleneck=None, strength=1e-2, common_draw=False
+    )
+    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
+    model.fit(x, y, epochs=30, verbose=0)
+    correlation = task_correlation(model)["classifier"]
+    assert correlation[0, 1] > 0.8
+    assert np.abs(correlation[2, :2]).max() < correlation[0, 1] - 0.2
+    before = {name: matrix.copy() for name, matrix in task_covariance(model).items()}
+    model.evaluate(x, y, verbose=0)
+    expected = model.predict(x, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for copy in (model, loaded):
+        for name, matrix in task_covariance(copy).items():
+            np.testing.assert_array_equal(matrix, before[name])
+    for task, output in loaded.predict(x, verbose=0).items():
+        np.testing.assert_allclose(output, expected[task], atol=1e-5)
+    alone = single_task(model, "webcam")
+    np.testing.assert_allclose(
+        alone.predict(x["webcam"], verbose=0), expected["webcam"], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"classes": 0}, "`classes` must be a positive int"),
+        ({"bottleneck": 0}, "`bottleneck` must be a positive int or None"),
+        ({"layers": ("bottleneck",)}, "must be the last few of"),
+        ({"layers": ("fc8",)}, r"Received: layers=\('fc8',\)"),
+        ({"prior": "normal"}, r"one of \['drn', 'mrn'\].*'normal'"),
+        ({"tasks": ["a", "a"]}, "distinct"),
+        ({"backbone": (4, 4, 3)}, r"expected a backbone with one output \(batch, features"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    """The error says what was received and what was expected."""
+    given = {"backbone": (6,), "tasks": TASKS, "classes": 4, **arguments}
+    with pytest.raises(ValueError, match=message):
+        relationship_network(**given)

@@ -1,0 +1,353 @@
+"""MTAL's similar kernels: a plain loop over tasks, kernels and pairs, and properties."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.layers import (
+    SimilarKernelConv,
+    SimilarKernelConv1D,
+    SimilarKernelConv2D,
+    SimilarKernelConv3D,
+    TaskConv2D,
+    TaskDense,
+)
+from dmtrl_keras.mtal import similarity as similar_kernels
+from dmtrl_keras.mtal.similarity import aggregate_similar_kernels
+from dmtrl_keras.parameterizations import SimilarKernels
+from dmtrl_keras.testing import check_layer
+
+SHAPE = (2, 3, 2, 5)
+
+
+def draw(rng, tasks, noise=1.0, shape=SHAPE):
+    """Kernels of T tasks around common ones, so that all thresholds find some pairs."""
+    common = rng.normal(size=(*shape, 1))
+    kernel = common + noise * rng.normal(size=(*shape, tasks))
+    return kernel.astype("float32")
+
+
+def plain_loop(kernel, threshold, weights, pairs="all", groups=None, gradient=None):
+    """Eq. 3-6 by loops over tasks, kernels and pairs; and the gradient's way back.
+
+    Returns:
+        `(aggregated, gradient of the kernel)`, for the sum of `gradient * aggregated`.
+    """
+    kernel = kernel.astype("float64")
+    *_, outputs, tasks = kernel.shape
+    gradient = np.zeros_like(kernel) if gradient is None else gradient
+    result, back = np.empty_like(kernel), np.zeros_like(kernel)
+    for i in range(tasks):
+        for a in range(outputs):
+            own = kernel[..., a, i]
+            bank = []
+            for j in range(tasks):
+                if i == j or (groups and not any({i, j} <= set(g) for g in groups)):
+                    continue
+                for b in range(outputs) if pairs == "all" else [a]:
+                    other = kernel[..., b, j]
+                    cosine = np.vdot(own, other)
+                    cosine = cosine / np.linalg.norm(own) / np.linalg.norm(other)
+                    if cosine >= threshold:
+                        bank.append((j, b))
+            if not bank:
+                result[..., a, i] = own
+                back[..., a, i] += gradient[..., a, i]
+                continue
+            aggregates = []
+            for j, b in bank:
+                other = kernel[..., b, j]
+                aggregates.append(weights[i, j] * own + weights[j, i] * other)
+                share = gradient[..., a, i] / len(bank)
+                back[..., a, i] += weights[i, j] * share
+                back[..., b, j] += weights[j, i] * share
+            result[..., a, i] = sum(aggregates) / len(bank)
+    return result, back
+
+
+def random_weights(rng, tasks):
+    """A matrix of phi with `phi_ij + phi_ji = 1`."""
+    upper = np.triu(rng.uniform(size=(tasks, tasks)), 1)
+    lower = np.tril(1 - upper.T, -1)
+    return upper + lower
+
+
+@pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("threshold", np.arange(0.1, 0.95, 0.1).round(1))
+def test_equals_a_plain_loop(threshold, tasks, pairs, rng):
+    """Values and gradients."""
+    kernel = draw(rng, tasks)
+    weights = random_weights(rng, tasks)
+    sharing = SimilarKernels(threshold, weights, pairs)
+    gradient = rng.normal(size=kernel.shape).astype("float32")
+    expected, back = plain_loop(kernel, threshold, weights, pairs, gradient=gradient)
+
+    def aggregated(x):
+        composed = sharing.compose({"kernel": x}, tasks)
+        return ops.moveaxis(composed, 0, -1)
+
+    actual = ops.convert_to_numpy(aggregated(ops.convert_to_tensor(kernel)))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    if tasks > 1 and threshold < 0.5:
+        assert not np.allclose(expected, kernel), "no pair passes: nothing is tested"
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("gradients are compared on TensorFlow")
+    tf = tensorflow()
+    variable = tf.Variable(kernel)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(aggregated(variable) * gradient)
+    np.testing.assert_allclose(tape.gradient(loss, variable), back, atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
+@pytest.mark.parametrize("weights", ["matrix", "learned"])
+@pytest.mark.parametrize("threshold", [0.8, 0.3])
+def test_training_equals_the_loop(threshold, weights, pairs, rng):
+    """By lists of partners, and by the matrix where they are too long: also gradients."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("gradients are compared on TensorFlow")
+    tf = tensorflow()
+    tasks, shape = 3, (3, 4, 30)
+    kernel = draw(rng, tasks, shape=shape)
+    logits = rng.normal(size=(tasks, tasks)).astype("float32")
+    phi = 1 / (1 + np.exp(logits.T - logits))
+    sharing = SimilarKernels(threshold, phi if weights == "matrix" else "learned", pairs)
+    found = sharing.select(tf.constant(kernel), 0)
+    capacity = found["partners"].shape[1]
+    assert capacity == (4 if pairs == "all" else 2)
+    fits = int(ops.max(found["counts"])) <= capacity
+    assert fits == (threshold == 0.8 or pairs == "index")
+    assert int(ops.sum(found["counts"])) > 10
+    gradient = rng.normal(size=kernel.shape).astype("float32")
+    expected, back = plain_loop(kernel, threshold, phi, pairs, gradient=gradient)
+    variables = {"kernel": tf.Variable(kernel)}
+    if weights == "learned":
+        variables["logits"] = tf.Variable(logits)
+    results = []
+    for factors in (found, {"selection": found["selection"]}):
+        with tf.GradientTape() as tape:
+            composed = sharing.compose(
+                {n: tf.convert_to_tensor(v) for n, v in variables.items()} | factors, tasks
+            )
+            loss = tf.reduce_sum(ops.moveaxis(composed, 0, -1) * gradient)
+        actual = np.moveaxis(ops.convert_to_numpy(composed), 0, -1)
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        results.append(tape.gradient(loss, list(variables.values())))
+        np.testing.assert_allclose(results[-1][0], back, atol=1e-5)
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
+def test_threshold_above_one_is_independent(pairs, rng):
+    """Nothing is shared, whatever the kernels, in the function and by a schedule."""
+    kernel = draw(rng, 3, noise=0)
+    actual = aggregate_similar_kernels(kernel, 1.01, pairs=pairs)
+    np.testing.assert_array_equal(ops.convert_to_numpy(actual), kernel)
+    never = keras.optimizers.schedules.PiecewiseConstantDecay([10], [1.01, 0.5])
+    layer = TaskDense(4, 3, sharing=SimilarKernels(never, pairs=pairs))
+    layer.build((None, 9))
+    np.testing.assert_array_equal(layer.kernel, layer.factors["kernel"])
+
+
+@pytest.mark.parametrize("weights", [0.5, "learned"])
+def test_identical_tasks_stay_identical(weights, rng):
+    """Equal kernels, equal inputs and labels: equal after training."""
+    layer = SimilarKernelConv2D(4, 3, 3, threshold=0.2, weights=weights, shared_input=True)
+    model = keras.Sequential([keras.Input((6, 6, 2)), layer])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    x = rng.normal(size=(16, 6, 6, 2))
+    y = np.tile(rng.normal(size=(16, 4, 4, 4)), 3)
+    before = ops.convert_to_numpy(layer.kernel)
+    model.fit(x, y, epochs=3, verbose=0)
+    kernel = ops.convert_to_numpy(layer.kernel)
+    assert np.abs(kernel - before).max() > 1e-3
+    np.testing.assert_allclose(kernel, np.repeat(kernel[..., :1], 3, -1), atol=1e-5)
+
+
+def test_permuting_tasks(rng):
+    """Tasks in another order give the same kernels in that order."""
+    kernel, weights = draw(rng, 4), random_weights(rng, 4)
+    order = [2, 0, 3, 1]
+    a = aggregate_similar_kernels(kernel, 0.3, weights)
+    b = aggregate_similar_kernels(kernel[..., order], 0.3, weights[np.ix_(order, order)])
+    a, b = map(ops.convert_to_numpy, (a, b))
+    np.testing.assert_allclose(a[..., order], b, atol=1e-5)
+    assert not np.allclose(a, kernel)
+
+
+def test_rescaling(rng):
+    """Cosines ignore the scale of kernels; a kernel of zeros has no similar ones."""
+    kernel = draw(rng, 3)
+    a = ops.convert_to_numpy(aggregate_similar_kernels(kernel, 0.3))
+    b = ops.convert_to_numpy(aggregate_similar_kernels(1e-3 * kernel, 0.3))
+    np.testing.assert_allclose(b, 1e-3 * a, rtol=1e-4, atol=1e-8)
+    kernel[..., 0, 0] = 0
+    c = ops.convert_to_numpy(aggregate_similar_kernels(kernel, 0.3, pairs="index"))
+    assert np.all(c[..., 0, 0] == 0) and np.all(np.isfinite(c))
+
+
+def test_related_groups(rng):
+    """MTAL_R: only the tasks of a group share; the task matrix shows it."""
+    kernel, weights = draw(rng, 4), np.full((4, 4), 0.5)
+    groups = [[0, 2], [1, 3]]
+    actual = aggregate_similar_kernels(kernel, 0.2, weights, related=groups)
+    expected, _ = plain_loop(kernel, 0.2, weights, groups=groups)
+    np.testing.assert_allclose(ops.convert_to_numpy(actual), expected, atol=1e-5)
+    sharing = SimilarKernels(0.2, related=groups)
+    matrix = sharing.task_matrix({"kernel": ops.convert_to_tensor(kernel)}, 4)
+    matrix = ops.convert_to_numpy(matrix)
+    np.testing.assert_allclose(matrix.sum(axis=0), 1, atol=1e-6)
+    strangers = ~similar_kernels.related_tasks(4, groups) & ~np.eye(4, dtype=bool)
+    assert np.all(matrix[strangers] == 0) and np.all(matrix[~strangers] > 0)
+
+
+def test_only_training_chooses(rng):
+    """Every `update_every` steps, at the threshold of the schedule; never elsewhere."""
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5], [0.9, -1.0])
+    sharing = SimilarKernels(schedule, update_every=3)
+    layer = TaskDense(4, 2, sharing=sharing, shared_input=True, common_draw=False)
+    model = keras.Sequential([keras.Input((5,)), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, y = rng.normal(size=(4, 5)), rng.normal(size=(4, 8))
+    counts = []
+    for _ in range(8):
+        model.fit(x, y, verbose=0)
+        before = ops.convert_to_numpy(layer.selection._chosen["selection"])
+        model.evaluate(x, y, verbose=0)
+        model.predict(x, verbose=0)
+        after = ops.convert_to_numpy(layer.selection._chosen["selection"])
+        np.testing.assert_array_equal(before, after)
+        counts.append(int(after.astype(int).sum()))
+    # Steps 0, 3 and 6 choose; from step 6 on, every pair of the two tasks passes.
+    assert counts == [counts[0]] * 6 + [2 * 4 * 4] * 2
+    assert counts[0] < 32
+    layer.factors["kernel"].assign(ops.ones((5, 4, 2)))
+    layer.selection.refresh()
+    assert int(ops.sum(ops.cast(layer.selection.tensors()["selection"], "int32"))) == 32
+
+
+@pytest.mark.parametrize("weights", [0.5, "learned"])
+def test_modes_of_training(weights, rng):
+    """Compiled by XLA, several steps at once, and in mixed precision: the same losses."""
+    x = rng.normal(size=(16, 6, 6, 6)).astype("float32")
+    y = rng.normal(size=(16, 4, 4, 60)).astype("float32")
+    losses = []
+    for dtype, jit, steps in (
+        ("float32", "auto", 1),
+        ("float32", True, 1),
+        ("float32", "auto", 2),
+        ("mixed_bfloat16", "auto", 1),
+    ):
+        if steps > 1 and keras.backend.backend() == "torch":
+            continue  # Keras has it on the other backends.
+        keras.utils.set_random_seed(0)
+        layer = SimilarKernelConv2D(
+            20, 3, 3, threshold=0.3, weights=weights, common_draw=False, dtype=dtype
+        )
+        model = keras.Sequential([keras.Input((6, 6, 6)), layer])
+        sgd = keras.optimizers.SGD(0.1)
+        model.compile(sgd, "mse", jit_compile=jit, steps_per_execution=steps)
+        history = model.fit(x, y, batch_size=4, verbose=0, shuffle=False).history
+        losses.append(history["loss"][0])
+        assert int(layer.selection.step) == 4
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
+
+
+def test_learned_weights_are_trained(rng):
+    """They move, stay between 0 and 1, and sum to 1 for each pair."""
+    layer = SimilarKernelConv1D(3, 2, 3, threshold=0.1, weights="learned")
+    model = keras.Sequential([keras.Input((6, 6)), layer])
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.fit(rng.normal(size=(8, 6, 6)), rng.normal(size=(8, 5, 9)), epochs=3, verbose=0)
+    weights = ops.convert_to_numpy(layer.sharing.task_weights(layer.stacked.tensors()))
+    np.testing.assert_allclose(weights + weights.T, 1, atol=1e-6)
+    assert np.abs(weights - 0.5).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "shape"),
+    [
+        (SimilarKernelConv1D, {"pairs": "index"}, (6, 6)),
+        (SimilarKernelConv2D, {"weights": "learned", "update_every": 2}, (5, 5, 6)),
+        (SimilarKernelConv2D, {"related": [[0, 2]]}, (5, 5, 6)),
+        (SimilarKernelConv3D, {"threshold": "unrelated"}, (4, 4, 4, 6)),
+    ],
+)
+def test_promises(cls, arguments, shape, rng):
+    """Saving, export, mixed precision, unknown batch size: `check_layer`."""
+    arguments = {"threshold": 0.1} | arguments
+    x = rng.normal(size=(2, *shape)).astype("float32")
+    check_layer(lambda **k: cls(5, 2, 3, common_draw=False, **arguments, **k), x)
+
+
+def test_promises_with_many_kernels(rng):
+    """The same where kernels have more partners than are listed."""
+    x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
+    check_layer(lambda **k: SimilarKernelConv(90, 3, 3, common_draw=False, **k), x)
+
+
+def test_schedule_survives_a_file(tmp_path, rng):
+    """The threshold's schedule, the step and the choice are in a `.keras` file."""
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.9, 10, 0.1)
+    layer = SimilarKernelConv2D(3, 2, 2, threshold=schedule, common_draw=False)
+    model = keras.Sequential([keras.Input((4, 4, 4)), layer])
+    model.compile("sgd", "mse")
+    x = rng.normal(size=(8, 4, 4, 4))
+    model.fit(x, np.zeros((8, 3, 3, 6)), batch_size=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    (copy,) = loaded.layers
+    assert int(copy.selection.step) == 4
+    assert float(copy.sharing.threshold_at(5)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 1.2}, r"threshold=1\.2"),
+        ({"threshold": -0.1}, r"in \[0, 1\]"),
+        ({"threshold": "near"}, "'related', 'unrelated'"),
+        ({"weights": 0.3}, "phi_ij"),
+        ({"weights": [[0, 0.3], [0.3, 0]]}, "phi_ij"),
+        ({"pairs": "some"}, "'all', 'index'"),
+        ({"update_every": 0}, "positive int"),
+        ({"related": [[1]]}, "two or more different"),
+        ({"related": [[1, 1]]}, "two or more different"),
+        ({"related": [["a", 1]]}, "numbers, or names"),
+        ({"related": "ab"}, "list of groups"),
+    ],
+)
+def test_malformed_arguments(arguments, message):
+    """Say what was received and what was expected."""
+    with pytest.raises(ValueError, match=message):
+        SimilarKernels(**arguments)
+
+
+def test_errors_name_the_layer():
+    """Groups of tasks that there aren't, a single task, matrices for other tasks."""
+    for arguments in (
+        {"related": [[0, 3]], "tasks": 3},
+        {"related": [[0, 1]], "tasks": 1},
+        {"related": [["a", "b"]], "tasks": 2},
+        {"weights": [[0, 0.3], [0.7, 0]], "tasks": 3},
+    ):
+        layer = SimilarKernelConv2D(2, 3, name="block1", **arguments)
+        with pytest.raises(ValueError, match="SimilarKernelConv2D 'block1'"):
+            layer.build((None, 8, 8, 2 * arguments["tasks"]))
+    with pytest.raises(ValueError, match="one shape"):
+        aggregate_similar_kernels([np.ones((3, 3, 2, 4)), np.ones((3, 3, 1, 4))], 0.4)
+
+
+def test_other_layers(rng):
+    """Any layer with T kernels takes it; here a dense one equals the function."""
+    layer = TaskDense(6, 3, sharing=SimilarKernels(0.3), common_draw=False)
+    layer.build((None, 12))
+    expected = aggregate_similar_kernels(layer.factors["kernel"], 0.3)
+    np.testing.assert_allclose(layer.kernel, expected, atol=1e-6)
+    named = SimilarKernelConv2D(2, 3, 2)
+    assert isinstance(named, TaskConv2D) and named.sharing.name == "similar"

@@ -1,0 +1,249 @@
+"""Losses: the hinge of T outputs, and any loss with missing labels."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.losses import MaskedLoss, TaskHinge, one_vs_rest
+
+NAN = math.nan
+ELEMENTWISE = [
+    "mean_squared_error",
+    "mean_absolute_error",
+    "huber",
+    "log_cosh",
+    "hinge",
+    "binary_crossentropy",
+    "poisson",
+]
+
+
+def value(loss, *args):
+    """A loss as a float."""
+    return float(ops.convert_to_numpy(loss(*args)))
+
+
+def test_hinge_is_the_formula(rng):
+    """max(0, 1 - y f), written out, mean over samples and tasks."""
+    labels = one_vs_rest(rng.integers(4, size=6), 4)
+    outputs = rng.normal(size=(6, 4)).astype("float32")
+    total = 0.0
+    for i in range(6):
+        for t in range(4):
+            total += max(0.0, 1 - labels[i, t] * outputs[i, t])
+    assert value(TaskHinge(), labels, outputs) == pytest.approx(total / 24, rel=1e-5)
+    assert value(TaskHinge("sum"), labels, outputs) == pytest.approx(total, rel=1e-5)
+    for weights in (np.arange(6.0), np.arange(6.0)[:, None], rng.random((6, 4))):
+        full = np.broadcast_to(weights[:, None] if weights.ndim == 1 else weights, (6, 4))
+        expected = np.sum(full * np.maximum(0, 1 - labels * outputs)) / 24
+        actual = value(TaskHinge(), labels, outputs, weights)
+        assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_hinge_rejects_wrong_labels():
+    """Broadcasting labels would train on nonsense."""
+    for labels in (np.ones(3), np.ones((3, 1)), np.ones((3, 5))):
+        with pytest.raises(ValueError, match=r"task_hinge.*\(batch, T\).*\(3, 4\)"):
+            TaskHinge()(labels, np.ones((3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 3], "from 0 to 3"),
+        ([-1], "from -1 to -1"),
+        ([0.0], "float64"),
+        ([[0]], r"\(1, 1\)"),
+    ],
+)
+def test_one_vs_rest_errors(labels, message):
+    """Only class numbers in range."""
+    with pytest.raises(ValueError, match=message):
+        one_vs_rest(labels, 3)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("missing", [NAN, -7.0])
+def test_single_labels_left_out(name, missing, rng):
+    """The mean over what is present, label by label."""
+    labels = rng.integers(2, size=(8, 3)).astype("float32")
+    outputs = rng.uniform(0.1, 0.9, size=(8, 3)).astype("float32")
+    present = rng.random((8, 3)) < 0.6
+    given = np.where(present, labels, missing)
+    plain = keras.losses.get(name)
+    expected = [
+        float(
+            np.squeeze(plain(labels[i : i + 1, t : t + 1], outputs[i : i + 1, t : t + 1]))
+        )
+        for i, t in zip(*np.nonzero(present))
+    ]
+    actual = value(MaskedLoss(name, missing=missing), given, outputs)
+    assert actual == pytest.approx(np.mean(expected), rel=1e-4)
+    total = value(MaskedLoss(name, missing=missing, reduction="sum"), given, outputs)
+    assert total == pytest.approx(np.sum(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, "categorical_crossentropy"])
+def test_nothing_missing_is_the_loss_itself(name, rng):
+    """Complete labels: the wrapped loss."""
+    outputs = rng.dirichlet(np.ones(3), size=8).astype("float32")
+    labels = np.eye(3, dtype="float32")[rng.integers(3, size=8)]
+    expected = np.mean(keras.losses.get(name)(labels, outputs))
+    assert value(MaskedLoss(name), labels, outputs) == pytest.approx(expected, rel=1e-4)
+
+
+def test_whole_labels_left_out(rng):
+    """Classes, one-hot (a row) and sparse (a number, with and without an axis)."""
+    outputs = rng.dirichlet(np.ones(4), size=5).astype("float32")
+    classes = np.array([0, 3, 1, 2, 2])
+    present = np.array([True, False, True, False, True])
+    expected = -np.log(outputs[present, classes[present]]).mean()
+    onehot = np.where(present[:, None], np.eye(4)[classes], NAN)
+    loss = MaskedLoss("categorical_crossentropy")
+    assert value(loss, onehot, outputs) == pytest.approx(expected, rel=1e-4)
+    sparse = np.where(present, classes, -1)
+    loss = MaskedLoss("sparse_categorical_crossentropy", missing=-1)
+    assert value(loss, sparse, outputs) == pytest.approx(expected, rel=1e-4)
+    assert value(loss, sparse[:, None], outputs) == pytest.approx(expected, rel=1e-4)
+
+
+def test_labels_without_an_axis(rng):
+    """(batch,) labels for (batch, 1) outputs."""
+    labels = np.array([1.0, NAN, 3.0])
+    outputs = np.array([[0.0], [5.0], [1.0]])
+    assert value(MaskedLoss("mean_squared_error"), labels, outputs) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, "categorical_crossentropy"])
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"]
+)
+def test_batch_without_labels(name, reduction):
+    """0, with zero gradients; also where outputs are extreme."""
+    labels = np.full((4, 3), NAN, "float32")
+    loss = MaskedLoss(name, reduction=reduction)
+    assert value(loss, labels, np.full((4, 3), 0.3, "float32")) == 0
+    if keras.config.backend() == "tensorflow":
+        tf = tensorflow()
+        outputs = tf.constant(np.full((4, 3), 0.3, "float32"))
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            result = loss(labels, outputs)
+        np.testing.assert_array_equal(tape.gradient(result, outputs), 0)
+
+
+def test_gradients_of_present_labels_only():
+    """A missing label pulls at nothing, however far the output is."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("gradients are compared on TensorFlow")
+    tf = tensorflow()
+    outputs = tf.constant([[1.0, 1e30], [2.0, 3.0]])
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        loss = MaskedLoss("mean_squared_error")(np.array([[0.0, NAN], [NAN, 1.0]]), outputs)
+    np.testing.assert_allclose(tape.gradient(loss, outputs), [[1, 0], [0, 2]])
+
+
+def test_sample_weights():
+    """Weights of samples, and the two means."""
+    labels = np.array([[1.0, NAN], [3.0, 5.0]])
+    outputs = np.zeros((2, 2))
+    weights = np.array([2.0, 0.5])
+    total = 2 * 1 + 0.5 * (9 + 25)
+    mean = MaskedLoss("mean_squared_error")
+    assert value(mean, labels, outputs, weights) == pytest.approx(total / 3)
+    weighted = MaskedLoss("mean_squared_error", reduction="mean_with_sample_weight")
+    assert value(weighted, labels, outputs, weights) == pytest.approx(total / 3.0)
+    assert value(weighted, labels, outputs, weights[:, None]) == pytest.approx(total / 3.0)
+    none = MaskedLoss("mean_squared_error", reduction=None)
+    np.testing.assert_allclose(none(labels, outputs), [[1, 0], [9, 25]])
+
+
+def test_hinge_with_missing_labels():
+    """TaskHinge inside MaskedLoss leaves out single tasks."""
+    labels = np.array([[1.0, NAN], [-1.0, 1.0]])
+    outputs = np.array([[0.5, 9.0], [0.5, 2.0]])
+    assert value(MaskedLoss(TaskHinge()), labels, outputs) == pytest.approx((0.5 + 1.5) / 3)
+
+
+def test_own_functions():
+    """An unknown function gets whole labels unless told otherwise."""
+
+    def squared(y, f):
+        return ops.mean(ops.square(y - f), axis=-1)
+
+    labels = np.array([[1.0, NAN], [3.0, 5.0]])
+    assert value(MaskedLoss(squared), labels, np.zeros((2, 2))) == pytest.approx(17)
+    single = MaskedLoss(squared, elementwise=True)
+    assert value(single, labels, np.zeros((2, 2))) == pytest.approx(35 / 3)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        MaskedLoss("mean_squared_error", missing=-1, name="mine"),
+        MaskedLoss(keras.losses.BinaryCrossentropy(label_smoothing=0.3), -1, True, "sum"),
+        MaskedLoss(TaskHinge()),
+        MaskedLoss(keras.losses.mean_absolute_error),
+        TaskHinge("sum"),
+    ],
+    ids=lambda loss: loss.name,
+)
+def test_serialization(loss):
+    """Config and back: the same loss."""
+    config = keras.saving.serialize_keras_object(loss)
+    assert config["registered_name"].startswith("dmtrl_keras>")
+    again = keras.saving.deserialize_keras_object(config)
+    assert keras.saving.serialize_keras_object(again) == config
+    labels, outputs = np.array([[1.0, -1.0]]), np.array([[0.25, 0.5]])
+    assert value(again, labels, outputs) == value(loss, labels, outputs)
+
+
+def test_training_with_missing_labels(tmp_path, rng):
+    """A model with dict outputs learns two tasks of which each sample has one label."""
+    x = rng.normal(size=(128, 3)).astype("float32")
+    y = {"a": x @ rng.normal(size=(3, 1)), "b": x @ rng.normal(size=(3, 2))}
+    known = rng.random(128) < 0.5
+    given = {
+        "a": np.where(known[:, None], y["a"], NAN),
+        "b": np.where(known[:, None], NAN, y["b"]),
+    }
+    inputs = keras.Input((3,))
+    outputs = {"a": keras.layers.Dense(1)(inputs), "b": keras.layers.Dense(2)(inputs)}
+    model = keras.Model(inputs, outputs)
+    loss = {name: MaskedLoss("mean_squared_error") for name in outputs}
+    model.compile(keras.optimizers.Adam(0.1), loss, loss_weights={"a": 1.0, "b": 0.5})
+    model.fit(x, given, epochs=60, batch_size=16, verbose=0)
+    for name, prediction in model.predict(x, verbose=0).items():
+        assert np.mean((prediction - y[name]) ** 2) < 1e-2
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    expected = model.evaluate(x, given, verbose=0)
+    np.testing.assert_allclose(loaded.evaluate(x, given, verbose=0), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MaskedLoss(3), "Received: 3"),
+        (lambda: MaskedLoss("no_such_loss"), "no_such_loss"),
+        (lambda: MaskedLoss("hinge", missing="none"), "missing='none'"),
+        (lambda: MaskedLoss("hinge", reduction="median"), "median"),
+        (
+            lambda: MaskedLoss("hinge")(np.ones((2, 4)), np.ones((2, 3))),
+            r"masked_hinge.*\(2, 3\).*\(2, 4\)",
+        ),
+        (
+            lambda: MaskedLoss("hinge")(np.ones((2, 3, 4)), np.ones((2, 3))),
+            r"masked_hinge.*\(2, 3\).*\(2, 3, 4\)",
+        ),
+    ],
+)
+def test_errors(call, message):
+    """What was received and expected."""
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call()

@@ -1,0 +1,179 @@
+"""MultiTaskModel: names of tasks are checked wherever they are given."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as kl
+
+from dmtrl_keras import MultiTaskModel
+from dmtrl_keras.ground.backend import tensorflow
+
+LOSS = "sparse_categorical_crossentropy"
+
+
+def network():
+    """Two tasks, whose order is not the alphabetical one."""
+    inputs = keras.Input((4,))
+    outputs = {name: kl.Dense(3, "softmax")(inputs) for name in ("zeta", "alpha")}
+    return MultiTaskModel(inputs, outputs)
+
+
+@pytest.fixture
+def data(rng):
+    """Inputs and labels of both tasks."""
+    x = rng.normal(size=(12, 4)).astype("float32")
+    return x, {name: rng.integers(3, size=12) for name in ("zeta", "alpha")}
+
+
+def test_order_of_tasks():
+    """That of the outputs."""
+    assert network().task_names == ("zeta", "alpha")
+    assert network().tasks == 2
+    again = MultiTaskModel.from_config(network().get_config())
+    assert type(again) is MultiTaskModel and again.task_names == ("zeta", "alpha")
+    assert keras.models.clone_model(network()).task_names == ("zeta", "alpha")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"loss": LOSS},
+        {"loss": {"zeta": LOSS, "alpha": LOSS}},
+        {"loss": {"alpha": LOSS}},
+        {"loss": {"zeta": LOSS, "alpha": LOSS}, "metrics": ["accuracy"]},
+        {"loss": LOSS, "metrics": {"alpha": ["accuracy"], "zeta": []}},
+        {"loss": LOSS, "weighted_metrics": "accuracy"},
+        {"loss": {"zeta": LOSS, "alpha": None}},
+    ],
+)
+def test_trains(arguments, data):
+    """One loss for all or a dict, some tasks left out, metrics for all."""
+    model = network()
+    model.compile("sgd", **arguments)
+    history = model.fit(*data, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    metrics = arguments.get("metrics") or arguments.get("weighted_metrics")
+    if isinstance(metrics, (list, str)):
+        assert any(name.startswith("zeta_") and "acc" in name for name in history)
+    assert model.evaluate(*data, verbose=0, return_dict=True)["loss"] > 0
+
+
+def test_loss_weights(data):
+    """Weights reach the task that they name; tasks left out have 1."""
+    x, y = data
+    model = network()
+    losses = {}
+    for weights in ({}, {"alpha": 3.0}, {"zeta": 0.0, "alpha": 1.0}):
+        for loss in (LOSS, {"zeta": LOSS, "alpha": LOSS}):
+            model.compile("sgd", loss=loss, loss_weights=weights)
+            found = model.evaluate(x, y, verbose=0, return_dict=True)
+            losses.setdefault(tuple(weights.items()), []).append(found)
+    for pair in losses.values():
+        assert pair[0] == pytest.approx(pair[1])
+    plain = losses[()][0]
+    expected = plain["zeta_loss"] + 3 * plain["alpha_loss"]
+    assert losses[(("alpha", 3.0),)][0]["loss"] == pytest.approx(expected, rel=1e-5)
+    found = losses[(("zeta", 0.0), ("alpha", 1.0))][0]["loss"]
+    assert found == pytest.approx(plain["alpha_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": {"zeta": LOSS, "beta": LOSS}}, r"unknown tasks in `loss`: \['beta'\]"),
+        ({"loss": [LOSS, LOSS]}, "`loss` must be a dict"),
+        ({"loss": LOSS, "loss_weights": {"beta": 1.0}}, "unknown tasks in `loss_weights`"),
+        ({"loss": LOSS, "loss_weights": [1.0, 2.0]}, "`loss_weights` must be a dict"),
+        ({"loss": LOSS, "loss_weights": 2.0}, "`loss_weights` must be a dict"),
+        (
+            {"loss": {"zeta": LOSS}, "loss_weights": {"alpha": 1.0}},
+            r"without a loss: \['alpha'\]",
+        ),
+        ({"loss": LOSS, "metrics": {"beta": "accuracy"}}, "unknown tasks in `metrics`"),
+        ({"loss": LOSS, "metrics": [["accuracy"], []]}, "`metrics` must be a dict"),
+        (
+            {"loss": LOSS, "weighted_metrics": [keras.metrics.Mean()]},
+            "one for all tasks",
+        ),
+    ],
+)
+def test_compile_errors(arguments, message):
+    """Names, lists, and metric objects that tasks would share."""
+    with pytest.raises(ValueError, match=f"MultiTaskModel.*{message}"):
+        network().compile("sgd", **arguments)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "train_on_batch", "test_on_batch"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["zeta", "beta"], r"unknown tasks in `y`: \['beta'\]"),
+        (["zeta", "alpha", "beta"], r"unknown tasks in `y`: \['beta'\]"),
+        (["zeta"], r"also for \['alpha'\]"),
+        (None, "`y` must be a dict"),
+    ],
+)
+def test_label_errors(method, names, message, data):
+    """Labels of tasks that there aren't, labels that are missing, lists."""
+    x, y = data
+    model = network()
+    model.compile("sgd", LOSS)
+    labels = [y["zeta"], y["alpha"]]
+    if names is not None:
+        labels = dict.fromkeys(names, y["zeta"])
+    verbose = {"verbose": 0} if method in ("fit", "evaluate") else {}
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(x, labels, **verbose)
+
+
+def test_labels_only_where_there_is_a_loss(data):
+    """A task without a loss needs no labels."""
+    x, y = data
+    model = network()
+    model.compile("sgd", {"alpha": LOSS})
+    model.fit(x, {"alpha": y["alpha"]}, verbose=0)
+    with pytest.raises(ValueError, match=r"also for \['alpha'\]"):
+        model.fit(x, {"zeta": y["zeta"]}, verbose=0)
+
+
+def test_compiled_model_is_saved(data, tmp_path):
+    """The compilation comes back with the model."""
+    model = network()
+    model.compile("sgd", LOSS, loss_weights={"alpha": 2.0}, metrics=["accuracy"])
+    model.fit(*data, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    expected = model.evaluate(*data, verbose=0, return_dict=True)
+    assert loaded.evaluate(*data, verbose=0, return_dict=True) == pytest.approx(expected)
+
+
+def test_outputs_must_be_a_dict():
+    """Of single tensors by name."""
+    inputs = keras.Input((4,))
+    for outputs in (inputs, [inputs], {}, {"a": [inputs]}, {1: inputs}):
+        with pytest.raises(ValueError, match="`outputs` must be a dict"):
+            MultiTaskModel(inputs, outputs)
+
+
+def test_image_layers_keep_inference(rng, tmp_path):
+    """A direct call and an exported model are in inference mode, also after Resizing."""
+    inputs = keras.Input((6, 6, 3), name="image")
+    x = keras.layers.Resizing(8, 8)(inputs)
+    x = keras.layers.BatchNormalization(name="normalization")(x)
+    x = keras.layers.Dropout(0.5)(keras.layers.Flatten()(x))
+    outputs = {name: keras.layers.Dense(2, name=name)(x) for name in ("a", "b")}
+    model = MultiTaskModel(inputs, outputs)
+    images = rng.uniform(size=(4, 6, 6, 3)).astype("float32")
+    expected = model.predict(images, verbose=0)
+    before = [keras.ops.convert_to_numpy(v) for v in model.variables]
+    called = model(images)
+    for value, variable in zip(before, model.variables):
+        np.testing.assert_array_equal(value, keras.ops.convert_to_numpy(variable))
+    for task in "ab":
+        np.testing.assert_allclose(called[task], expected[task], atol=1e-5)
+    if keras.config.backend() == "tensorflow":
+        model.export(tmp_path / "saved", verbose=False)
+        loaded = tensorflow().saved_model.load(str(tmp_path / "saved"))
+        np.testing.assert_allclose(loaded.serve(images)["a"], expected["a"], atol=1e-5)
+    trained = model(images, training=True)
+    assert np.abs(trained["a"] - expected["a"]).max() > 1e-2

@@ -21,7 +21,7 @@ PACKAGES = ("dmtrl_keras", "applications", "tuning")
 COMMANDS = [
     path.stem
     for path in sorted((ROOT / "applications").glob("*.py"))
-    if re.search(r"^def main\(", path.read_text(), re.MULTILINE)
+    if 'if __name__ == "__main__":' in path.read_text()
 ]
 COMMANDS.append("search")
 

@@ -1,6 +1,5 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
-import dmtrl_keras.fusion.rule  # noqa: F401  It registers what the conversion does with fusion units.
 from dmtrl_keras import (
     canonical_correlation,
     conversion,

@@ -12,6 +12,7 @@ import tempfile
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 FOLDER = pathlib.Path(__file__).parent / "guides"
 
@@ -52,6 +53,11 @@ def executed(path):
             resources={"metadata": {"path": work}},
         )
         client.execute(env=environment)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            # Without the start-up messages of TensorFlow.
+            cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     pictures = f"{path.stem}_files"
     text, resources = MarkdownExporter().from_notebook_node(
         notebook, {"output_files_dir": pictures, "unique_key": path.stem}

@@ -159,10 +159,10 @@ def test_losses_by_task(rng):
     found, given = network.task_losses(y, outputs)
     assert given == weights and list(found) == TASKS
     assert float(found["a"]) == pytest.approx(
-        np.mean((outputs["a"] - y["a"]) ** 2), rel=1e-5
+        float(np.mean((outputs["a"] - y["a"]) ** 2)), rel=1e-5
     )
     present = np.abs(outputs["b"] - y["b"])[5:]
-    assert float(found["b"]) == pytest.approx(np.mean(present), rel=1e-5)
+    assert float(found["b"]) == pytest.approx(float(np.mean(present)), rel=1e-5)
     total = network.compute_loss(x, y, outputs, training=False)
     expected = sum(float(found[task]) * weights[task] for task in TASKS)
     assert float(total) == pytest.approx(expected, rel=1e-5)
@@ -174,7 +174,7 @@ def test_losses_by_task(rng):
     outputs, weight = alone(x), np.arange(24.0)
     found, _ = alone.task_losses(y["a"], outputs, weight)
     expected = np.mean(weight * (outputs["only"] - y["a"])[:, 0] ** 2)
-    assert float(found["only"]) == pytest.approx(expected, rel=1e-5)
+    assert float(found["only"]) == pytest.approx(float(expected), rel=1e-5)
     assert np.isfinite(alone.fit(x, y["a"], verbose=0).history["loss"][0])
 
 

@@ -25,7 +25,7 @@ def lower_bounds(path):
         lines += extra.splitlines()
     bounds = {}
     for line in filter(None, (line.split("#")[0].strip() for line in lines)):
-        found = re.match(r"([\w.-]+)(?:\[[\w,]+\])?(?:>=([\w.]+))?", line)
+        found = re.match(r"([\w.-]+)(?:\[[\w,]+\])?(?:[>=]=([\w.]+))?", line)
         name, version = found.groups()
         if name == config["metadata"]["name"]:
             continue

@@ -16,7 +16,12 @@ from keras import ops
 from dmtrl_keras.ground.backend import eager_scope, full_precision
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.plan import Geometry, Stage, apply_plan, plan_flops
-from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer, mode_names
+from dmtrl_keras.kernels.state import (
+    KernelState,
+    StatefulRegularizer,
+    StatePenalty,
+    mode_names,
+)
 
 
 def draw_stacked_kernel(
@@ -187,7 +192,7 @@ class TaskKernel(keras.layers.Layer):
             full_precision(self.variable_dtype),
         )
         self.prior.build()
-        return self.prior.penalty
+        return StatePenalty(self.prior)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(v.shape) for name, v in self._factors.items()}

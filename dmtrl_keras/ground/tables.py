@@ -1,7 +1,12 @@
 """Tables for the terminal."""
 
+from typing import TYPE_CHECKING
 
-def print_table(table):
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def print_table(table: "Table") -> None:
     """Print a table of `rich`, in full where the output is no terminal."""
     from rich.console import Console
 

@@ -2,6 +2,8 @@
 
 import pathlib
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,26 +12,31 @@ from keras import ops, tree
 from dmtrl_keras.ground.backend import tensorflow
 
 
-def _values(outputs):
+def _values(outputs: Any) -> Any:
     return tree.map_structure(
         lambda x: np.asarray(ops.convert_to_numpy(x), "float32"), outputs
     )
 
 
-def _assert_close(actual, expected, tolerance, what):
+def _assert_close(actual: Any, expected: Any, tolerance: float, what: str) -> None:
     tree.assert_same_structure(actual, expected)
     for a, b in zip(tree.flatten(actual), tree.flatten(expected)):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=what)
 
 
-def _model(layer, inputs):
+def _model(layer: keras.layers.Layer, inputs: Any) -> keras.Model:
     symbolic = tree.map_structure(
         lambda x: keras.Input(x.shape[1:], dtype="float32"), inputs
     )
     return keras.Model(symbolic, layer(symbolic))
 
 
-def check_layer(make_layer, inputs, tolerance=1e-4, export=True):
+def check_layer(
+    make_layer: Callable[..., keras.layers.Layer],
+    inputs: Any,
+    tolerance: float = 1e-4,
+    export: bool = True,
+) -> None:
     """Assert what every layer of this library promises.
 
     Symbolic and real shapes agree; the batch size may be unknown and change; the config is
@@ -87,7 +94,14 @@ def check_layer(make_layer, inputs, tolerance=1e-4, export=True):
         _assert_close(_values(compiled(inputs)), again, 1e-3, "XLA")
 
 
-def _check_files(model, make_layer, inputs, expected, folder, tolerance):
+def _check_files(
+    model: keras.Model,
+    make_layer: Callable[..., keras.layers.Layer],
+    inputs: Any,
+    expected: Any,
+    folder: pathlib.Path,
+    tolerance: float,
+) -> None:
     path = folder / "model.keras"
     model.save(path)
     loaded = keras.saving.load_model(path, safe_mode=True)
@@ -100,13 +114,15 @@ def _check_files(model, make_layer, inputs, expected, folder, tolerance):
     _assert_close(_values(fresh(inputs)), expected, tolerance, "weights file")
 
 
-def _check_export(model, inputs, expected, folder, tolerance):
+def _check_export(
+    model: keras.Model, inputs: Any, expected: Any, folder: pathlib.Path, tolerance: float
+) -> None:
     model.export(folder / "saved", format="tf_saved_model", verbose=False)
     loaded = tensorflow().saved_model.load(str(folder / "saved"))
     _assert_close(_values(loaded.serve(inputs)), expected, tolerance, "SavedModel")
 
 
-def _check_training(model, inputs):
+def _check_training(model: keras.Model, inputs: Any) -> None:
     labels = tree.map_structure(lambda x: np.zeros_like(x), _values(model(inputs)))
     model.compile("sgd", "mean_squared_error")
     before = [ops.convert_to_numpy(v) for v in model.variables]
@@ -133,7 +149,9 @@ def _check_training(model, inputs):
         assert np.all(np.isfinite(ops.convert_to_numpy(variable))), variable.path
 
 
-def _check_mixed_precision(make_layer, inputs):
+def _check_mixed_precision(
+    make_layer: Callable[..., keras.layers.Layer], inputs: Any
+) -> None:
     layer = make_layer(dtype="mixed_bfloat16")
     outputs = tree.flatten(layer(inputs))
     for output in outputs:

@@ -1,5 +1,38 @@
-"""All metadata is in setup.cfg; this file lets older tools find it."""
+"""What setup.cfg can't say: which packages there are, and the description's addresses."""
 
-from setuptools import setup
+import pathlib
+import re
 
-setup()
+from setuptools import find_packages, setup
+
+REPOSITORY = "https://github.com/dmtrl-keras/dmtrl_keras"
+PICTURES = (".gif", ".jpg", ".jpeg", ".png", ".svg", ".webp")
+
+
+def absolute(text):
+    """Markdown whose relative pictures and links are those of the main branch.
+
+    A package index shows the description without the files beside it.
+    """
+
+    def address(match):
+        before, path = match.groups()
+        kind = "raw" if path.lower().endswith(PICTURES) else "blob"
+        return f"{before}{REPOSITORY}/{kind}/main/{path}"
+
+    relative = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#)(?:\./)?([^)"\s]+)')
+    parts = re.split(r"(^```.*?^```)", text, flags=re.DOTALL | re.MULTILINE)
+    # Every other part is a code block.
+    parts[::2] = [relative.sub(address, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    readme = pathlib.Path(__file__).parent / "README.md"
+    # One name in a wheel, while `python -m applications.mnist` runs from a checkout.
+    beside = {"dmtrl_keras.applications": "applications", "dmtrl_keras.tuning": "tuning"}
+    setup(
+        packages=[*find_packages(include=["dmtrl_keras", "dmtrl_keras.*"]), *beside],
+        package_dir=beside,
+        long_description=absolute(readme.read_text(encoding="utf-8")),
+    )

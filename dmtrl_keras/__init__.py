@@ -1,6 +1,5 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
-import dmtrl_keras.fusion.rule  # noqa: F401  It registers what the conversion does with fusion units.
 from dmtrl_keras import (
     canonical_correlation,
     conversion,
@@ -39,6 +38,7 @@ from dmtrl_keras.regularizers import ModeCovariance, TensorNormalRegularizer
 from dmtrl_keras.tasks.rewrite_models import factorization_report
 from dmtrl_keras.training.data import zip_tasks
 from dmtrl_keras.training.model import MultiTaskModel
+from dmtrl_keras.training.terms import LossTerm
 from dmtrl_keras.trn.model import TaskRelationModel
 from dmtrl_keras.trn.relation import Relation, label_similarity
 from dmtrl_keras.trn.term import TaskRelations
@@ -48,6 +48,7 @@ __all__ = [
     "Factorization",
     "KernelSharing",
     "LayerSummary",
+    "LossTerm",
     "ModeCovariance",
     "MultiTaskModel",
     "Relation",

@@ -1,8 +1,15 @@
 """Priors over kernels that learn how tasks, classes and features are related."""
 
-from dmtrl_keras.kernels.state import mode_names
+from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer, mode_names
 from dmtrl_keras.mrn.covariance import ModeCovariance
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 from dmtrl_keras.mrn.state import TensorNormalState
 
-__all__ = ["ModeCovariance", "TensorNormalRegularizer", "TensorNormalState", "mode_names"]
+__all__ = [
+    "KernelState",
+    "ModeCovariance",
+    "StatefulRegularizer",
+    "TensorNormalRegularizer",
+    "TensorNormalState",
+    "mode_names",
+]

@@ -5,7 +5,7 @@ Approach" (ICLR 2017), section 4: train the tasks independently, decompose each 
 kernel, and train on from its factors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -103,24 +103,33 @@ def _chosen(
         if layer.sharing.is_stacked_kernel and layer.built
     ]
     if layers is None:
-        chosen = [layer for layer in candidates if layer.tasks > 1]
+        wanted = _has_several_tasks
     elif callable(layers):
-        chosen = [layer for layer in candidates if layers(layer)]
+        wanted = layers
     else:
-        by_name = {layer.name: layer for layer in candidates}
-        unknown = [name for name in layers if name not in by_name]
+        names = {layer.name for layer in candidates}
+        unknown = [name for name in layers if name not in names]
         if unknown:
             raise ValueError(
                 f"Model {model.name!r} has no built layers with independent kernels "
-                f"named {unknown}. It has: {sorted(by_name)}."
+                f"named {unknown}. It has: {sorted(names)}."
             )
-        chosen = [by_name[name] for name in layers]
+        wanted = _named(set(layers))
+    chosen = {id(layer) for layer in candidates if wanted(layer)}
     if not chosen:
         raise ValueError(
             f"Model {model.name!r} has no layer to factorise. Layers with independent "
             f"kernels: {[layer.name for layer in candidates]}."
         )
-    return {id(layer) for layer in chosen}
+    return chosen
+
+
+def _has_several_tasks(layer: TaskLayer) -> bool:
+    return layer.tasks > 1
+
+
+def _named(names: Collection[str]) -> Callable[[TaskLayer], bool]:
+    return lambda layer: layer.name in names
 
 
 def _factorized(layer: TaskLayer, sharing: Parameterization) -> TaskLayer:

@@ -5,17 +5,39 @@ between any two layers.
 """
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
+from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.tasks.layout import LayoutLayer, on_channels_last
 
 
+class _Fusion(Rule):
+    """What `multitask`, `single_task` and the summary do with these layers."""
+
+    has_weights = True
+    sharing = "features"
+    of_independent_tasks = False
+
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
+        return "it mixes the features of several tasks already"
+
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
+        raise ValueError("it mixes the features of the tasks")
+
+
 class FusionLayer(LayoutLayer):
     """Base of the layers that mix the features of T tasks (not for direct use).
+
+    A subclass has `_mixed(x, training)`, on channels-last activations. To convert models
+    that have it, nothing more is to be registered.
 
     Args:
         tasks: positive int T, or the list of task names.
@@ -24,6 +46,10 @@ class FusionLayer(LayoutLayer):
         data_format: `"channels_last"` or `"channels_first"`, Keras's setting by default.
         **kwargs: `name`, `trainable`, `dtype`.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register_rule(cls, rule=_Fusion())
 
     def __init__(
         self,

@@ -58,8 +58,7 @@ class TaskKernel(keras.layers.Layer):
 
     Its variables are those of the parameterization. Beside them it has what the
     parameterization keeps (`selection`) and what the regularizer learns (`prior`).
-    The host saves the variables with its own, under its own name, and calls the child in
-    its own `call`.
+    The host builds the child in its own `build` and calls it in its own `call`.
 
     Args:
         sharing: the `Parameterization`.
@@ -71,6 +70,8 @@ class TaskKernel(keras.layers.Layer):
         regularizer: penalty on the stacked kernel, or a `StatefulRegularizer`.
         constraint: projection of the stacked kernel.
         common_draw: bool; all tasks start from the same draw.
+        saved_by_host: bool; the host saves the variables with its own, in one group of a
+            file, as the layers with one kernel do.
         **kwargs: of `keras.layers.Layer`.
 
     Attributes:
@@ -92,9 +93,11 @@ class TaskKernel(keras.layers.Layer):
         regularizer: Callable[..., Any] | None = None,
         constraint: Callable[..., Any] | None = None,
         common_draw: bool = True,
+        saved_by_host: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self._saved_by_host = saved_by_host
         self.sharing = sharing
         self.tasks = tasks
         self.owner = owner
@@ -316,10 +319,14 @@ class TaskKernel(keras.layers.Layer):
         return self.sharing
 
     def save_own_variables(self, store: Any) -> None:
-        """Nothing: the host saves them with its own."""
+        """Nothing, where the host saves them with its own."""
+        if not self._saved_by_host:
+            super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Nothing: the host loads them with its own."""
+        """Nothing, where the host loads them with its own."""
+        if not self._saved_by_host:
+            super().load_own_variables(store)
 
 
 class _OfComposed(keras.regularizers.Regularizer):

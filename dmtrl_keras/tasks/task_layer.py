@@ -118,6 +118,7 @@ class TaskLayer(keras.layers.Layer):
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
             common_draw=self.common_draw,
+            saved_by_host=True,
             trainable=self.trainable,
             dtype=self.dtype_policy,
             name="kernel",

@@ -46,6 +46,10 @@ class LossTerm(keras.layers.Layer):
         # Labels, say, are not to be rounded to half precision on the way in.
         super().__init__(autocast=False, **kwargs)
 
+    def get_build_config(self) -> None:
+        """None: what a term is made of follows from the network, see `connect`."""
+        return None
+
     def connect(self, network: keras.Model) -> Any:
         """Make the state for a network, once.
 

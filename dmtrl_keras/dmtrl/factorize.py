@@ -103,7 +103,7 @@ def _chosen(
         if layer.sharing.is_stacked_kernel and layer.built
     ]
     if layers is None:
-        wanted = _has_several_tasks
+        wanted: Callable[[TaskLayer], bool] = _has_several_tasks
     elif callable(layers):
         wanted = layers
     else:

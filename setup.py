@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
 
@@ -28,11 +29,14 @@ def absolute(text):
 
 
 if __name__ == "__main__":
-    readme = pathlib.Path(__file__).parent / "README.md"
+    root = pathlib.Path(__file__).parent
+    # A build in a checkout would take along what an older one left, modules that have
+    # moved since among them.
+    shutil.rmtree(root / "build" / "lib", ignore_errors=True)
     # One name in a wheel, while `python -m applications.mnist` runs from a checkout.
     beside = {"dmtrl_keras.applications": "applications", "dmtrl_keras.tuning": "tuning"}
     setup(
         packages=[*find_packages(include=["dmtrl_keras", "dmtrl_keras.*"]), *beside],
         package_dir=beside,
-        long_description=absolute(readme.read_text(encoding="utf-8")),
+        long_description=absolute((root / "README.md").read_text(encoding="utf-8")),
     )

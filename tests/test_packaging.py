@@ -28,12 +28,15 @@ COMMANDS.append("search")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A source distribution, and a wheel of it: `(names in one, names, metadata)`."""
+    """A source distribution and a wheel: the files of both, metadata, console scripts."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     # A copy, so that nothing is left in the checkout.
-    skip = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "results")
+    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
     shutil.copytree(ROOT, source, ignore=skip)
+    # What an older build left is no part of a new one.
+    (source / "build/lib/dmtrl_keras").mkdir(parents=True)
+    (source / "build/lib/dmtrl_keras/moved.py").touch()
     build = "from setuptools import build_meta as b; print(b.build_{}({!r}))"
 
     def run(kind, where):
@@ -43,10 +46,8 @@ def built(tmp_path_factory):
         return folder / done.stdout.splitlines()[-1]
 
     with tarfile.open(run("sdist", source)) as archive:
-        archive.extractall(folder, filter="data")
-        unpacked = folder / archive.getnames()[0].split("/")[0]
         files = {name.partition("/")[2] for name in archive.getnames()}
-    with zipfile.ZipFile(run("wheel", unpacked)) as wheel:
+    with zipfile.ZipFile(run("wheel", source)) as wheel:
         names = set(wheel.namelist())
         info = f"dmtrl_keras-{__version__}.dist-info"
         metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))

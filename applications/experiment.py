@@ -250,7 +250,7 @@ class Experiment:
                 `val_loss`.
 
         Returns:
-            A dict that JSON takes, with `parameters` and `seconds`.
+            A dict that JSON takes.
         """
         raise NotImplementedError
 
@@ -316,6 +316,10 @@ class Experiment:
             "error": float(np.mean(list(errors.values()))),
             **{f"{name}_error": value for name, value in errors.items()},
         }
+
+    def costs(self, found):
+        """Parameters and seconds, from a run's results."""
+        return {"parameters": found["parameters"], "seconds": found["seconds"]}
 
     # --- the command ------------------------------------------------------------------
 

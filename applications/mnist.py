@@ -386,7 +386,7 @@ class Mnist(Experiment):
     description = "Ten MNIST digits as ten tasks: STL, UD-MTL, DMTRL-LAF, -Tucker, -TT."
     methods = METHODS
     defaults = {
-        "epochs": 12,
+        "epochs": 20,
         "batch_size": 16,
         "learning_rate": 2e-3,
         "repeats": 1,

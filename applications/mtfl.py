@@ -602,7 +602,7 @@ class Mtfl(Experiment):
             for scale in options.scales if method.startswith("trn") else [None]:
                 own = copy.copy(options)
                 own.output_weight = own.hidden_weight = None
-                names = {"method": method, "data": digest, "seed": seed}
+                names = {"data": digest, "seed": seed}
                 title = f"seed {seed}"
                 if scale is not None:
                     own.output_weight = scale * options.output_weight
@@ -636,6 +636,9 @@ class Mtfl(Experiment):
 
     def errors(self, found):
         return {"landmarks": found["error"], "pose": 1 - found["accuracy"]}
+
+    def costs(self, found):
+        return {"parameters": found["weights"], "seconds": found["seconds"]}
 
     def space(self, method, options, space):
         if method == "mtl":

@@ -169,8 +169,7 @@ class ExperimentStudy(Study):
         if validation:
             part = found.hold_out(part, options, self.validation_share, seed)
         results = found.run(options, self.method, part, seed, tick, callbacks)
-        own = {name: results[name] for name in ("parameters", "seconds")}
-        return found.scores(results) | own
+        return found.scores(results) | found.costs(results)
 
     def ticks(self, options):
         return self.experiment.ticks(options)

@@ -63,7 +63,8 @@ class Toy(Experiment):
     def tables(self, options, data, runs):
         sums = runs.groupby("method")["sum"].mean()
         frame = pd.DataFrame(
-            {"Method": self.methods[name], "Sum": f"{sums[name]:,.1f}"} for name in sums.index
+            {"Method": self.methods[name], "Sum": f"{sums[name]:,.1f}"}
+            for name in sums.index
         )
         return {"toy": Table("Sums", frame, "table"), "again": Table("Again", frame)}
 

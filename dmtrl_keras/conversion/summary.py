@@ -171,32 +171,24 @@ def _flops(layer: keras.layers.Layer, output: Any) -> int:
 
 
 def _print(model: keras.Model, tasks: int, rows: Sequence[LayerSummary]) -> None:
-    # Keras itself depends on rich, for `model.summary()`.
-    from rich.table import Table
-
-    table = Table(title=f"{model.name}, T = {tasks}")
-    table.add_column("Layer", overflow="fold", min_width=30)
-    for column in ("Output shape", "Sharing", "Rank"):
-        table.add_column(column)
-    for column in ("Parameters", "If independent", "FLOPs"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
+    columns = ["Layer", "Output shape", "Sharing", "Rank"]
+    columns += ["Parameters", "If independent", "FLOPs"]
+    names = ("parameters", "parameters_if_independent", "flops")
+    cells = [
+        [
             f"{row.layer} ({row.kind})",
-            str(row.output_shape),
+            row.output_shape,
             row.sharing,
-            "" if row.rank is None else str(row.rank),
-            f"{row.parameters:,}",
-            f"{row.parameters_if_independent:,}",
-            f"{row.flops:,}",
-        )
-    totals = [
-        sum(getattr(row, name) for row in rows)
-        for name in ("parameters", "parameters_if_independent", "flops")
+            "" if row.rank is None else row.rank,
+            *(f"{getattr(row, name):,}" for name in names),
+        ]
+        for row in rows
     ]
-    table.add_section()
-    table.add_row("Total", "", "", "", *(f"{total:,}" for total in totals))
+    totals = [sum(getattr(row, name) for row in rows) for name in names]
+    cells.append(["Total", "", "", "", *(f"{total:,}" for total in totals)])
+    caption = None
     if totals[1]:
         ratio = totals[0] / totals[1]
-        table.caption = f"{ratio:.3f} of the parameters of {tasks} independent networks"
-    print_table(table)
+        caption = f"{ratio:.3f} of the parameters of {tasks} independent networks"
+    title = f"{model.name}, T = {tasks}"
+    print_table(title, columns, cells, texts=4, totals=1, caption=caption)

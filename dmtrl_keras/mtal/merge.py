@@ -211,22 +211,16 @@ def _merged(layer: TaskLayer, tolerance: float) -> TaskLayer:
 
 
 def _print(model: keras.Model, rows: Sequence[KernelSharing]) -> None:
-    # Keras itself depends on rich, for `model.summary()`.
-    from rich.table import Table
-
-    table = Table(title=f"Shared kernels: {model.name}")
-    table.add_column("Layer", overflow="fold", min_width=20)
-    for column in ("Kernels", "Shared", "Ratio", "Distinct", "Weights saved"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row is rows[-1]:
-            table.add_section()
-        table.add_row(
+    columns = ["Layer", "Kernels", "Shared", "Ratio", "Distinct", "Weights saved"]
+    cells = [
+        [
             row.layer,
             f"{row.kernels:,}",
             f"{row.shared:,}",
             f"{row.ratio:.1%}",
             f"{row.distinct:,}",
             f"{row.saved:.1%}",
-        )
-    print_table(table)
+        ]
+        for row in rows
+    ]
+    print_table(f"Shared kernels: {model.name}", columns, cells, totals=1)

@@ -77,29 +77,23 @@ def factorization_report(model: keras.Model) -> list[Factorization]:
 
 def print_report(model: keras.Model) -> None:
     """Print the report of `factorize` as a table, with the totals."""
-    # Keras itself depends on rich, for `model.summary()`.
-    from rich.table import Table
-
     report = factorization_report(model)
-    table = Table(title=f"Factorised: {model.name}")
-    table.add_column("Layer", overflow="fold", min_width=30)
-    for column in ("Method", "Kernel", "Rank"):
-        table.add_column(column)
-    for column in ("Before", "After", "Ratio", "Error"):
-        table.add_column(column, justify="right")
     before = sum(entry.parameters_before for entry in report)
     after = sum(entry.parameters_after for entry in report)
-    for entry in report:
-        table.add_row(
+    rows = [
+        [
             entry.layer,
             entry.method,
-            str(entry.shape),
-            str(entry.rank),
+            entry.shape,
+            entry.rank,
             f"{entry.parameters_before:,}",
             f"{entry.parameters_after:,}",
             f"{entry.parameters_after / entry.parameters_before:.3f}",
             f"{entry.error:.4f}",
-        )
+        ]
+        for entry in report
+    ]
     ratio = f"{after / before:.3f}" if before else "-"
-    table.add_row("Total", "", "", "", f"{before:,}", f"{after:,}", ratio, "")
-    print_table(table)
+    rows.append(["Total", "", "", "", f"{before:,}", f"{after:,}", ratio, ""])
+    columns = ["Layer", "Method", "Kernel", "Rank", "Before", "After", "Ratio", "Error"]
+    print_table(f"Factorised: {model.name}", columns, rows, texts=4, totals=1)

@@ -30,12 +30,12 @@ X = rng.normal(size=(24, 8, 8, 1)).astype("float32")
 Y = {"a": X.mean((1, 2, 3), keepdims=True)[:, 0, 0], "b": X[:, 0, 0] ** 2}
 
 
-def backbone(sizes):
+def backbone(sizes, *pooling):
     dense = {name: keras.layers.Dense(n, "tanh", name=name) for name, n in sizes.items()}
     return keras.Sequential([
         keras.Input((8, 8, 1)),
         keras.layers.Conv2D(4, 3, activation="tanh", name="conv"),
-        keras.layers.MaxPooling2D(name="pool"),
+        *pooling,
         keras.layers.Flatten(),
         *dense.values(),
     ])
@@ -58,7 +58,7 @@ def make(name):
         modes = {"feature": 1.0, "class": 1.0, "task": 1e-2}
         prior = TensorNormalRegularizer(0.01, list(modes), 2, epsilon=modes)
         model = multitask(
-            backbone(sizes),
+            backbone(sizes, keras.layers.MaxPooling2D(name="pool")),
             TASKS,
             sharing,
             prior={"prior": prior},
@@ -71,6 +71,7 @@ def make(name):
         assert found == dict.fromkeys(found, "independent") | {"conv": "similar"} | own
         assert layers["prior"].prior.covariances and "pool_fusion" in layers
     else:
+        # (The gradient of pooling aborts the process where a replica has no example.)
         model = multitask(backbone(dict(fc=6)), TASKS, **arguments)
     if name == "relation":
         relations = [Relation("output", 0.5), Relation("fc", 0.5)]

@@ -15,6 +15,7 @@ from dmtrl_keras import (
     parameterizations,
 )
 from dmtrl_keras.mrn.network import PRIORS
+from dmtrl_keras.parameterizations import SimilarKernels
 
 from . import application
 from .spaces import Space
@@ -205,16 +206,14 @@ class Similar(MultiTask):
     def network(self, hp):
         threshold = self.defaults["threshold"]
         if "sharing" not in self.tune:
-            return super().network(hp, sharing=parameterizations.SimilarKernels(threshold))
+            return super().network(hp, sharing=SimilarKernels(threshold))
         backbone = self.backbone()
         layers = _names(backbone, lambda one: isinstance(one, _CONVOLUTIONS))
-        found = spaces.threshold(hp, threshold, layers, self.per_layer)
+        found = self.space(hp).threshold(threshold, layers)
         if len(found) > 1:
-            sharing = {
-                n: parameterizations.SimilarKernels(own) for n, own in zip(layers, found)
-            }
+            sharing = {n: SimilarKernels(own) for n, own in zip(layers, found)}
         else:
-            sharing = parameterizations.SimilarKernels(found[0])
+            sharing = SimilarKernels(found[0])
         return super().network(hp, backbone=backbone, sharing=sharing)
 
 

@@ -16,7 +16,7 @@ And what a tensor-normal prior, a Task Relation Layer, or the sharing of similar
 adds to a backbone's step.
 
     python -m applications.benchmark
-    python -m applications.benchmark --parts prior --readme README.md
+    python -m applications.benchmark --parts prior --page docs/performance.md
 """
 
 import argparse
@@ -30,7 +30,6 @@ import time
 import keras
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.progress import track
 
 from dmtrl_keras import (
@@ -41,17 +40,18 @@ from dmtrl_keras import (
     tensor_normal,
 )
 from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.ground.tables import make_console
 from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 from dmtrl_keras.parameterizations import SimilarKernels
 
-from .experiment import markdown_table, rich_table, write_block
-from .mnist import FACTORIZATIONS, Trainer, draw, lenet
+from .arguments import add_page
+from .experiment import Table, publish
+from .mnist import FACTORIZATIONS, Trainer, draw_part, lenet
 from .mnist import parse as parse_mnist
 from .resnet import resnet18
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
-PARTS = ("lenet", "backbone", "prior", "relation", "similar")
 
 
 def plain_networks(tasks, padding, fc):
@@ -142,7 +142,7 @@ def plain_backbones(name, tasks, size, classes, shared_input):
     return keras.Model(inputs, outputs)
 
 
-def backbone_table(options):
+def backbone_tables(options, console):
     """Building and training of T backbones: plain, and by `multitask`."""
     name, size, tasks = options.backbone, options.image_size, options.backbone_tasks
     rng = np.random.default_rng(0)
@@ -190,10 +190,11 @@ def backbone_table(options):
                     "Ratio to plain": f"{value / times[first]:.2f}",
                 }
             )
-    return pd.DataFrame(rows)
+    size = f"images {size} x {size}, batch {options.backbone_batch}"
+    return [measured(f"{name}, T = {tasks}, {size}", pd.DataFrame(rows), options, keys=2)]
 
 
-def prior_table(options):
+def prior_tables(options, console):
     """What MRN's prior over one kernel adds to the training step of a backbone."""
     shape, every = tuple(options.prior_kernel), options.prior_update_every
     features, units, tasks = shape
@@ -238,7 +239,7 @@ def prior_table(options):
         "one update of all covariances": update,
         f"together, with an update every {every} steps": penalty + update / every,
     }
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "Part": part,
             "ms": f"{seconds * 1e3:.0f}",
@@ -246,9 +247,13 @@ def prior_table(options):
         }
         for part, seconds in parts.items()
     )
+    size = f"images {size} x {size}, batch {batch}"
+    title = f"Kernel {' x '.join(map(str, shape))}, beside {name}, {size}"
+    naive = Table("Quadratic form and gradient", naive_table(options))
+    return [measured(title, frame, options), naive]
 
 
-def relation_table(options):
+def relation_tables(options, console):
     """What a TRL between two tasks adds to the step of a ResNet-18, by both its routes."""
     batch, size = options.relation_batch, options.relation_image_size
     rng = np.random.default_rng(0)
@@ -288,7 +293,7 @@ def relation_table(options):
         "TRL with its gradient, Cholesky whitening": "cholesky",
         "TRL with its gradient, the paper's route by SVD": "svd",
     }
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "Part": part,
             "ms": f"{times[key] * 1e3:.0f}",
@@ -297,9 +302,14 @@ def relation_table(options):
         }
         for part, key in parts.items()
     )
+    title = (
+        f"Two tasks, {options.relation_features} features each, batch {batch}, beside a "
+        f"ResNet-18 of width {options.relation_width}, images {size} x {size}"
+    )
+    return [measured(title, frame, options)]
 
 
-def similar_table(options):
+def similar_tables(options, console):
     """What MTAL's sharing adds to the training step of T independent backbones.
 
     All tasks start from one backbone, so that every kernel has a partner in each task.
@@ -338,7 +348,7 @@ def similar_table(options):
         "threshold 0.4, pairs of equal index, chosen in every step": "index",
         "threshold 0, never chosen anew: more partners than are listed": "many",
     }
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "Training step": part,
             "ms": f"{times[key] * 1e3:.0f}",
@@ -346,6 +356,8 @@ def similar_table(options):
         }
         for part, key in parts.items()
     )
+    size = f"images {size} x {size}, batch {options.backbone_batch}"
+    return [measured(f"{name}, T = {tasks}, {size}", frame, options)]
 
 
 def naive_table(options):
@@ -398,6 +410,11 @@ def _naive_row(shape, times):
     }
 
 
+def measured(title, frame, options, **more):
+    """A table whose note says what was measured, and how."""
+    return Table(title, frame, note=f"{title}, {how(options)}.", **more)
+
+
 def training_step(model, images, labels, loss=None):
     """A function that makes one training step of a model with Adam."""
     model.compile("adam", loss or TaskHinge())
@@ -436,15 +453,9 @@ def trained_networks(options):
 
     arguments = ["--padding", options.padding, "--fc", str(options.fc)]
     arguments += ["--epochs", str(2 * options.stl_epochs)]
-    digits = load_digits("sample")
-    chosen = draw(digits, 0.01, 0)
-    trainer = Trainer(
-        parse_mnist(arguments),
-        digits.train_images[chosen],
-        digits.train_labels[chosen],
-        0,
-    )
-    return trainer.half_trained()[0]
+    part = draw_part(load_digits("sample"), 0.01, 0)
+    options = parse_mnist(arguments)
+    return Trainer(options, part.train_images, part.train_labels, 0).half_trained()[0]
 
 
 def _with_implementation(model, implementation):
@@ -519,19 +530,16 @@ def parser():
     p.add_argument("--relation-width", type=int, default=64, help="of the ResNet-18")
     p.add_argument("--similar-backbone", default="VGG16", help="of keras.applications")
     p.add_argument("--similar-update-every", type=int, default=20)
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")
-    p.add_argument(
-        "--readme",
-        type=pathlib.Path,
-        help="also write the tables between this file's marks 'benchmark'",
-    )
+    add_page(p)
     return p
 
 
 def lenet_tables(options, console):
     """(a) to (e): the training steps, and the orders of work of each method."""
     tasks, batch = 10, options.batch_size
+    size = f"LeNet, T = {tasks}, batch {batch}, padding {options.padding}, FC {options.fc}"
     rng = np.random.default_rng(0)
     images = rng.uniform(0, 255, size=(batch, 28, 28, 1)).astype("float32")
     labels = np.sign(rng.normal(size=(batch, tasks))).astype("float32")
@@ -555,7 +563,7 @@ def lenet_tables(options, console):
             slow["b"] / slow["a"] * times["(a) T plain Keras networks"]
         )
     base = times["(a) T plain Keras networks"]
-    first = pd.DataFrame(
+    steps = pd.DataFrame(
         {
             "Training step": name,
             "ms": f"{seconds * 1e3:.0f}",
@@ -563,15 +571,14 @@ def lenet_tables(options, console):
         }
         for name, seconds in sorted(times.items())
     )
-    console.print(rich_table(first, f"LeNet, T = {tasks}, batch {batch}, {sizes}"))
-
+    first = measured(size, steps, options)
     source = trained_networks(options)
     rows = []
     kinds = [(method, None) for method in options.methods]
     kinds += [(method, rank) for method in options.methods for rank in options.ranks]
     for method, rank in track(kinds, description="(d)", console=console):
         tolerance = 0.1 if rank is None else None
-        models, size = factorized_variants(source, method, rank, tolerance)
+        models, weights = factorized_variants(source, method, rank, tolerance)
         steps = {
             name: training_step(model, images, labels) for name, model in models.items()
         }
@@ -581,80 +588,46 @@ def lenet_tables(options, console):
             {
                 "Method": method,
                 "Rank": "10% error" if rank is None else f"{rank:g}",
-                "Weights": f"{size:.2f}",
+                "Weights": f"{weights:.2f}",
                 **{name: f"{found[name] / found['a']:.2f}" for name in IMPLEMENTATIONS},
                 "auto / better": f"{found['auto'] / best:.2f}",
             }
         )
-    second = pd.DataFrame(rows)
-    console.print(rich_table(second, "(d) ours, factorised: ratio to (a)"))
-    return first, second
+    title = "(d) ours, factorised: ratio to (a)"
+    return [first, Table(title, pd.DataFrame(rows), keys=2)]
+
+
+def how(options):
+    """How the times are taken, in words."""
+    device = f"{platform.machine()}, {keras.config.backend()} backend"
+    return f"medians of {options.repeats} steps with Adam, {device}"
+
+
+# The name of a part's block in a page, and the function that measures it.
+PARTS = {
+    "lenet": ("benchmark", lenet_tables),
+    "backbone": ("backbone", backbone_tables),
+    "prior": ("prior", prior_tables),
+    "relation": ("relation", relation_tables),
+    "similar": ("similar", similar_tables),
+}
 
 
 def main(arguments=None):
-    """Run the benchmark; returns its tables, a dict of data frames."""
-    options = parser().parse_args(arguments)
+    """Run the benchmark; returns its tables, a dict of lists of data frames."""
+    p = parser()
+    options = p.parse_args(arguments)
     if not hasattr(keras.applications, options.backbone):
-        parser().error(f"--backbone: keras.applications has no {options.backbone!r}")
-    console = Console()
-    device = f"{platform.machine()}, {keras.config.backend()} backend"
-    steps = f"medians of {options.repeats} steps with Adam, {device}."
+        p.error(f"--backbone: keras.applications has no {options.backbone!r}")
+    console = make_console()
     options.output.mkdir(parents=True, exist_ok=True)
-
-    def write(name, text):
-        # Each as it comes: the other may take minutes more.
-        options.output.joinpath(f"{name}.md").write_text(text)
-        if options.readme is not None:
-            write_block(options.readme, name, text)
-
     found = {}
-    if "lenet" in options.parts:
-        found["steps"], found["ranks"] = lenet_tables(options, console)
-        title = (
-            f"LeNet, T = 10, batch {options.batch_size}, padding {options.padding}, "
-            f"FC {options.fc}"
-        )
-        tables = "\n".join(markdown_table(found[key]) for key in ("steps", "ranks"))
-        write("benchmark", f"{title}, {steps}\n\n{tables}")
-    if "backbone" in options.parts:
-        found["backbone"] = backbone_table(options)
-        title = (
-            f"{options.backbone}, T = {options.backbone_tasks}, images "
-            f"{options.image_size} x {options.image_size}, batch {options.backbone_batch}"
-        )
-        console.print(rich_table(found["backbone"], title))
-        write("backbone", f"{title}, {steps}\n\n{markdown_table(found['backbone'])}")
-    if "prior" in options.parts:
-        found["prior"] = prior_table(options)
-        kernel = " x ".join(map(str, options.prior_kernel))
-        title = (
-            f"Kernel {kernel}, beside {options.backbone}, images "
-            f"{options.prior_image_size} x {options.prior_image_size}, batch "
-            f"{options.prior_batch}"
-        )
-        console.print(rich_table(found["prior"], title))
-        found["naive"] = naive_table(options)
-        console.print(rich_table(found["naive"], "Quadratic form and gradient"))
-        tables = "\n".join(markdown_table(found[key]) for key in ("prior", "naive"))
-        write("prior", f"{title}, {steps}\n\n{tables}")
-    if "relation" in options.parts:
-        found["relation"] = relation_table(options)
-        title = (
-            f"Two tasks, {options.relation_features} features each, batch "
-            f"{options.relation_batch}, beside a ResNet-18 of width "
-            f"{options.relation_width}, images {options.relation_image_size} x "
-            f"{options.relation_image_size}"
-        )
-        console.print(rich_table(found["relation"], title))
-        write("relation", f"{title}, {steps}\n\n{markdown_table(found['relation'])}")
-    if "similar" in options.parts:
-        found["similar"] = similar_table(options)
-        title = (
-            f"{options.similar_backbone}, T = {options.backbone_tasks}, images "
-            f"{options.image_size} x {options.image_size}, batch {options.backbone_batch}"
-        )
-        console.print(rich_table(found["similar"], title))
-        write("similar", f"{title}, {steps}\n\n{markdown_table(found['similar'])}")
+    for part in options.parts:
+        block, measure = PARTS[part]
+        tables = measure(options, console)
+        # Each as it comes: the next may take minutes.
+        publish({block: tables}, options, console)
+        found[block] = [table.frame for table in tables]
     return found
 
 

@@ -11,7 +11,7 @@ with a common trunk (`mtl`), and with the outputs held to the similarity of the 
     python -m applications.celeba --classification --data FOLDER
 """
 
-import argparse
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -22,7 +22,6 @@ import zipfile
 import keras
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from sklearn.metrics import average_precision_score
 
 from dmtrl_keras import (
@@ -36,26 +35,14 @@ from dmtrl_keras import (
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskSplit
 
-from .experiment import (
-    OPTIMIZERS,
-    Results,
-    Run,
-    add_training,
-    check_names,
-    in_range,
-    markdown_table,
-    mean_and_spread,
-    parse_arguments,
-    rich_table,
-    run_all,
-    trainable_parameters,
-    whole_batches,
-)
+from .arguments import check_names, in_range, whole_batches
+from .experiment import Experiment, Table, decaying, ticking, trainable_parameters
 from .resnet import resnet18
+from .results import mean_and_spread
 
 LABELS, PARTITION = "list_attr_celeba.txt", "list_eval_partition.txt"
 PARTS = ("train", "validation", "test")
-METHODS = ("stl", "mtl", "trn")
+METHODS = {"stl": "STL", "mtl": "MTL", "trn": "TRN"}
 # Those of the paper's Table 3.
 PAIRS = (
     ("Wearing_Hat", "Bald"),
@@ -270,7 +257,7 @@ def make_network(names, size, width):
     return MultiTaskModel(images, TaskSplit(names, name="split")(x))
 
 
-def run(options, method, names, parts, seed, tick, callbacks=None):
+def train_and_test(options, method, names, parts, seed, tick, callbacks=None):
     """Train and test one network.
 
     Args:
@@ -297,12 +284,10 @@ def run(options, method, names, parts, seed, tick, callbacks=None):
         model = TaskRelationModel(model, relation, momentum=options.momentum)
     count = whole_batches(options, len(parts["train"].labels))
     train = stream(parts["train"], names, options.size, options.batch_size, seed, count)
-    rate = keras.optimizers.schedules.CosineDecay(
-        options.learning_rate, len(train) * options.epochs
-    )
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     weights = {name: options.loss_weights.get(name, 1.0) for name in names}
-    model.compile(OPTIMIZERS[options.optimizer](rate), loss, loss_weights=weights)
+    optimizer = decaying(options, len(train) * options.epochs)
+    model.compile(optimizer, loss, loss_weights=weights)
     testing = stream(parts["test"], names, options.size, 256)
     model.fit(
         train,
@@ -310,10 +295,7 @@ def run(options, method, names, parts, seed, tick, callbacks=None):
         epochs=options.epochs,
         verbose=0,
         shuffle=False,
-        callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick()),
-            *(callbacks or ()),
-        ],
+        callbacks=ticking(tick, callbacks),
     )
     seconds = time.perf_counter() - started
     logits = model.predict(testing, verbose=0)
@@ -329,34 +311,6 @@ def run(options, method, names, parts, seed, tick, callbacks=None):
         "parameters": trainable_parameters(model),
         "seconds": seconds,
     }
-
-
-def plan(options, parts, digest):
-    """The runs: all attributes together (Table 2), and pairs (Table 3)."""
-    every = list(parts["train"].labels)
-    settings = ("size", "width", "epochs", "batch_size", "learning_rate", "images")
-    settings += ("optimizer", "loss_weights")
-    whole = [options.attributes or every] if 2 in options.tables else []
-    pairs = PAIRS if 3 in options.tables else []
-    for repeat, names in itertools.product(range(options.repeats), [*whole, *pairs]):
-        names = list(names)
-        for method in options.methods:
-            alone = method == "stl"
-            for group in [[name] for name in names] if alone else [names]:
-                own = {key: getattr(options, key) for key in settings}
-                own |= {"method": method, "attributes": group, "data": digest}
-                own |= {"seed": options.seed + repeat}
-                if method == "trn":
-                    own |= {"weight": options.weight, "momentum": options.momentum}
-                some = ", ".join(group) if len(group) < 3 else f"{len(group)} attributes"
-                yield Run(
-                    f"{method.upper()}, {some}, seed {own['seed']}",
-                    own,
-                    options.epochs,
-                    lambda tick, group=group, method=method, seed=own["seed"]: run(
-                        options, method, group, parts, seed, tick
-                    ),
-                )
 
 
 def table_2(runs, names):
@@ -376,7 +330,7 @@ def table_2(runs, names):
         if means["error"]:
             rows.append(
                 {
-                    "Method": method.upper(),
+                    "Method": METHODS[method],
                     "Mean error %": mean_and_spread(means["error"]),
                     "Mean AP %": mean_and_spread(means["precision"]),
                     "Runs": len(means["error"]),
@@ -399,104 +353,180 @@ def table_3(runs, labels):
                     if result["attributes"] in ([name], list(pair))
                 ]
                 text = mean_and_spread(found) if found else "-"
-                row[f"AP {number} {method.upper()} %"] = text
+                row[f"AP {number} {METHODS[method]} %"] = text
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def parse(arguments=None):
-    """The parsed arguments."""
-    return parse_arguments(parser(), arguments)
+class Celeba(Experiment):
+    """Attributes of faces; CelebA has a validation part of its own."""
+
+    name = "celeba"
+    description = "CelebA's attributes as tasks."
+    methods = METHODS
+    default_methods = ("mtl", "trn")
+    # A network for each attribute is no one network.
+    searched = ("mtl", "trn")
+    defaults = {
+        "epochs": 10,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "repeats": 1,
+        "optimizer": "adam",
+    }
+    least = {"batch_size": 2}
+    settings = ("size", "width", "epochs", "batch_size", "learning_rate", "images")
+    settings += ("optimizer", "loss_weights")
+    families = {"hard": "mtl"}
+    objectives = Experiment.objectives | {"precision": "max"}
+
+    def add_arguments(self, p):
+        what = p.add_mutually_exclusive_group(required=True)
+        what.add_argument(
+            "--similarity",
+            action="store_true",
+            help="of the labels of all pairs of attributes: the paper's Figure 3",
+        )
+        what.add_argument(
+            "--classification",
+            action="store_true",
+            help="STL, MTL and TRN on the images: the paper's Tables 2 and 3",
+        )
+        p.add_argument(
+            "--data",
+            required=True,
+            help=f"{LABELS}, or a folder or zip file that has it; for classification a "
+            "folder that has the images too, or 'tfds'",
+        )
+        p.add_argument("--attributes", nargs="+", help="those to compare; all by default")
+        p.add_argument("--pairs", type=in_range(int, 0), default=10, help="to print")
+        c = p.add_argument_group("classification")
+        c.add_argument("--tables", nargs="+", type=int, choices=[2, 3], default=[2, 3])
+        c.add_argument(
+            "--images", type=in_range(int, 1), help="of each part; all by default"
+        )
+        c.add_argument(
+            "--size", type=in_range(int, 7), default=64, help="side of the images"
+        )
+        c.add_argument(
+            "--width", type=in_range(int, 0), default=64, help="of the first stage"
+        )
+        c.add_argument("--weight", type=in_range(float, -1e-9), default=0.01, help="λ")
+        c.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
+
+    def mode(self, options):
+        return Similarity() if options.similarity else self
+
+    def load(self, options, console):
+        """The parts, with images."""
+        parts = load_images(options.data, options.size, options.images)
+        labels = parts["train"].labels
+        _checked(options.attributes, labels)
+        check_names("--loss-weights", options.loss_weights, labels)
+        absent = {name for pair in PAIRS for name in pair} - set(labels)
+        if 3 in options.tables and absent:
+            raise ValueError(f"Table 3 needs the attributes {sorted(absent)} too.")
+        return parts
+
+    def tasks(self, options, data):
+        return options.attributes or list(data()["train"].labels)
+
+    def plan(self, options, parts):
+        """All attributes together (Table 2), and pairs (Table 3)."""
+        every = list(parts["train"].labels)
+        groups = [options.attributes or every] if 2 in options.tables else []
+        groups += PAIRS if 3 in options.tables else []
+        digest = digest_of(parts)
+        runs = {}
+        for repeat, names, method in itertools.product(
+            range(options.repeats), groups, options.methods
+        ):
+            seed = options.seed + repeat
+            for group in [[name] for name in names] if method == "stl" else [list(names)]:
+                own = {"attributes": group, "data": digest, "seed": seed}
+                if method == "trn":
+                    own |= {"weight": options.weight, "momentum": options.momentum}
+                some = ", ".join(group) if len(group) < 3 else f"{len(group)} attributes"
+                run = self.planned(
+                    f"{some}, seed {seed}",
+                    options,
+                    method,
+                    functools.partial(self.draw, options, parts, seed, group),
+                    seed,
+                    own,
+                )
+                # An attribute in two pairs is learned alone once.
+                runs.setdefault(run.title, run)
+        return runs.values()
+
+    def draw(self, options, parts, seed, names=None):
+        return parts, names or self.tasks(options, lambda: parts)
+
+    def hold_out(self, part, options, share, seed):
+        parts, names = part
+        return {**parts, "test": parts["validation"]}, names
+
+    def run(self, options, method, part, seed, tick, callbacks=None):
+        parts, names = part
+        return train_and_test(options, method, names, parts, seed, tick, callbacks)
+
+    def describe(self, found):
+        error, precision = (
+            np.mean(list(found[name].values())) for name in ("error", "precision")
+        )
+        return f"mean error {error:.2%}, mean AP {precision:.2%}"
+
+    def search_arguments(self, arguments):
+        needed = [] if "--classification" in arguments else ["--classification"]
+        return [*needed, "--tables", "2", *arguments]
+
+    def scores(self, found):
+        return {
+            name: float(np.mean(list(found[name].values())))
+            for name in ("error", "precision")
+        }
+
+    def space(self, method, options, space):
+        if method != "trn":
+            return {}
+        weights, momentum = space.relation({"output": options.weight}, options.momentum)
+        return {"weight": weights["output"], "momentum": momentum}
+
+    def tables(self, options, parts, runs):
+        labels = parts["train"].labels
+        found = {}
+        if 2 in options.tables:
+            frame = table_2(runs, options.attributes or list(labels))
+            found["celeba-table-2"] = Table("Table 2", frame, "table_2")
+        if 3 in options.tables:
+            found["celeba-table-3"] = Table("Table 3", table_3(runs, labels), "table_3")
+        return found
 
 
-def parser():
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m applications.celeba",
-        description="CelebA's attributes as tasks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--similarity",
-        action="store_true",
-        help="of the labels of all pairs of attributes: the paper's Figure 3",
-    )
-    what.add_argument(
-        "--classification",
-        action="store_true",
-        help="STL, MTL and TRN on the images: the paper's Tables 2 and 3",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        help=f"{LABELS}, or a folder or zip file that has it; for classification a folder "
-        "that has the images too, or 'tfds'",
-    )
-    p.add_argument("--attributes", nargs="+", help="those to compare; all by default")
-    p.add_argument("--pairs", type=in_range(int, 0), default=10, help="to print")
-    p.add_argument("--output", type=pathlib.Path, default="results/celeba")
-    c = p.add_argument_group("classification")
-    c.add_argument("--tables", nargs="+", type=int, choices=[2, 3], default=[2, 3])
-    c.add_argument("--methods", nargs="+", choices=METHODS, default=["mtl", "trn"])
-    c.add_argument("--images", type=in_range(int, 1), help="of each part; all by default")
-    c.add_argument("--size", type=in_range(int, 7), default=64, help="side of the images")
-    c.add_argument("--width", type=in_range(int, 0), default=64, help="of the first stage")
-    c.add_argument("--epochs", type=in_range(int, 0), default=10)
-    c.add_argument("--batch-size", type=in_range(int, 1), default=128)
-    c.add_argument("--learning-rate", type=in_range(float, 0), default=1e-3)
-    add_training(c, "adam")
-    c.add_argument("--weight", type=in_range(float, -1e-9), default=0.01, help="λ")
-    c.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
-    c.add_argument("--repeats", type=in_range(int, 0), default=1)
-    c.add_argument("--seed", type=int, default=0)
-    return p
+class Similarity(Celeba):
+    """The labels of the attributes, compared pair by pair."""
 
+    def load(self, options, console):
+        """A data frame of labels."""
+        labels = load_attributes(options.data)
+        _checked(options.attributes, labels)
+        return labels if options.attributes is None else labels[options.attributes]
 
-def main(arguments=None):
-    """Run the experiment; returns similarities, or a dict of tables, as data frames."""
-    options = parse(arguments)
-    console = Console()
-    options.output.mkdir(parents=True, exist_ok=True)
-    if options.similarity:
-        return compare(options, console)
-    return classify(options, console)
+    def find(self, options, labels, console):
+        """The matrix of similarities, a data frame."""
+        matrix = task_similarity_matrix(labels.to_numpy())
+        return pd.DataFrame(matrix, list(labels), list(labels))
 
+    def tables(self, options, labels, matrix):
+        matrix.to_csv(options.output / "similarity.csv")
+        frame = similarity_table(matrix.to_numpy(), list(labels), options.pairs)
+        title = f"Similarity of attributes over {len(labels):,} images"
+        return {"celeba-pairs": Table(title, frame, "pairs", keys=2)}
 
-def classify(options, console):
-    """Train and test on the images; returns a dict from a table's name to a data frame."""
-    parts = load_images(options.data, options.size, options.images)
-    labels = parts["train"].labels
-    _checked(options.attributes, labels)
-    check_names("--loss-weights", options.loss_weights, labels)
-    absent = {name for pair in PAIRS for name in pair} - set(labels)
-    if 3 in options.tables and absent:
-        raise ValueError(f"Table 3 needs the attributes {sorted(absent)} too.")
-    digest = hashlib.sha256(
-        b"".join(part.labels.to_numpy().tobytes() for part in parts.values())
-    ).hexdigest()[:16]
-    # An attribute in two pairs is learned alone once.
-    runs = {run.title: run for run in plan(options, parts, digest)}
-    runs = run_all(
-        Results(options.output / "runs.jsonl"),
-        list(runs.values()),
-        console,
-        lambda found: (
-            f"mean error {np.mean(list(found['error'].values())):.2%}, "
-            f"mean AP {np.mean(list(found['precision'].values())):.2%}"
-        ),
-        options.strategy,
-    )
-    tables = {}
-    if 2 in options.tables:
-        tables["table_2"] = table_2(runs, options.attributes or list(labels))
-    if 3 in options.tables:
-        tables["table_3"] = table_3(runs, labels)
-    for name, table in tables.items():
-        console.print(rich_table(table, name.replace("_", " ").capitalize()))
-        options.output.joinpath(f"{name}.md").write_text(markdown_table(table))
-    console.print(f"Runs and tables are in {options.output}.")
-    return tables
+    def figures(self, options, labels, matrix):
+        path = options.output / "similarity.png"
+        plot_heat_map(matrix.to_numpy(), list(matrix), path, limits=(0, 1))
+        return [path]
 
 
 def _checked(attributes, labels):
@@ -509,24 +539,14 @@ def _checked(attributes, labels):
         )
 
 
-def compare(options, console):
-    """Compare the labels of the attributes; returns their similarities."""
-    labels = load_attributes(options.data)
-    _checked(options.attributes, labels)
-    if options.attributes is not None:
-        labels = labels[options.attributes]
-    names = list(labels)
-    matrix = task_similarity_matrix(labels.to_numpy())
-    table = similarity_table(matrix, names, options.pairs)
-    title = f"Similarity of attributes over {len(labels):,} images"
-    console.print(rich_table(table, title))
-    frame = pd.DataFrame(matrix, names, names)
-    frame.to_csv(options.output / "similarity.csv")
-    options.output.joinpath("pairs.md").write_text(markdown_table(table))
-    plot_heat_map(matrix, names, options.output / "similarity.png", limits=(0, 1))
-    console.print(f"Matrix, pairs and heat map are in {options.output}.")
-    return frame
+def digest_of(parts):
+    """A str that names the data."""
+    labels = (part.labels.to_numpy().tobytes() for part in parts.values())
+    return hashlib.sha256(b"".join(labels)).hexdigest()[:16]
 
+
+EXPERIMENT = Celeba()
+parse, main = EXPERIMENT.parse, EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

@@ -1,277 +1,138 @@
-"""What experiments share: results that survive an interruption, tables, README blocks."""
+"""What experiments have in common: the command, and what a search needs of it.
+
+An experiment is one file here with a subclass of `Experiment`, of which the file has one
+object, `EXPERIMENT`, and its name in `EXPERIMENTS` below.
+"""
 
 import argparse
-import json
+import importlib
 import math
 import pathlib
-import sys
-import time
+import shutil
 import typing
 
 import keras
 import numpy as np
 import pandas as pd
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from matplotlib.figure import Figure
+from sklearn.model_selection import train_test_split
 
-from dmtrl_keras.distribution import STRATEGIES, divisible, make_strategy
+from dmtrl_keras.ground.tables import make_console, print_table
 
+from .arguments import OPTIMIZERS, add_page, add_training, in_range, parse_arguments
+from .results import Results, Run, markdown_table, run_all, write_block
 
-class Results:
-    """Finished runs in a JSON lines file, written as they come.
-
-    A run is named by its settings; asked for again with the same settings it is found,
-    so that an interrupted call resumes.
-
-    Args:
-        path: path of the file; its folder is made.
-    """
-
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._runs = {}
-        if self.path.exists():
-            self._read()
-
-    def _read(self):
-        lines = self.path.read_text().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                run = json.loads(line)
-                self._runs[self._key(run["settings"])] = run
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                if number == len(lines) and not line.endswith("\n"):
-                    # The last write was cut off; that run is done again.
-                    self.path.write_text("".join(lines[:-1]))
-                    return
-                raise ValueError(
-                    f"{self.path}, line {number}: expected a JSON object with "
-                    f"'settings' and 'results'. Received: {line[:80]!r}."
-                ) from error
-
-    @staticmethod
-    def _key(settings):
-        return json.dumps(settings, sort_keys=True)
-
-    def get(self, settings):
-        """The results of a finished run, or None."""
-        run = self._runs.get(self._key(settings))
-        return None if run is None else run["results"]
-
-    def add(self, settings, results):
-        """Write a finished run to the file."""
-        run = {"settings": settings, "results": results}
-        with self.path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
-        # As a later call would read it.
-        self._runs[self._key(settings)] = json.loads(json.dumps(run))
+# All experiments that a search knows, by the names of their modules.
+EXPERIMENTS = ("mnist", "mtal", "mtfl", "office_caltech", "celeba")
 
 
-def mean_and_spread(values, digits=2):
-    """`"5.31 ± 0.20"`: mean and sample standard deviation; the mean alone for one value.
-
-    Example:
-
-    >>> mean_and_spread([1.0, 3.0])
-    '2.00 ± 1.41'
-    """
-    values = pd.Series(values, dtype="float64")
-    if len(values) < 2:
-        return f"{values.mean():.{digits}f}"
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+def experiment_of(name):
+    """The object that is an experiment, by the name of its module."""
+    return importlib.import_module(f".{name}", __package__).EXPERIMENT
 
 
-def progress_bars(console):
-    """Progress bars that say what is done, how much of it, and the time."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console)
-
-
-class Run(typing.NamedTuple):
-    """One run of an experiment.
+class Table(typing.NamedTuple):
+    """A table of results.
 
     Attributes:
-        title: str, how it is called on the screen.
-        settings: dict that JSON takes, by which its results are found again.
-        steps: int, how often it calls `tick`.
-        function: function of `tick`, itself a function without arguments, that returns the
-            results: a dict that JSON takes.
+        title: str, for the terminal.
+        frame: data frame of strings.
+        file: str, the file's name without its suffix; None: that of the page's block.
+        keys: int, how many of the first columns name a row.
+        note: str, which stands above the table in its file and in the page.
     """
 
     title: str
-    settings: dict
-    steps: int
-    function: typing.Callable
+    frame: pd.DataFrame
+    file: str | None = None
+    keys: int = 1
+    note: str = ""
 
-
-def run_all(results, runs, console, describe, strategy):
-    """Run what has no results yet, one after the other.
-
-    Args:
-        results: `Results`.
-        runs: list of `Run`.
-        console: `rich.console.Console`.
-        describe: function from the results of a run to a str for the screen.
-        strategy: `tf.distribute.Strategy`, in whose scope they run.
-
-    Returns:
-        A data frame with a row for each run, its settings and its results.
-    """
-    rows = []
-    with progress_bars(console) as progress:
-        bar = progress.add_task("runs", total=len(runs))
-        inner = progress.add_task("this run", total=1)
-        for run in runs:
-            progress.update(bar, description=run.title)
-            progress.reset(inner, total=run.steps)
-            if results.get(run.settings) is None:
-                started = time.perf_counter()
-                with strategy.scope():
-                    found = run.function(lambda: progress.advance(inner))
-                results.add(run.settings, found)
-                seconds = time.perf_counter() - started
-                console.print(f"{run.title}: {describe(found)}, {seconds:.0f} s")
-            rows.append(run.settings | results.get(run.settings))
-            progress.advance(bar)
-    return pd.DataFrame(rows)
-
-
-def rich_table(frame, title):
-    """A data frame of strings as a table for the terminal."""
-    table = Table(title=title)
-    for index, column in enumerate(frame.columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(str, row))
-    return table
-
-
-def markdown_table(frame):
-    """A data frame of strings as a Markdown table."""
-    rows = [list(frame.columns), ["---"] * len(frame.columns)]
-    rows += [list(map(str, row)) for row in frame.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
-def write_block(path, name, text):
-    """Replace what stands between a file's marks `<!-- name:begin -->` and `:end`.
-
-    Args:
-        path: path of a text file.
-        name: str.
-        text: what to put there.
-
-    Raises:
-        ValueError: if the file lacks the marks.
-    """
-    path = pathlib.Path(path)
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    content = path.read_text()
-    if content.count(begin) != 1 or content.count(end) != 1:
-        raise ValueError(f"{path}: expected the marks {begin} and {end}, once each.")
-    head, rest = content.split(begin)
-    _, tail = rest.split(end)
-    path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")
-
-
-def parse_arguments(parser, arguments=None):
-    """Parse a command's arguments, of which a JSON file may hold some.
-
-    With `--config FILE`, the file's settings come first, so that what is given on the
-    command line wins. It is an object from the names of arguments, such as
-    `{"learning_rate": 0.01, "methods": ["stl", "tt"], "no_bias": true}`.
-
-    The other arguments that all experiments have are `--strategy` and `--replicas`, from
-    which the strategy is made.
-
-    Args:
-        parser: `argparse.ArgumentParser`.
-        arguments: list of strings; None: those of the process.
-
-    Returns:
-        The parsed arguments, without `config` and `replicas`; `strategy` is a
-        `tf.distribute.Strategy`.
-
-    Raises:
-        SystemExit: on malformed arguments, a file that can't be read, unknown names in
-            it, devices that are not there, batches that don't divide among replicas.
-    """
-    parser.add_argument(
-        "--config",
-        type=pathlib.Path,
-        help="JSON file of settings, such as a search's best ones",
-    )
-    add_strategy(parser)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    alone.add_argument("--config", type=pathlib.Path)
-    path = alone.parse_known_args(given)[0].config
-    first = [] if path is None else _arguments_of(path, parser)
-    options = parser.parse_args([*first, *given])
-    del options.config
-    set_strategy(parser, options)
-    return options
-
-
-def add_strategy(parser):
-    """Add the arguments that say on which devices to train."""
-    parser.add_argument(
-        "--strategy",
-        choices=STRATEGIES,
-        default="auto",
-        help="'mirrored': data parallel on all GPUs; 'cpu': no GPU; 'auto': mirrored where "
-        "there are several GPUs",
-    )
-    parser.add_argument(
-        "--replicas",
-        type=in_range(int, 0),
-        help="how many GPUs, or logical CPU devices, which are made; all GPUs by default",
-    )
-
-
-def set_strategy(parser, options):
-    """Replace the name of the strategy by a `tf.distribute.Strategy`."""
-    try:
-        options.strategy = make_strategy(options.strategy, options.replicas)
-    except (ValueError, RuntimeError) as error:
-        parser.error(f"--strategy: {error}")
-    replicas = options.strategy.num_replicas_in_sync
-    batch_size = getattr(options, "batch_size", replicas)
-    if batch_size % replicas:
-        parser.error(
-            f"--batch-size: {batch_size} does not divide among {replicas} replicas"
+    def print(self, console):
+        """Print it so that it can be read in a narrow terminal."""
+        rows = self.frame.to_numpy().tolist()
+        print_table(
+            self.title, list(self.frame), rows, self.keys, self.keys, console=console
         )
-    del options.replicas
+
+    def markdown(self):
+        """The note and the table."""
+        table = markdown_table(self.frame)
+        return f"{self.note}\n\n{table}" if self.note else table
 
 
-def check_names(argument, given, known, parser=None):
-    """Refuse names that are not known.
+def publish(tables, options, console, figures=()):
+    """Print tables, and write them into the folder of results and into a page.
 
     Args:
-        argument: str, the argument of the command that has them.
-        given: iterable of names.
-        known: iterable of names.
-        parser: the parser whose error it is; without one, a `ValueError` is raised.
+        tables: dict from the name of a page's block to `Table`, or to a list of them.
+        options: parsed arguments: `output`, a folder that exists, and `page`.
+        console: `rich.console.Console`.
+        figures: paths of figures; with a page, copied to the folder `figures` beside the
+            folder that the page is in, where their names begin with that of `output`.
     """
-    known = list(known)
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        message = f"{argument}: expected names from {known}, received {unknown}"
-        if parser is None:
-            raise ValueError(message)
-        parser.error(message)
+    texts = {}
+    for name, several in tables.items():
+        several = several if isinstance(several, list) else [several]
+        for table in several:
+            table.print(console)
+        texts[name] = "\n".join(table.markdown() for table in several)
+        file = options.output / f"{several[0].file or name}.md"
+        file.write_text(texts[name])
+    if options.page is None:
+        return
+    for name, text in texts.items():
+        write_block(options.page, name, text)
+    folder = options.page.absolute().parent.parent / "figures"
+    for path in figures:
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder / f"{options.output.name}_{path.name}")
 
 
-def whole_batches(options, count):
-    """How many of `count` examples give batches that divide among the replicas."""
-    replicas = options.strategy.num_replicas_in_sync
-    return divisible(count, options.batch_size, replicas)
+def figure_of(columns, rows=1, size=(4, 3), **options):
+    """A figure of Matplotlib and its axes, a list of `rows` lists.
+
+    Args:
+        columns: int.
+        rows: int.
+        size: width and height of one of the axes, in inches.
+        **options: of `Figure.subplots`.
+    """
+    shape = columns * size[0], rows * size[1]
+    figure = Figure(figsize=shape, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def held_out(indices, labels, share, seed):
+    """`(train, valid)`, parts of the indices with the same shares of the labels.
+
+    Where a class is too small for that, any examples.
+    """
+    own = labels[indices]
+    counts = np.unique(own, return_counts=True)[1]
+    held = math.ceil(share * len(indices))
+    enough = counts.min() > 1 and min(held, len(indices) - held) >= len(counts)
+    return train_test_split(
+        indices,
+        test_size=share,
+        random_state=seed,
+        stratify=own if enough else None,
+    )
+
+
+def held_out_by_task(parts, tasks, share, seed):
+    """For each task, `(train, valid)` of its training part.
+
+    Args:
+        parts: dict from task to `(train, test)`, indices.
+        tasks: dict from task to what has `labels`.
+        share: float.
+        seed: int.
+    """
+    return {
+        name: held_out(train, tasks[name].labels, share, seed)
+        for name, (train, _) in parts.items()
+    }
 
 
 def trainable_parameters(model):
@@ -290,109 +151,274 @@ def predict_by_task(model, inputs, batch_size):
     return {name: outputs[name][: len(x)] for name, x in inputs.items()}
 
 
-OPTIMIZERS = {
-    "adam": keras.optimizers.Adam,
-    "adamw": keras.optimizers.AdamW,
-    "rmsprop": keras.optimizers.RMSprop,
-    # With the momentum that is usual for networks.
-    "sgd": lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
-}
-
-
-def add_training(parser, optimizer):
-    """Add the arguments of every experiment's training.
+def decaying(options, steps):
+    """The optimizer whose learning rate falls along half a cosine.
 
     Args:
-        parser: `argparse.ArgumentParser`.
-        optimizer: a key of `OPTIMIZERS`, the default.
+        options: parsed arguments: `optimizer`, `learning_rate`.
+        steps: int, of the whole training.
     """
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=optimizer)
-    parser.add_argument(
-        "--loss-weights",
-        nargs="+",
-        action=ByName,
-        type=in_range(float, 0),
-        default={},
-        metavar="TASK=WEIGHT",
-        help="of tasks; 1 by default",
-    )
+    rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
+    return OPTIMIZERS[options.optimizer](rate)
 
 
-class ByName(argparse.Action):
-    """Arguments such as `conv1=0.5 fc=3` as a dict.
+def ticking(tick, callbacks):
+    """Callbacks of Keras: some, or None, and a tick after each epoch."""
+    each = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())
+    return [each, *(callbacks or ())]
 
-    `type` converts the values; a JSON file has them as an object.
+
+class Experiment:
+    """One experiment.
+
+    What the data is to be trained and tested on in a run is called its part here; what that
+    is, is the experiment's own business.
+
+    Attributes:
+        name: str, `python -m applications.<name>`.
+        description: str, for `--help`.
+        methods: dict from a method's name to its title in tables.
+        default_methods: the methods that are run by default; None: all.
+        defaults: dict of the defaults of `epochs`, `batch_size`, `learning_rate`,
+            `repeats`, `optimizer`, of which an experiment has those that are there.
+        least: dict of the least value of some of these, where it is not 1.
+        helps: dict of what `--help` says of some of these.
+        settings: names of the options on which the results of every run depend.
+        families: dict from a family of `tuning.hypermodels` to the method that it is, where
+            their names differ.
+        searched: the methods that can be searched; None: all.
+        objectives: dict from the name of a score to its direction.
+        budget: the option that says how long is trained.
+        early_stopping: bool, whether training has epochs after which it may stop.
+        draw_step: int, how far apart the seeds of two draws are.
     """
 
-    def __init__(self, *arguments, type=str, **options):
-        self._convert = type
-        super().__init__(*arguments, **options)
+    name = None
+    description = None
+    methods = {}
+    default_methods = None
+    defaults = {}
+    least = {}
+    helps = {}
+    settings = ()
+    families = {}
+    searched = None
+    objectives = {"error": "min", "parameters": "min", "seconds": "min"}
+    budget = "epochs"
+    early_stopping = True
+    draw_step = 1
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        found = {}
-        for text in values:
-            name, equals, value = text.partition("=")
-            try:
-                if not (name and equals):
-                    raise ValueError("no name, or no '='")
-                found[name] = self._convert(value)
-            except (ValueError, argparse.ArgumentTypeError) as error:
-                raise argparse.ArgumentError(
-                    self, f"expected {self.metavar}, got {text!r} ({error})"
-                ) from error
-        setattr(namespace, self.dest, found)
+    # --- what an experiment defines ---------------------------------------------------
 
+    def add_arguments(self, p):
+        """Add the experiment's own arguments to the command's."""
 
-def _arguments_of(path, parser):
-    """The settings in a file as command line arguments."""
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--config: {path} is no JSON file that can be read ({error})")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    if not isinstance(settings, dict) or not set(settings) <= known:
-        wrong = sorted(set(settings) - known) if isinstance(settings, dict) else settings
-        parser.error(
-            f"--config: {path} must be an object of settings from {sorted(known)}. "
-            f"Received: {wrong}"
+    def check(self, p, options):
+        """Check the parsed arguments, and fill in what follows from them.
+
+        Args:
+            p: `argparse.ArgumentParser`, for `p.error`.
+            options: parsed arguments, changed in place.
+        """
+
+    def mode(self, options):
+        """The experiment that some options ask for instead of this one."""
+        return self
+
+    def load(self, options, console):
+        """Load the data."""
+        raise NotImplementedError
+
+    def plan(self, options, data):
+        """The runs, an iterable of `Run`."""
+        raise NotImplementedError
+
+    def draw(self, options, data, seed):
+        """The part of a run by its seed."""
+        raise NotImplementedError
+
+    def run(self, options, method, part, seed, tick, callbacks=None):
+        """Train and test one method.
+
+        Args:
+            options: parsed arguments.
+            method: a key of `methods`.
+            part: as from `draw` or `hold_out`.
+            seed: int.
+            tick: function without arguments, called after each epoch.
+            callbacks: None, or Keras callbacks that see the loss on what is tested on as
+                `val_loss`.
+
+        Returns:
+            A dict that JSON takes.
+        """
+        raise NotImplementedError
+
+    def describe(self, found):
+        """The results of a run in a few words."""
+        raise NotImplementedError
+
+    def tables(self, options, data, runs):
+        """The tables, a dict from the name of a page's block to `Table`."""
+        raise NotImplementedError
+
+    def figures(self, options, data, runs):
+        """Draw figures into `options.output`; returns their paths."""
+        return []
+
+    # --- what a search needs of it ----------------------------------------------------
+
+    def search_arguments(self, arguments):
+        """The arguments, with those that a search needs."""
+        return list(arguments)
+
+    def tasks(self, options, data):
+        """The names of the tasks, of which `data()` may tell, which loads it."""
+        raise NotImplementedError
+
+    def hold_out(self, part, options, share, seed):
+        """A part that is tested on a share of its training data."""
+        raise NotImplementedError
+
+    def space(self, method, options, space):
+        """The method's own hyperparameters.
+
+        Args:
+            method: a key of `methods`.
+            options: parsed arguments, the defaults.
+            space: `tuning.spaces.Space`, which declares hyperparameters.
+
+        Returns:
+            A dict from option to value.
+        """
+        return {}
+
+    def rate(self, options):
+        """The default learning rate."""
+        return options.learning_rate
+
+    def with_rate(self, rate):
+        """The option that says it, a dict."""
+        return {"learning_rate": rate}
+
+    def ticks(self, options):
+        """How often a run calls `tick`."""
+        return getattr(options, self.budget)
+
+    def errors(self, found):
+        """The error of each task, from a run's results; by default 1 - its accuracy."""
+        return {name: 1 - value for name, value in found["accuracy"].items()}
+
+    def scores(self, found):
+        """What trials are compared by, from a run's results: a dict of floats."""
+        errors = self.errors(found)
+        return {
+            "error": float(np.mean(list(errors.values()))),
+            **{f"{name}_error": value for name, value in errors.items()},
+        }
+
+    def costs(self, found):
+        """Parameters and seconds, from a run's results."""
+        return {"parameters": found["parameters"], "seconds": found["seconds"]}
+
+    # --- the command ------------------------------------------------------------------
+
+    def parser(self):
+        """The command's arguments."""
+        p = argparse.ArgumentParser(
+            prog=f"python -m applications.{self.name}",
+            description=self.description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-    arguments = []
-    for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is None or value is False or value == {}:
-            continue
-        arguments.append(flag)
-        if value is not True:
-            if isinstance(value, dict):
-                value = [f"{key}={entry}" for key, entry in value.items()]
-            values = value if isinstance(value, list) else [value]
-            arguments += map(str, values)
-    return arguments
+        self.add_arguments(p)
+        p.add_argument(
+            "--methods",
+            nargs="+",
+            choices=list(self.methods),
+            default=list(self.default_methods or self.methods),
+        )
+        for name in ("epochs", "batch_size", "learning_rate", "repeats"):
+            if name in self.defaults:
+                kind = float if name == "learning_rate" else int
+                low = 0 if kind is float else self.least.get(name, 1) - 1
+                p.add_argument(
+                    f"--{name.replace('_', '-')}",
+                    type=in_range(kind, low),
+                    default=self.defaults[name],
+                    help=self.helps.get(name, "of every method"),
+                )
+        add_training(p, self.defaults["optimizer"])
+        p.add_argument("--seed", type=int, default=0, help="of the first run")
+        p.add_argument(
+            "--output",
+            type=pathlib.Path,
+            default=f"results/{self.name}",
+            help="folder of results; a call that was interrupted goes on from them",
+        )
+        add_page(p)
+        return p
 
+    def parse(self, arguments=None):
+        """The parsed arguments.
 
-def in_range(kind, low, high=math.inf):
-    """A converter for `argparse`: numbers above `low`, and `high` at most.
+        Args:
+            arguments: list of strings; None: those of the process.
 
-    Args:
-        kind: int or float.
-        low: number.
-        high: number.
+        Raises:
+            SystemExit: on what is wrong with them.
+        """
+        p = self.parser()
+        options = parse_arguments(p, arguments)
+        self.check(p, options)
+        return options
 
-    Returns:
-        A function from a string to a number.
+    def settings_of(self, options, **own):
+        """What names a run: the settings, and others that are its own."""
+        return {name: getattr(options, name) for name in self.settings} | own
 
-    Example:
+    def planned(self, title, options, method, part, seed, own, **more):
+        """A run.
 
-    >>> in_range(int, 0)("3")
-    3
-    """
+        Args:
+            title: str, on the screen after the method's title.
+            options: parsed arguments.
+            method: a key of `methods`.
+            part: function without arguments that returns the part.
+            seed: int.
+            own: dict, the settings that are this run's own.
+            **more: of `run`.
+        """
 
-    def convert(text):
-        value = kind(text)
-        if not low < value <= high:
-            raise argparse.ArgumentTypeError(
-                f"expected more than {low:g} and at most {high:g}, got {text}"
-            )
-        return value
+        def function(tick):
+            return self.run(options, method, part(), seed, tick, **more)
 
-    return convert
+        settings = self.settings_of(options, method=method, **own)
+        title = f"{self.methods[method]}, {title}"
+        return Run(title, settings, self.ticks(options), function)
+
+    def find(self, options, data, console):
+        """The results of all runs, a data frame; what has no results yet is run."""
+        results = Results(options.output / "runs.jsonl")
+        runs = list(self.plan(options, data))
+        return run_all(results, runs, console, self.describe, options.strategy)
+
+    def main(self, arguments=None):
+        """Run the experiment.
+
+        Returns:
+            A dict of its tables, data frames of strings.
+        """
+        options = self.parse(arguments)
+        console = make_console()
+        return self.mode(options).report(options, console)
+
+    def report(self, options, console):
+        """Load, run, and write down."""
+        data = self.load(options, console)
+        options.output.mkdir(parents=True, exist_ok=True)
+        runs = self.find(options, data, console)
+        tables = self.tables(options, data, runs)
+        figures = self.figures(options, data, runs)
+        publish(tables, options, console, figures)
+        console.print(f"Results are in {options.output}.")
+        return {name: table.frame for name, table in tables.items()}

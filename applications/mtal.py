@@ -5,19 +5,17 @@ Kernel Pairs" (2021), section 4: Tables 2-5 (methods), Table 6 (shared kernels),
 (threshold), Figures 10 and 11 (activation maps), Figure 12 (convergence).
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
 import pathlib
 import time
+import typing
 
 import keras
 import numpy as np
 import pandas as pd
 from keras import layers
-from matplotlib.figure import Figure
-from rich.console import Console
 from sklearn.model_selection import train_test_split
 
 from dmtrl_keras import (
@@ -27,30 +25,26 @@ from dmtrl_keras import (
     task_layers,
     zip_tasks,
 )
+from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mtal.similarity import cosine_similarity, kernel_rows
 from dmtrl_keras.optimizers import LearningRateMultiplier
 from dmtrl_keras.parameterizations import SimilarKernels
-from dmtrl_keras.tasks.task_layer import draw_stacked_kernel
 
+from .arguments import check_names, in_range
 from .experiment import (
-    OPTIMIZERS,
-    Results,
-    Run,
-    add_training,
-    check_names,
-    in_range,
-    markdown_table,
-    mean_and_spread,
-    parse_arguments,
+    Experiment,
+    Table,
+    decaying,
+    figure_of,
+    held_out_by_task,
     predict_by_task,
-    rich_table,
-    run_all,
+    ticking,
     trainable_parameters,
-    write_block,
 )
 from .image_tasks import load_task
 from .resnet import resnet18
+from .results import mean_and_spread
 from .vgg import BLOCKS, vgg
 
 TITLES = {
@@ -63,15 +57,30 @@ TITLES = {
     "mtal_apart": "MTAL, each task its own start",
 }
 SIMILAR = ("mtal", "mtal_r", "mtal_apart")
-# Tasks, and those among them that are known to be related, as in the paper: handwritten
-# and printed characters (Tables 2, 3), and digits beside objects (Tables 4, 5).
+
+
+class Group(typing.NamedTuple):
+    """Tasks that are trained together.
+
+    Attributes:
+        tasks: their sources, as for `image_tasks.load_task`, perhaps after `name=`.
+        related: groups of those that are known to be related, for MTAL_R; or None.
+        threshold: float, of MTAL.
+    """
+
+    tasks: tuple = ()
+    related: tuple | None = None
+    threshold: float = 0.4
+
+
+# As in the paper: handwritten and printed characters (Tables 2, 3), and digits beside
+# objects (Tables 4, 5).
 GROUPS = {
-    "related": (
+    "related": Group(
         ("mnist", "usps", "typographic", "capitals"),
         (("mnist", "usps"), ("typographic", "capitals")),
-        "related",
     ),
-    "unrelated": (("mnist", "coil20", "amazon"), (("coil20", "amazon"),), "unrelated"),
+    "unrelated": Group(("mnist", "coil20", "amazon"), (("coil20", "amazon"),), 0.55),
 }
 
 
@@ -243,10 +252,7 @@ def train(options, method, tasks, parts, seed, tick, threshold=None, watch=None)
     watched = None
     if watch is not None:
         watched = zip_tasks(data[1], options.batch_size, shuffle=False)
-    rate = keras.optimizers.schedules.CosineDecay(
-        options.learning_rate, len(stream) * options.epochs
-    )
-    optimizer = OPTIMIZERS[options.optimizer](rate)
+    optimizer = decaying(options, len(stream) * options.epochs)
     if method in ("stitch", "nddr"):
         factor = {"*_fusion": options.fusion_rate}
         optimizer = LearningRateMultiplier(optimizer, factor)
@@ -255,19 +261,18 @@ def train(options, method, tasks, parts, seed, tick, threshold=None, watch=None)
         "sparse_categorical_crossentropy",
         loss_weights=options.loss_weights or None,
     )
-    each = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: tick())
     history = model.fit(
         stream,
         validation_data=watched,
         epochs=options.epochs,
         shuffle=False,
         verbose=0,
-        callbacks=[each, *(watch or ())],
+        callbacks=ticking(tick, watch),
     )
     return model, {name: history.history[f"{name}_loss"] for name in tasks}
 
 
-def run(
+def train_and_test(
     options, method, tasks, parts, seed, tick, threshold=None, watch=None, figures=False
 ):
     """Train and test one method.
@@ -309,8 +314,8 @@ def run(
         ]
         if figures:
             for number, layer in enumerate(_convolutions(model)[:2], start=1):
-                path = options.output / f"activations_{options.group}_{method}_{number}.png"
-                plot_activations(model, layer, tasks, parts, path)
+                path = f"activations_{options.group}_{method}_{number}.png"
+                plot_activations(model, layer, tasks, parts, options.output / path)
     return results
 
 
@@ -334,38 +339,15 @@ def plot_activations(model, layer, tasks, parts, path, columns=8):
         columns: int, how many pairs.
     """
     names = list(tasks)
-    kernel = keras.ops.convert_to_tensor(layer.factors["kernel"])
-    rows = kernel_rows(kernel)
-    cosines = keras.ops.convert_to_numpy(cosine_similarity(rows[None]))[0]
-    count = len(names)
-    number = np.arange(len(cosines))
-    cosines[number[:, None] % count >= number % count] = -np.inf
-    order = np.argsort(-cosines, axis=None)
-    # A kernel in no more than one column.
-    pairs, used = [], set()
-    for one, other in zip(*np.unravel_index(order, cosines.shape)):
-        if len(pairs) == columns or not np.isfinite(cosines[one, other]):
-            break
-        if not {one, other} & used:
-            pairs.append((int(one), int(other)))
-            used |= {one, other}
-    images = {name: task.images[parts[name][1][:1]] for name, task in tasks.items()}
-    inner = next(part for part in model.layers if isinstance(part, keras.Model))
-    ready = keras.Model(
-        model.input,
-        {n: prepared(x, n, inner.input[n].shape[1]) for n, x in model.input.items()},
-    )
-    maps = keras.Model(inner.input, layer.output)(ready(images))
-    maps = keras.ops.convert_to_numpy(maps)[0]
+    pairs, cosines = _most_similar_pairs(layer, len(names), columns)
+    maps = _maps(model, layer, {n: t.images[parts[n][1][:1]] for n, t in tasks.items()})
     threshold = float(
         layer.sharing.threshold_at(int(keras.ops.convert_to_numpy(layer.selection.step)))
     )
-    figure = Figure(figsize=(1.3 * len(pairs), 3.2), layout="constrained")
-    axes = figure.subplots(2, len(pairs), squeeze=False)
-    for column, pair in zip(axes.T, pairs):
-        cosine = cosines[pair]
+    figure, axes = figure_of(len(pairs), 2, size=(1.3, 1.6))
+    for column, pair, cosine in zip(axes.T, pairs, cosines):
         for axis, kernel_number in zip(column, pair):
-            task, index = kernel_number % count, kernel_number // count
+            index, task = divmod(kernel_number, len(names))
             axis.imshow(maps[..., task * layer.filters + index], cmap="gray")
             axis.set(xticks=[], yticks=[], xlabel=f"{names[task]}, {index}")
             axis.xaxis.label.set_size(7)
@@ -374,6 +356,41 @@ def plot_activations(model, layer, tasks, parts, path, columns=8):
         column[0].set_title(f"cosine {cosine:.2f}", fontsize=8)
     figure.suptitle(f"{layer.name}, threshold {threshold:g}", fontsize=9)
     figure.savefig(path)
+
+
+def _most_similar_pairs(layer, tasks, most):
+    """Pairs of kernels of different tasks, and their cosines, the most similar first.
+
+    Returns:
+        `(pairs, cosines)`, of which no kernel is in two: lists of pairs of numbers of rows
+        as in `kernel_rows`, and of floats.
+    """
+    kernel = keras.ops.convert_to_tensor(layer.factors["kernel"])
+    rows = kernel_rows(kernel)
+    cosines = keras.ops.convert_to_numpy(cosine_similarity(rows[None]))[0]
+    task = np.arange(len(cosines)) % tasks
+    cosines[task[:, None] >= task] = -np.inf
+    pairs, found, used = [], [], set()
+    for flat in np.argsort(-cosines, axis=None):
+        pair = tuple(map(int, np.unravel_index(flat, cosines.shape)))
+        if len(pairs) == most or not np.isfinite(cosines[pair]):
+            break
+        if not used.intersection(pair):
+            pairs.append(pair)
+            found.append(cosines[pair])
+            used.update(pair)
+    return pairs, found
+
+
+def _maps(model, layer, images):
+    """What a layer of the inner network makes of one image of each task."""
+    inner = next(part for part in model.layers if isinstance(part, keras.Model))
+    ready = keras.Model(
+        model.input,
+        {n: prepared(x, n, inner.input[n].shape[1]) for n, x in model.input.items()},
+    )
+    maps = keras.Model(inner.input, layer.output)(ready(images))
+    return keras.ops.convert_to_numpy(maps)[0]
 
 
 def plot_curves(runs, path):
@@ -386,8 +403,7 @@ def plot_curves(runs, path):
     shown = [
         method for method in ("single", "mtal", "mtal_r") if method in set(runs.method)
     ]
-    figure = Figure(figsize=(4 * len(shown), 3), layout="constrained")
-    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    figure, (axes,) = figure_of(len(shown), sharey=True)
     for axis, method in zip(axes, shown):
         losses = [pd.DataFrame(losses) for losses in runs[runs.method == method].losses]
         for name in losses[0]:
@@ -408,8 +424,7 @@ def plot_sweep(runs, path):
         runs: data frame of runs, with a column `swept`, the threshold.
         path: where the PNG goes.
     """
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axis = figure.subplots()
+    figure, ((axis,),) = figure_of(1, size=(5, 3.5))
     accuracy = pd.DataFrame(list(runs.accuracy)).assign(threshold=list(runs.swept))
     by_threshold = accuracy.groupby("threshold")
     mean, spread = by_threshold.mean(), by_threshold.std().fillna(0)
@@ -421,31 +436,33 @@ def plot_sweep(runs, path):
     figure.savefig(path)
 
 
+def _accuracies(own, names):
+    """Accuracy in percent by task and on average, the cells of some runs."""
+    accuracy = 100 * pd.DataFrame(list(own.accuracy))[list(names)]
+    cells = {name: mean_and_spread(accuracy[name], 1) for name in names}
+    return cells | {"mean": mean_and_spread(accuracy.mean(axis=1), 1)}
+
+
 def table_of_methods(runs, names):
     """Tables 2-5: accuracy of each method, in percent, by task and on average."""
-    rows = []
-    for method, own in runs.groupby("method", sort=False):
-        accuracy = 100 * pd.DataFrame(list(own.accuracy))[list(names)]
-        row = {"Method": TITLES[method]}
-        row |= {name: mean_and_spread(accuracy[name], 1) for name in names}
-        row["mean"] = mean_and_spread(accuracy.mean(axis=1), 1)
-        row["Parameters"] = f"{own.parameters.iloc[0]:,}"
-        row["Seconds"] = f"{own.seconds.mean():.0f}"
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {
+            "Method": TITLES[method],
+            **_accuracies(own, names),
+            "Parameters": f"{own.parameters.iloc[0]:,}",
+            "Seconds": f"{own.seconds.mean():.0f}",
+        }
+        for method, own in runs.groupby("method", sort=False)
+    )
 
 
 def table_of_sweep(runs, names):
     """Figure 9 as a table."""
     rows = []
     for threshold, own in runs.groupby("swept"):
-        accuracy = 100 * pd.DataFrame(list(own.accuracy))[list(names)]
-        shared = [found[-1]["ratio"] for found in own.sharing]
-        row = {"Threshold": f"{threshold:g}"}
-        row |= {name: mean_and_spread(accuracy[name], 1) for name in names}
-        row["mean"] = mean_and_spread(accuracy.mean(axis=1), 1)
-        row["Kernels shared (%)"] = mean_and_spread(100 * np.array(shared), 1)
-        rows.append(row)
+        shared = [100 * found[-1]["ratio"] for found in own.sharing]
+        row = {"Threshold": f"{threshold:g}", **_accuracies(own, names)}
+        rows.append(row | {"Kernels shared (%)": mean_and_spread(shared, 1)})
     return pd.DataFrame(rows)
 
 
@@ -462,219 +479,234 @@ def table_of_sharing(runs):
     return pd.DataFrame(columns).rename_axis("Layer").reset_index()
 
 
-def parser():
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m applications.mtal",
-        description="Tasks of different images and labels: MTAL and its baselines.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument(
-        "--data", type=pathlib.Path, help="folder of the data sets that have names"
-    )
-    p.add_argument(
-        "--group", default="related", help=f"{list(GROUPS)}, or a name of your own"
-    )
-    p.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="[NAME=]SOURCE",
-        help="mnist, usps, typographic, capitals, coil20, amazon, sample, folder:PATH, "
-        "idx:PATH or tfds:NAME; by default those of the group",
-    )
-    p.add_argument(
-        "--related",
-        nargs="+",
-        metavar="NAME,NAME",
-        help="MTAL_R: the tasks that may share; by default those of the group",
-    )
-    p.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES))
-    p.add_argument("--network", choices=[*BLOCKS, "resnet18"], default="vgg16")
-    p.add_argument("--width", type=in_range(int, 0), default=64, help="of the first block")
-    p.add_argument("--no-normalization", action="store_true", help="VGG as published")
-    p.add_argument("--size", type=in_range(int, 7), default=32, help="side of the images")
-    p.add_argument("--training-share", type=in_range(float, 0, 0.99), default=0.7)
-    p.add_argument(
-        "--training-images", type=in_range(int, 0), help="of each class at most; else all"
-    )
-    p.add_argument(
-        "--test-images", type=in_range(int, 0), help="of each class at most; else all"
-    )
-    p.add_argument("--epochs", type=in_range(int, 0), default=20)
-    p.add_argument("--batch-size", type=in_range(int, 0), default=32, help="of each task")
-    p.add_argument("--learning-rate", type=in_range(float, 0), default=0.02)
-    p.add_argument(
-        "--fusion-rate",
-        type=in_range(float, 0),
-        default=1.0,
-        help="learning rate of Cross-Stitch and NDDR layers, as a factor",
-    )
-    add_training(p, "sgd")
-    p.add_argument("--weight-decay", type=in_range(float, -1e-9), default=1e-4)
-    p.add_argument(
-        "--threshold",
-        nargs="+",
-        type=in_range(float, -1e-9, 1),
-        help="of MTAL, one, or five, for the network's blocks (ResNet: its stages); by "
-        "default 0.55 for the group 'unrelated', else 0.4",
-    )
-    p.add_argument("--weights", choices=["0.5", "learned"], default="0.5", help="phi")
-    p.add_argument("--pairs", choices=["all", "index"], default="all")
-    p.add_argument("--update-every", type=in_range(int, 0), default=1)
-    p.add_argument(
-        "--sweep",
-        nargs="?",
-        choices=SIMILAR,
-        const="mtal",
-        metavar="METHOD",
-        help="Figure 9: accuracy by threshold, of mtal, mtal_r or mtal_apart",
-    )
-    p.add_argument(
-        "--thresholds",
-        nargs="+",
-        type=in_range(float, -1e-9, 1),
-        default=[round(0.1 * n, 1) for n in range(1, 10)],
-    )
-    p.add_argument("--repeats", type=in_range(int, 0), default=3)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--output", type=pathlib.Path, default="results/mtal")
-    p.add_argument("--readme", type=pathlib.Path, help="write the tables into this file")
-    return p
-
-
-# What makes a run another one; the other arguments don't.
-_SETTINGS = (
-    "network",
-    "width",
-    "no_normalization",
-    "size",
-    "training_share",
-    "training_images",
-    "test_images",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "optimizer",
-    "loss_weights",
-    "fusion_rate",
-    "weight_decay",
-    "threshold",
-    "weights",
-    "pairs",
-    "related",
-    "update_every",
-)
-
-
-def parse(arguments=None):
-    """The arguments, with the group's tasks, relations and threshold filled in.
+def sources_of(tasks):
+    """A dict from a task's name to its source, from `NAME=SOURCE` or `SOURCE`.
 
     Raises:
-        SystemExit: on tasks that have one name or are too few, on unknown relations.
+        ValueError: on tasks that have one name or are too few.
+
+    Example:
+
+    >>> sources_of(["usps", "own=folder:digits"])
+    {'usps': 'usps', 'own': 'folder:digits'}
     """
-    p = parser()
-    options = parse_arguments(p, arguments)
-    tasks, related, threshold = GROUPS.get(options.group, ((), None, "related"))
-    if options.tasks is None and not tasks:
-        p.error(f"--group: expected one of {list(GROUPS)}, or --tasks with it")
-    if options.tasks is not None:
-        tasks, related = options.tasks, None
-    names = [task.partition("=")[0] if "=" in task else task for task in tasks]
-    sources = [task.partition("=")[2] if "=" in task else task for task in tasks]
-    names = [name.replace(":", "_").replace("/", "_") for name in names]
+    found = [task.partition("=") if "=" in task else (task, "", task) for task in tasks]
+    names = [name.replace(":", "_").replace("/", "_") for name, _, _ in found]
     if len(set(names)) < len(names) or len(names) < 2:
-        p.error(f"--tasks: expected two or more of different names, got {names}")
-    options.sources = dict(zip(names, sources))
-    if options.related is not None:
-        related = [group.split(",") for group in options.related]
-    options.related = None if related is None else [list(group) for group in related]
-    named = (name for group in options.related or () for name in group)
-    check_names("--related", named, names, p)
-    if options.related is None and "mtal_r" in options.methods:
-        options.methods = [method for method in options.methods if method != "mtal_r"]
-    if options.threshold is None:
-        options.threshold = [{"related": 0.4, "unrelated": 0.55}[threshold]]
-    if len(options.threshold) not in (1, 5):
-        p.error(f"--threshold: expected one or five, got {len(options.threshold)}")
-    check_names("--loss-weights", options.loss_weights, names, p)
-    options.weights = options.weights if options.weights == "learned" else 0.5
-    return options
+        raise ValueError(f"expected two or more of different names, got {names}")
+    return dict(zip(names, (source for _, _, source in found)))
 
 
-def plan(options, tasks, digest):
-    """The runs, seed by seed."""
-    thresholds = options.thresholds if options.sweep else [None]
-    methods = [options.sweep] if options.sweep else options.methods
-    for repeat, method, threshold in itertools.product(
-        range(options.repeats), methods, thresholds
-    ):
-        seed = options.seed + repeat
-        settings = {key: getattr(options, key) for key in _SETTINGS}
-        settings |= {"method": method, "seed": seed, "data": digest, "swept": threshold}
-        title = f"{TITLES[method]}, seed {seed}"
-        if threshold is not None:
-            title += f", threshold {threshold:g}"
-        yield Run(
-            title,
-            settings,
-            options.epochs,
-            lambda tick, method=method, seed=seed, threshold=threshold: run(
-                options,
-                method,
-                tasks,
-                split(tasks, options, seed),
-                seed,
-                tick,
-                threshold,
-                figures=seed == options.seed and threshold is None,
-            ),
+class Mtal(Experiment):
+    """Tasks that are data sets of different images and labels."""
+
+    name = "mtal"
+    description = "Tasks of different images and labels: MTAL and its baselines."
+    methods = TITLES
+    defaults = {
+        "epochs": 20,
+        "batch_size": 32,
+        "learning_rate": 0.02,
+        "repeats": 3,
+        "optimizer": "sgd",
+    }
+    helps = {"batch_size": "examples of each task in a step"}
+    settings = ("network", "width", "no_normalization", "size", "training_share")
+    settings += ("training_images", "test_images", "epochs", "batch_size")
+    settings += ("learning_rate", "optimizer", "loss_weights", "fusion_rate")
+    settings += ("weight_decay", "threshold", "weights", "pairs", "related", "update_every")
+    families = {"independent": "single", "hard": "shared", "similar": "mtal"}
+
+    def add_arguments(self, p):
+        p.add_argument(
+            "--data", type=pathlib.Path, help="folder of the data sets that have names"
+        )
+        p.add_argument(
+            "--group", default="related", help=f"{list(GROUPS)}, or a name of your own"
+        )
+        p.add_argument(
+            "--tasks",
+            nargs="+",
+            metavar="[NAME=]SOURCE",
+            help="mnist, usps, typographic, capitals, coil20, amazon, sample, folder:PATH, "
+            "idx:PATH or tfds:NAME; by default those of the group",
+        )
+        p.add_argument(
+            "--related",
+            nargs="+",
+            metavar="NAME,NAME",
+            help="MTAL_R: the tasks that may share; by default those of the group",
+        )
+        p.add_argument("--network", choices=[*BLOCKS, "resnet18"], default="vgg16")
+        p.add_argument(
+            "--width", type=in_range(int, 0), default=64, help="of the first block"
+        )
+        p.add_argument("--no-normalization", action="store_true", help="VGG as published")
+        p.add_argument(
+            "--size", type=in_range(int, 7), default=32, help="side of the images"
+        )
+        p.add_argument("--training-share", type=in_range(float, 0, 0.99), default=0.7)
+        for part in ("training", "test"):
+            p.add_argument(
+                f"--{part}-images",
+                type=in_range(int, 0),
+                help="of each class at most; else all",
+            )
+        p.add_argument(
+            "--fusion-rate",
+            type=in_range(float, 0),
+            default=1.0,
+            help="learning rate of Cross-Stitch and NDDR layers, as a factor",
+        )
+        p.add_argument("--weight-decay", type=in_range(float, -1e-9), default=1e-4)
+        p.add_argument(
+            "--threshold",
+            nargs="+",
+            type=in_range(float, -1e-9, 1),
+            help="of MTAL, one, or five, for the network's blocks (ResNet: its stages); by "
+            "default 0.55 for the group 'unrelated', else 0.4",
+        )
+        p.add_argument("--weights", choices=["0.5", "learned"], default="0.5", help="phi")
+        p.add_argument("--pairs", choices=["all", "index"], default="all")
+        p.add_argument("--update-every", type=in_range(int, 0), default=1)
+        p.add_argument(
+            "--sweep",
+            nargs="?",
+            choices=SIMILAR,
+            const="mtal",
+            metavar="METHOD",
+            help="Figure 9: accuracy by threshold, of mtal, mtal_r or mtal_apart",
+        )
+        p.add_argument(
+            "--thresholds",
+            nargs="+",
+            type=in_range(float, -1e-9, 1),
+            default=[round(0.1 * n, 1) for n in range(1, 10)],
         )
 
+    def check(self, p, options):
+        """Fill in the group's tasks, relations and threshold."""
+        group = GROUPS.get(options.group, Group())
+        if options.tasks is not None:
+            group = group._replace(tasks=options.tasks, related=None)
+        if options.related is not None:
+            group = group._replace(related=[text.split(",") for text in options.related])
+        if not group.tasks:
+            p.error(f"--group: expected one of {list(GROUPS)}, or --tasks with it")
+        try:
+            options.sources = sources_of(group.tasks)
+        except ValueError as error:
+            p.error(f"--tasks: {error}")
+        options.threshold = options.threshold or [group.threshold]
+        if len(options.threshold) not in (1, 5):
+            p.error(f"--threshold: expected one or five, got {len(options.threshold)}")
+        options.related = None
+        if group.related is None:
+            options.methods = [name for name in options.methods if name != "mtal_r"]
+        else:
+            options.related = list(map(list, group.related))
+            for related in options.related:
+                check_names("--related", related, options.sources, p)
+        check_names("--loss-weights", options.loss_weights, options.sources, p)
+        options.weights = "learned" if options.weights == "learned" else 0.5
 
-def load(options):
-    """The tasks, a dict from name to `ImageTask`."""
-    return {
-        name: load_task(source, options.data, options.size)
-        for name, source in options.sources.items()
-    }
+    def mode(self, options):
+        return Sweep() if options.sweep else self
+
+    def load(self, options, console):
+        """The tasks, a dict from name to `ImageTask`."""
+        return {
+            name: load_task(source, options.data, options.size)
+            for name, source in options.sources.items()
+        }
+
+    def plan(self, options, tasks):
+        """Seed by seed."""
+        return self._planned(options, tasks, options.methods, [None])
+
+    def _planned(self, options, tasks, methods, thresholds):
+        digest = digest_of(tasks)
+        for repeat, method, threshold in itertools.product(
+            range(options.repeats), methods, thresholds
+        ):
+            seed = options.seed + repeat
+            swept = threshold is not None
+            yield self.planned(
+                f"seed {seed}" + (f", threshold {threshold:g}" if swept else ""),
+                options,
+                method,
+                functools.partial(self.draw, options, tasks, seed),
+                seed,
+                {"seed": seed, "data": digest, "swept": threshold},
+                threshold=threshold,
+                figures=repeat == 0 and not swept,
+            )
+
+    def draw(self, options, tasks, seed):
+        return tasks, split(tasks, options, seed)
+
+    def hold_out(self, part, options, share, seed):
+        tasks, parts = part
+        return tasks, held_out_by_task(parts, tasks, share, seed)
+
+    def run(self, options, method, part, seed, tick, callbacks=None, **more):
+        return train_and_test(options, method, *part, seed, tick, watch=callbacks, **more)
+
+    def describe(self, found):
+        return f"accuracy {np.mean(list(found['accuracy'].values())):.1%}"
+
+    def tasks(self, options, data=None):
+        return list(options.sources)
+
+    def space(self, method, options, space):
+        if method in ("stitch", "nddr"):
+            return {"fusion_rate": space.around("fusion_rate", options.fusion_rate, 100)}
+        if method in SIMILAR:
+            blocks = [f"block{number}" for number in range(1, 6)]
+            return {"threshold": space.threshold(options.threshold[0], blocks)}
+        return {}
+
+    def tables(self, options, tasks, runs):
+        name = f"mtal-{options.group}"
+        found = {name: Table(name, table_of_methods(runs, tasks))}
+        if runs.method.isin(SIMILAR).any():
+            name = f"mtal-sharing-{options.group}"
+            found[name] = Table(name, table_of_sharing(runs))
+        return found
+
+    def figures(self, options, tasks, runs):
+        path = options.output / f"losses_{options.group}.png"
+        plot_curves(runs, path)
+        # The first runs of MTAL have drawn these.
+        return [path, *sorted(options.output.glob(f"activations_{options.group}_*.png"))]
 
 
-def main(arguments=None):
-    """Run the experiment; returns the table as a data frame."""
-    options = parse(arguments)
-    console = Console()
-    tasks = load(options)
+class Sweep(Mtal):
+    """Figure 9: one method with several thresholds."""
+
+    def plan(self, options, tasks):
+        return self._planned(options, tasks, [options.sweep], options.thresholds)
+
+    def tables(self, options, tasks, runs):
+        name = f"{options.sweep.replace('_', '-')}-sweep-{options.group}"
+        return {name: Table(name, table_of_sweep(runs, tasks))}
+
+    def figures(self, options, tasks, runs):
+        path = options.output / f"sweep_{options.sweep}_{options.group}.png"
+        plot_sweep(runs, path)
+        return [path]
+
+
+def digest_of(tasks):
+    """A str that names the data."""
     digest = hashlib.sha256()
     for name, task in tasks.items():
         digest.update(name.encode() + task.images.tobytes() + task.labels.tobytes())
-    options.output.mkdir(parents=True, exist_ok=True)
-    runs = run_all(
-        Results(options.output / "runs.jsonl"),
-        list(plan(options, tasks, digest.hexdigest()[:16])),
-        console,
-        lambda found: f"accuracy {np.mean(list(found['accuracy'].values())):.1%}",
-        options.strategy,
-    )
-    kind = f"mtal-{options.group}"
-    tables = {}
-    if options.sweep:
-        kind = f"{options.sweep.replace('_', '-')}-sweep-{options.group}"
-        tables[kind] = table_of_sweep(runs, tasks)
-        path = options.output / f"sweep_{options.sweep}_{options.group}.png"
-        plot_sweep(runs, path)
-    else:
-        tables[kind] = table_of_methods(runs, tasks)
-        plot_curves(runs, options.output / f"losses_{options.group}.png")
-        if runs.method.isin(SIMILAR).any():
-            tables[f"mtal-sharing-{options.group}"] = table_of_sharing(runs)
-    for name, table in tables.items():
-        console.print(rich_table(table, name))
-        (options.output / f"{name}.md").write_text(markdown_table(table))
-        if options.readme is not None:
-            write_block(options.readme, name, markdown_table(table))
-    console.print(f"Runs, tables and figures are in {options.output}.")
-    return tables[kind]
+    return digest.hexdigest()[:16]
 
+
+EXPERIMENT = Mtal()
+parse, main = EXPERIMENT.parse, EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ landmarks (regression) and the pose (five classes), on the MTFL data set (Zhang 
     python -m applications.mtfl --data FOLDER --convergence
 """
 
-import argparse
+import copy
 import hashlib
 import io
 import itertools
@@ -26,31 +26,17 @@ import keras
 import numpy as np
 import pandas as pd
 from keras import layers
-from matplotlib.figure import Figure
 from PIL import Image
-from rich.console import Console
 from sklearn import preprocessing
 
 from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_similarity
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TRL
 
-from .experiment import (
-    OPTIMIZERS,
-    Results,
-    Run,
-    add_training,
-    check_names,
-    in_range,
-    markdown_table,
-    mean_and_spread,
-    parse_arguments,
-    rich_table,
-    run_all,
-    whole_batches,
-    write_block,
-)
+from .arguments import check_names, in_range, whole_batches
+from .experiment import Experiment, Table, decaying, figure_of, held_out
 from .resnet import STAGES, resnet18
+from .results import mean_and_spread
 
 TITLES = {
     "stl": "STL",
@@ -77,6 +63,11 @@ class Faces(typing.NamedTuple):
     images: np.ndarray
     landmarks: np.ndarray
     pose: np.ndarray
+
+
+def some(faces, indices):
+    """Some of the faces, as `Faces`."""
+    return Faces(*(x[indices] for x in faces))
 
 
 def load_mtfl(path, size):
@@ -268,11 +259,8 @@ def train(options, method, training, seed, tick, watch=None):
     landmarks = cut_out(training, options.extent, rng).landmarks
     standard = landmarks.mean(axis=0), landmarks.std(axis=0)
     steps = -(-len(training.images) // options.batch_size)
-    rate = keras.optimizers.schedules.CosineDecay(
-        options.learning_rate, steps * options.epochs
-    )
     model.compile(
-        OPTIMIZERS[options.optimizer](rate),
+        decaying(options, steps * options.epochs),
         {
             "landmarks": "mean_squared_error",
             "pose": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -340,7 +328,7 @@ def similarities_of(features, faces):
     return {name: similarity_of(by_task) for name, by_task in sets.items()}
 
 
-def run(options, method, training, testing, seed, tick, callbacks=None):
+def train_and_test(options, method, training, testing, seed, tick, callbacks=None):
     """Train and test one method.
 
     Args:
@@ -477,8 +465,7 @@ def plot_convergence(curves, offline, path):
         path: where the PNG goes.
     """
     batch_sizes, momenta = (sorted(set(values)) for values in zip(*curves))
-    figure = Figure(figsize=(4 * len(momenta), 3 * len(batch_sizes)), layout="constrained")
-    axes = figure.subplots(len(batch_sizes), len(momenta), sharey=True, squeeze=False)
+    figure, axes = figure_of(len(momenta), len(batch_sizes), sharey=True)
     for (batch_size, momentum), curve in curves.items():
         axis = axes[batch_sizes.index(batch_size), momenta.index(momentum)]
         for index, name in enumerate(curve):
@@ -492,204 +479,237 @@ def plot_convergence(curves, offline, path):
     figure.savefig(path, dpi=120)
 
 
-def convergence(options, training, digest, console):
-    """Compare Algorithm 1 with the offline similarities, on the features of `stl`."""
-    whole = training
-    training = cut_out(training, options.extent, np.random.default_rng(options.seed))
-    cache = options.output / f"features_{digest}.npz"
+def standard_features(options, training, cache, console):
+    """Features of the two networks of `stl`, and labels, in units of their deviations.
+
+    So the networks learn the labels; and Algorithm 1 starts from the identity, which
+    features of small variance remember for long.
+
+    Args:
+        options: the command's.
+        training: `Faces`.
+        cache: path of the file of the networks' features.
+        console: `rich.console.Console`.
+
+    Returns:
+        As `features_of`, and `"labels"`.
+    """
+    faces = cut_out(training, options.extent, np.random.default_rng(options.seed))
     if not cache.exists():
         console.print("Training the two networks whose features are compared.")
-        model, _ = train(options, "stl", whole, options.seed, lambda: None)
+        model, _ = train(options, "stl", training, options.seed, lambda: None)
         arrays = {
             f"{name}/{task}": x
-            for name, by_task in features_of(model, training.images).items()
+            for name, by_task in features_of(model, faces.images).items()
             for task, x in by_task.items()
         }
         np.savez(cache, **arrays)
-    # In units of their deviations, as the networks learn them: Algorithm 1 starts from the
-    # identity, which features of small variance remember for long.
-    features = {
-        "labels": {task: preprocessing.scale(x) for task, x in labels_of(training).items()}
-    }
+    found = {"labels": {t: preprocessing.scale(x) for t, x in labels_of(faces).items()}}
     with np.load(cache) as arrays:
         for key in arrays:
             name, task = key.split("/")
-            features.setdefault(name, {})[task] = arrays[key]
-    features = {
+            found.setdefault(name, {})[task] = arrays[key]
+    return {
         name: {task: x.astype("float32") for task, x in by_task.items()}
-        for name, by_task in features.items()
+        for name, by_task in found.items()
     }
-    offline = {name: similarity_of(sets) for name, sets in features.items()}
-    curves, rows = {}, []
-    for batch_size, momentum in itertools.product(options.batch_sizes, options.momenta):
-        # The share that the identity keeps is momentum ** steps.
-        steps = max(200, round(10 / (1 - momentum)))
-        rng = np.random.default_rng(options.seed)
-        curve = online_estimates(features, momentum, batch_size, steps, rng)
-        curves[batch_size, momentum] = curve
-        # The last half of the steps, when the start is forgotten.
-        late = curve[len(curve) // 2 :]
-        examples = examples_remembered(momentum, batch_size)
-        for name, sets in features.items():
-            rows.append(
-                {
-                    "Features": name,
-                    "Batch": batch_size,
-                    "Momentum": f"{momentum:g}",
-                    "Steps": steps,
-                    "Online": mean_and_spread(late[name], 3),
-                    "Examples remembered": examples,
-                    "Offline on as many": mean_and_spread(
-                        offline_estimates(sets, examples, 20, rng), 3
-                    ),
-                    "Offline on all": f"{offline[name]:.3f}",
-                }
-            )
-        console.print(f"batch {batch_size}, momentum {momentum:g}: done")
-    plot_convergence(curves, offline, options.output / "convergence.png")
-    return pd.DataFrame(rows).sort_values("Features", kind="stable")
 
 
-def parse(arguments=None):
-    """The parsed arguments."""
-    p = parser()
-    options = parse_arguments(p, arguments)
-    check_names("--loss-weights", options.loss_weights, TASKS, p)
-    return options
+class Mtfl(Experiment):
+    """Landmarks and pose of faces."""
 
+    name = "mtfl"
+    description = "Landmarks and pose of faces: STL, MTL and TRN."
+    methods = TITLES
+    defaults = {
+        "epochs": 20,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "repeats": 3,
+        "optimizer": "adam",
+    }
+    least = {"batch_size": 2}
+    settings = ("size", "width", "shared_stages", "no_pool", "training_images", "extent")
+    settings += ("epochs", "batch_size", "learning_rate", "optimizer", "loss_weights")
+    families = {"independent": "stl", "hard": "mtl"}
 
-def parser():
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m applications.mtfl",
-        description="Landmarks and pose of faces: STL, MTL and TRN.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.add_argument("--data", type=pathlib.Path, required=True, help="folder or zip file")
-    p.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES))
-    p.add_argument("--size", type=in_range(int, 7), default=64, help="side of the images")
-    p.add_argument("--width", type=in_range(int, 0), default=64, help="of the first stage")
-    p.add_argument("--shared-stages", type=int, choices=range(STAGES + 1), default=4)
-    p.add_argument("--no-pool", action="store_true", help="no pooling in the first stage")
-    p.add_argument(
-        "--training-images", type=in_range(int, 1), help="a random part; all by default"
-    )
-    p.add_argument(
-        "--extent",
-        nargs=2,
-        type=in_range(float, 0, 1),
-        default=[0.28, 0.48],
-        help="share of a training image's side that the landmarks take up",
-    )
-    p.add_argument("--epochs", type=in_range(int, 0), default=20)
-    p.add_argument("--batch-size", type=in_range(int, 1), default=128)
-    p.add_argument("--learning-rate", type=in_range(float, 0), default=1e-3)
-    add_training(p, "adam")
-    p.add_argument("--output-weight", type=in_range(float, -1e-9), default=0.01, help="λ")
-    p.add_argument("--hidden-weight", type=in_range(float, -1e-9), default=0.001, help="λ")
-    p.add_argument(
-        "--scales",
-        nargs="+",
-        type=in_range(float, 0),
-        default=[1.0],
-        help="of both λ, one TRN for each",
-    )
-    p.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
-    p.add_argument("--repeats", type=in_range(int, 0), default=3)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--convergence", action="store_true", help="the paper's Figure 4")
-    p.add_argument("--momenta", nargs="+", type=float, default=[0.9, 0.99, 0.999])
-    p.add_argument("--batch-sizes", nargs="+", type=in_range(int, 1), default=[32, 128])
-    p.add_argument("--output", type=pathlib.Path, default="results/mtfl")
-    p.add_argument("--readme", type=pathlib.Path, help="write the table into this file")
-    return p
-
-
-# What makes a run another one; the other arguments don't.
-_SETTINGS = (
-    "size",
-    "width",
-    "shared_stages",
-    "no_pool",
-    "training_images",
-    "extent",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "optimizer",
-    "loss_weights",
-)
-
-
-def plan(options, training, testing, digest):
-    """The runs, seed by seed."""
-    for repeat, method in itertools.product(range(options.repeats), options.methods):
-        for scale in options.scales if method.startswith("trn") else [None]:
-            own = argparse.Namespace(**vars(options))
-            settings = {key: getattr(options, key) for key in _SETTINGS}
-            settings |= {"method": method, "data": digest, "seed": options.seed + repeat}
-            own.output_weight = own.hidden_weight = None
-            if scale is not None:
-                own.output_weight = scale * options.output_weight
-                settings["momentum"] = options.momentum
-            if method == "trn":
-                own.hidden_weight = scale * options.hidden_weight
-            settings["output_weight"] = own.output_weight
-            settings["hidden_weight"] = own.hidden_weight
-            title = f"{TITLES[method]}, seed {settings['seed']}"
-            if scale is not None:
-                title += f", λ {own.output_weight:g}"
-            yield Run(
-                title,
-                settings,
-                options.epochs,
-                lambda tick, own=own, method=method, seed=settings["seed"]: run(
-                    own, method, training, testing, seed, tick
-                ),
-            )
-
-
-def load(options):
-    """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
-    training, testing = load_mtfl(options.data, options.size)
-    digest = hashlib.sha256(training.images.tobytes() + testing.images.tobytes())
-    if options.training_images is not None:
-        if options.training_images > len(training.images):
-            raise ValueError(
-                f"--training-images: there are {len(training.images)}. "
-                f"Received: {options.training_images}."
-            )
-        order = np.random.default_rng(options.seed).permutation(len(training.images))
-        training = Faces(*(x[order[: options.training_images]] for x in training))
-    return training, testing, digest.hexdigest()[:16]
-
-
-def main(arguments=None):
-    """Run the experiment; returns the table as a data frame."""
-    options = parse(arguments)
-    console = Console()
-    training, testing, digest = load(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    if options.convergence:
-        name, title = "mtfl-convergence", "Online and offline similarities"
-        table = convergence(options, training, digest, console)
-    else:
-        name, title = "mtfl", f"MTFL, {options.epochs} epochs"
-        runs = run_all(
-            Results(options.output / "runs.jsonl"),
-            list(plan(options, training, testing, digest)),
-            console,
-            lambda found: f"error {found['error']:.2%}, accuracy {found['accuracy']:.1%}",
-            options.strategy,
+    def add_arguments(self, p):
+        p.add_argument(
+            "--data", type=pathlib.Path, required=True, help="folder or zip file"
         )
-        table = summarize(runs)
-    console.print(rich_table(table, title))
-    options.output.joinpath(f"{name}.md").write_text(markdown_table(table))
-    console.print(f"Results are in {options.output}.")
-    if options.readme is not None:
-        write_block(options.readme, name, markdown_table(table))
-    return table
+        p.add_argument(
+            "--size", type=in_range(int, 7), default=64, help="side of the images"
+        )
+        p.add_argument(
+            "--width", type=in_range(int, 0), default=64, help="of the first stage"
+        )
+        p.add_argument("--shared-stages", type=int, choices=range(STAGES + 1), default=4)
+        p.add_argument(
+            "--no-pool", action="store_true", help="no pooling in the first stage"
+        )
+        p.add_argument(
+            "--training-images", type=in_range(int, 1), help="a random part; else all"
+        )
+        p.add_argument(
+            "--extent",
+            nargs=2,
+            type=in_range(float, 0, 1),
+            default=[0.28, 0.48],
+            help="share of a training image's side that the landmarks take up",
+        )
+        for name, default in (("output", 0.01), ("hidden", 0.001)):
+            p.add_argument(
+                f"--{name}-weight", type=in_range(float, -1e-9), default=default, help="λ"
+            )
+        p.add_argument(
+            "--scales",
+            nargs="+",
+            type=in_range(float, 0),
+            default=[1.0],
+            help="of both λ, one TRN for each",
+        )
+        p.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
+        p.add_argument("--convergence", action="store_true", help="the paper's Figure 4")
+        p.add_argument("--momenta", nargs="+", type=float, default=[0.9, 0.99, 0.999])
+        p.add_argument("--batch-sizes", nargs="+", type=in_range(int, 1), default=[32, 128])
 
+    def check(self, p, options):
+        check_names("--loss-weights", options.loss_weights, TASKS, p)
+
+    def mode(self, options):
+        return Convergence() if options.convergence else self
+
+    def load(self, options, console=None):
+        """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
+        training, testing = load_mtfl(options.data, options.size)
+        digest = hashlib.sha256(training.images.tobytes() + testing.images.tobytes())
+        if options.training_images is not None:
+            count = len(training.images)
+            if options.training_images > count:
+                raise ValueError(
+                    f"--training-images: there are {count}. "
+                    f"Received: {options.training_images}."
+                )
+            order = np.random.default_rng(options.seed).permutation(count)
+            training = some(training, order[: options.training_images])
+        return training, testing, digest.hexdigest()[:16]
+
+    def plan(self, options, data):
+        """Seed by seed."""
+        digest = data[-1]
+        for repeat, method in itertools.product(range(options.repeats), options.methods):
+            seed = options.seed + repeat
+            for scale in options.scales if method.startswith("trn") else [None]:
+                own = copy.copy(options)
+                own.output_weight = own.hidden_weight = None
+                names = {"data": digest, "seed": seed}
+                title = f"seed {seed}"
+                if scale is not None:
+                    own.output_weight = scale * options.output_weight
+                    names["momentum"] = options.momentum
+                    title += f", λ {own.output_weight:g}"
+                if method == "trn":
+                    own.hidden_weight = scale * options.hidden_weight
+                names["output_weight"] = own.output_weight
+                names["hidden_weight"] = own.hidden_weight
+                yield self.planned(title, own, method, lambda: data[:2], seed, names)
+
+    def draw(self, options, data, seed):
+        return data[:2]
+
+    def hold_out(self, part, options, share, seed):
+        training, _ = part
+        indices = np.arange(len(training.pose))
+        train, valid = held_out(indices, training.pose, share, seed)
+        # Faces as the test images are.
+        rng = np.random.default_rng(seed)
+        return some(training, train), cut_out(some(training, valid), options.extent, rng)
+
+    def run(self, options, method, part, seed, tick, callbacks=None):
+        return train_and_test(options, method, *part, seed, tick, callbacks)
+
+    def describe(self, found):
+        return f"error {found['error']:.2%}, accuracy {found['accuracy']:.1%}"
+
+    def tasks(self, options, data=None):
+        return list(TASKS)
+
+    def errors(self, found):
+        return {"landmarks": found["error"], "pose": 1 - found["accuracy"]}
+
+    def costs(self, found):
+        return {"parameters": found["weights"], "seconds": found["seconds"]}
+
+    def space(self, method, options, space):
+        if method == "mtl":
+            default = options.shared_stages
+            return {"shared_stages": space.integer("shared_stages", 1, STAGES, default)}
+        if method == "stl":
+            return {}
+        weights = {"output": options.output_weight}
+        if method == "trn":
+            weights["hidden"] = options.hidden_weight
+        weights, momentum = space.relation(weights, options.momentum)
+        found = {f"{name}_weight": weight for name, weight in weights.items()}
+        return found | {"momentum": momentum}
+
+    def tables(self, options, data, runs):
+        title = f"MTFL, {options.epochs} epochs"
+        return {"mtfl": Table(title, summarize(runs), keys=3)}
+
+
+class Convergence(Mtfl):
+    """Algorithm 1 beside the offline similarities, on the features of `stl`."""
+
+    def find(self, options, data, console):
+        """Curves, and offline similarities.
+
+        Returns:
+            `(curves, offline, frame)`, as for `plot_convergence`, and a data frame.
+        """
+        training, _, digest = data
+        cache = options.output / f"features_{digest}.npz"
+        features = standard_features(options, training, cache, console)
+        offline = {name: similarity_of(sets) for name, sets in features.items()}
+        curves, rows = {}, []
+        for batch_size, momentum in itertools.product(options.batch_sizes, options.momenta):
+            # The share that the identity keeps is momentum ** steps.
+            steps = max(200, round(10 / (1 - momentum)))
+            rng = np.random.default_rng(options.seed)
+            curve = online_estimates(features, momentum, batch_size, steps, rng)
+            curves[batch_size, momentum] = curve
+            # The last half of the steps, when the start is forgotten.
+            late = curve[len(curve) // 2 :]
+            examples = examples_remembered(momentum, batch_size)
+            for name, sets in features.items():
+                equally_many = offline_estimates(sets, examples, 20, rng)
+                rows.append(
+                    {
+                        "Features": name,
+                        "Batch": batch_size,
+                        "Momentum": f"{momentum:g}",
+                        "Steps": steps,
+                        "Online": mean_and_spread(late[name], 3),
+                        "Examples remembered": examples,
+                        "Offline on as many": mean_and_spread(equally_many, 3),
+                        "Offline on all": f"{offline[name]:.3f}",
+                    }
+                )
+            console.print(f"batch {batch_size}, momentum {momentum:g}: done")
+        return curves, offline, pd.DataFrame(rows).sort_values("Features", kind="stable")
+
+    def tables(self, options, data, found):
+        title = "Online and offline similarities"
+        return {"mtfl-convergence": Table(title, found[-1], keys=3)}
+
+    def figures(self, options, data, found):
+        path = options.output / "convergence.png"
+        plot_convergence(*found[:2], path)
+        return [path]
+
+
+EXPERIMENT = Mtfl()
+parse, main = EXPERIMENT.parse, EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

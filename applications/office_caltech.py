@@ -27,8 +27,6 @@ import keras
 import numpy as np
 import pandas as pd
 from keras import ops
-from matplotlib.figure import Figure
-from rich.console import Console
 
 from dmtrl_keras import (
     TensorNormalRegularizer,
@@ -40,23 +38,17 @@ from dmtrl_keras import (
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
+from .arguments import OPTIMIZERS, check_names, in_range
 from .domains import draw, load_features, load_images
 from .experiment import (
-    OPTIMIZERS,
-    Results,
-    Run,
-    add_training,
-    check_names,
-    in_range,
-    markdown_table,
-    mean_and_spread,
-    parse_arguments,
+    Experiment,
+    Table,
+    figure_of,
+    held_out_by_task,
     predict_by_task,
-    rich_table,
-    run_all,
     trainable_parameters,
-    write_block,
 )
+from .results import mean_and_spread
 
 METHODS = {
     "stl": {"prior": None, "layers": ("trunk", "bottleneck", "classifier")},
@@ -346,7 +338,7 @@ def embeddings(model, inputs):
     return found
 
 
-def run(trainer, options, method, parts, seed):
+def train_and_test(trainer, options, method, parts, seed):
     """Choose the settings of one method, train and test it; results for JSON.
 
     Returns:
@@ -386,29 +378,6 @@ def settings_grid(options, method):
     return list(itertools.product(options.learning_rates, strengths))
 
 
-def settings_of(options, source, method, fraction, number):
-    """What names one run: everything that its results depend on."""
-    names = (
-        "seed",
-        "steps",
-        "batch_size",
-        "bottleneck",
-        "dropout",
-        "multiplier",
-        "learning_rates",
-        "optimizer",
-        "loss_weights",
-        "folds",
-        "stratified",
-    )
-    settings = {name: getattr(options, name) for name in names}
-    settings |= source | {"method": method, "fraction": fraction, "draw": number}
-    if METHODS[method]["prior"] is not None:
-        names = ("strengths", "epsilon", "update_every", "own_draws")
-        settings |= {name: getattr(options, name) for name in names}
-    return settings
-
-
 def summarize(runs, domains):
     """The table of the finished runs, as the paper's Table 1.
 
@@ -422,18 +391,17 @@ def summarize(runs, domains):
         cross-validation.
     """
     rows = []
-    for fraction in sorted(runs["fraction"].unique()):
-        for method in METHODS:
-            group = runs[(runs.fraction == fraction) & (runs.method == method)]
-            if group.empty:
-                continue
-            accuracy = pd.DataFrame(list(group.accuracy))[domains] * 100
-            row = {"Training": f"{fraction:.0%}", "Method": TITLES[method]}
-            row |= {name: mean_and_spread(accuracy[name], digits=1) for name in domains}
-            row["Average"] = mean_and_spread(accuracy.mean(axis=1), digits=1)
-            row["Draws"] = len(group)
-            row["Seconds"] = mean_and_spread(group.seconds, digits=0)
-            rows.append(row)
+    for fraction, method in itertools.product(sorted(runs["fraction"].unique()), METHODS):
+        group = runs[(runs.fraction == fraction) & (runs.method == method)]
+        if group.empty:
+            continue
+        accuracy = pd.DataFrame(list(group.accuracy))[domains] * 100
+        row = {"Training": f"{fraction:.0%}", "Method": TITLES[method]}
+        row |= {name: mean_and_spread(accuracy[name], digits=1) for name in domains}
+        row["Average"] = mean_and_spread(accuracy.mean(axis=1), digits=1)
+        row["Draws"] = len(group)
+        row["Seconds"] = mean_and_spread(group.seconds, digits=0)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -458,8 +426,7 @@ def plot_embeddings(folder, domains, classes, path):
     if not files:
         return
     rng = np.random.default_rng(0)
-    figure = Figure(figsize=(5 * len(files), 9), layout="constrained")
-    panels = figure.subplots(2, len(files), squeeze=False)
+    figure, panels = figure_of(len(files), 2, size=(5, 4.5))
     for column, file in enumerate(files):
         with np.load(file) as found:
             x, kinds, tasks = found["x"], found["labels"], found["tasks"]
@@ -482,110 +449,7 @@ def plot_embeddings(folder, domains, classes, path):
     figure.savefig(path)
 
 
-def parse(arguments=None):
-    """The parsed arguments."""
-    return parse_arguments(parser(), arguments)
-
-
-def parser():
-    """The command's arguments."""
-    p = argparse.ArgumentParser(
-        prog="python -m applications.office_caltech",
-        description="Domains as tasks: STL, MTCNN, DRN and MRN.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=pathlib.Path, help="folder/domain/class/image.jpg")
-    source.add_argument(
-        "--features", type=pathlib.Path, help="folder with one .npz file for each domain"
-    )
-    p.add_argument("--domains", nargs="+", help="those to use; all by default")
-    p.add_argument(
-        "--trunk",
-        default="ResNet50",
-        help="for images: a class of keras.applications, or a .keras file",
-    )
-    p.add_argument("--feature-layer", help="the trunk's layer with the features")
-    p.add_argument(
-        "--tune-from",
-        help="fine-tune the trunk after this layer, and freeze it up to here; by default "
-        "all of it is frozen",
-    )
-    p.add_argument(
-        "--scale",
-        nargs=2,
-        type=float,
-        metavar=("OFFSET", "DIVISOR"),
-        help="images as (pixel - OFFSET) / DIVISOR; by default as keras.applications "
-        "wants them",
-    )
-    p.add_argument("--weights", default="imagenet", help="of keras.applications, or 'none'")
-    p.add_argument("--image-size", type=in_range(int, 0), default=224)
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    p.add_argument(
-        "--fractions",
-        nargs="+",
-        type=in_range(float, 0, 1),
-        default=[0.05, 0.1, 0.2],
-        help="of each domain, for training",
-    )
-    p.add_argument(
-        "--stratified",
-        action="store_true",
-        help="the fraction of each class; the paper takes it of the domain as a whole, so "
-        "that a small domain may lack classes",
-    )
-    p.add_argument("--draws", type=in_range(int, 0), default=5)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=in_range(int, 0), default=100)
-    p.add_argument(
-        "--batch-size", type=in_range(int, 0), default=16, help="examples of each task"
-    )
-    p.add_argument(
-        "--learning-rates",
-        nargs="+",
-        type=in_range(float, 0),
-        default=[1e-3],
-        help="of the trunk; several are chosen from by cross-validation",
-    )
-    add_training(p, "sgd")
-    p.add_argument(
-        "--multiplier",
-        type=in_range(float, 0),
-        default=10.0,
-        help="bottleneck and classifier learn so many times faster than the trunk",
-    )
-    p.add_argument(
-        "--strengths",
-        nargs="+",
-        type=in_range(float, 0),
-        default=[1e-3, 1e-2, 1e-1],
-        help="of the priors; several are chosen from by cross-validation",
-    )
-    p.add_argument("--folds", type=in_range(int, 1), default=5)
-    p.add_argument(
-        "--epsilon",
-        type=in_range(float, 0),
-        default=1e-3,
-        help="relative ridge of the task covariances",
-    )
-    p.add_argument("--update-every", type=in_range(int, 0), default=10)
-    p.add_argument("--bottleneck", type=in_range(int, 0), default=256)
-    p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
-    p.add_argument(
-        "--own-draws",
-        action="store_true",
-        help="the tasks' own layers start from different draws (see the README)",
-    )
-    p.add_argument("--output", type=pathlib.Path, default="results/office_caltech")
-    p.add_argument(
-        "--readme", type=pathlib.Path, help="also write the table between this file's marks"
-    )
-    p.add_argument("--readme-block", default="office", help="the name of these marks")
-    return p
-
-
-def load(options, console):
+def load_domains(options, console):
     """The domains as features, their classes, and a function that makes the trunk.
 
     Returns:
@@ -632,57 +496,6 @@ def load(options, console):
     return domains, classes, new_backbone, source
 
 
-def plan(options, domains, trainer, source):
-    """The runs, method by method, since a network that is traced serves all its runs."""
-    draws = list(itertools.product(options.fractions, range(options.draws)))
-
-    def train(tick, method, fraction, number):
-        trainer.tick = tick
-        seed = options.seed + 1000 * number
-        parts = draw(domains, fraction, seed, options.stratified)
-        found, model = run(trainer, options, method, parts, seed)
-        if (fraction, number) == draws[0]:
-            _save_embeddings(model, domains, parts, method, options.output)
-        return found
-
-    for method, (fraction, number) in itertools.product(options.methods, draws):
-        size = len(settings_grid(options, method))
-        yield Run(
-            f"{TITLES[method]}, {fraction:.0%}, draw {number + 1}",
-            settings_of(options, source, method, fraction, number),
-            1 + (options.folds * size if size > 1 else 0),
-            functools.partial(train, method=method, fraction=fraction, number=number),
-        )
-
-
-def main(arguments=None):
-    """Run the experiment; returns the table as a data frame."""
-    options = parse(arguments)
-    console = Console()
-    domains, classes, new_backbone, source = load(options, console)
-    # Before the first hour of training, not after it.
-    for fraction in options.fractions:
-        draw(domains, fraction, options.seed, options.stratified)
-    check_names("--loss-weights", options.loss_weights, domains)
-    trainer = Trainer(options, domains, len(classes), new_backbone)
-    runs = run_all(
-        Results(options.output / "runs.jsonl"),
-        list(plan(options, domains, trainer, source)),
-        console,
-        lambda found: f"{np.mean(list(found['accuracy'].values())):.1%}",
-        options.strategy,
-    )
-    table = summarize(runs, list(domains))
-    console.print(rich_table(table, f"Accuracy in %, {source['data']}"))
-    options.output.joinpath("table.md").write_text(markdown_table(table))
-    plot_relations(runs, list(domains), options.output / "relations.png")
-    plot_embeddings(options.output, list(domains), classes, options.output / "tsne.png")
-    console.print(f"Runs, table and figures are in {options.output}.")
-    if options.readme is not None:
-        write_block(options.readme, options.readme_block, markdown_table(table))
-    return table
-
-
 def _save_embeddings(model, domains, parts, method, folder):
     test = {name: part[1] for name, part in parts.items()}
     found = embeddings(model, {name: domains[name].x[i] for name, i in test.items()})
@@ -693,6 +506,213 @@ def _save_embeddings(model, domains, parts, method, folder):
         tasks=np.repeat(range(len(test)), [len(i) for i in test.values()]),
     )
 
+
+class OfficeCaltech(Experiment):
+    """Domains as tasks."""
+
+    name = "office_caltech"
+    description = "Domains as tasks: STL, MTCNN, DRN and MRN."
+    methods = TITLES
+    defaults = {"batch_size": 16, "optimizer": "sgd"}
+    helps = {"batch_size": "examples of each task in a step"}
+    settings = ("seed", "steps", "batch_size", "bottleneck", "dropout", "multiplier")
+    settings += ("learning_rates", "optimizer", "loss_weights", "folds", "stratified")
+    families = {"independent": "stl", "hard": "shared"}
+    budget = "steps"
+    early_stopping = False
+    draw_step = 1000
+
+    def add_arguments(self, p):
+        source = p.add_mutually_exclusive_group(required=True)
+        source.add_argument(
+            "--data", type=pathlib.Path, help="folder/domain/class/image.jpg"
+        )
+        source.add_argument(
+            "--features",
+            type=pathlib.Path,
+            help="folder with one .npz file for each domain",
+        )
+        p.add_argument("--domains", nargs="+", help="those to use; all by default")
+        p.add_argument(
+            "--trunk",
+            default="ResNet50",
+            help="for images: a class of keras.applications, or a .keras file",
+        )
+        p.add_argument("--feature-layer", help="the trunk's layer with the features")
+        p.add_argument(
+            "--tune-from",
+            help="fine-tune the trunk after this layer, and freeze it up to here; by "
+            "default all of it is frozen",
+        )
+        p.add_argument(
+            "--scale",
+            nargs=2,
+            type=float,
+            metavar=("OFFSET", "DIVISOR"),
+            help="images as (pixel - OFFSET) / DIVISOR; by default as keras.applications "
+            "wants them",
+        )
+        p.add_argument(
+            "--weights", default="imagenet", help="of keras.applications, or 'none'"
+        )
+        p.add_argument("--image-size", type=in_range(int, 0), default=224)
+        p.add_argument(
+            "--fractions",
+            nargs="+",
+            type=in_range(float, 0, 1),
+            default=[0.05, 0.1, 0.2],
+            help="of each domain, for training",
+        )
+        p.add_argument(
+            "--stratified",
+            action="store_true",
+            help="the fraction of each class; the paper takes it of the domain as a "
+            "whole, so that a small domain may lack classes",
+        )
+        p.add_argument("--draws", type=in_range(int, 0), default=5)
+        p.add_argument("--steps", type=in_range(int, 0), default=100)
+        p.add_argument(
+            "--learning-rates",
+            nargs="+",
+            type=in_range(float, 0),
+            default=[1e-3],
+            help="of the trunk; several are chosen from by cross-validation",
+        )
+        p.add_argument(
+            "--multiplier",
+            type=in_range(float, 0),
+            default=10.0,
+            help="bottleneck and classifier learn so many times faster than the trunk",
+        )
+        p.add_argument(
+            "--strengths",
+            nargs="+",
+            type=in_range(float, 0),
+            default=[1e-3, 1e-2, 1e-1],
+            help="of the priors; several are chosen from by cross-validation",
+        )
+        p.add_argument("--folds", type=in_range(int, 1), default=5)
+        p.add_argument(
+            "--epsilon",
+            type=in_range(float, 0),
+            default=1e-3,
+            help="relative ridge of the task covariances",
+        )
+        p.add_argument("--update-every", type=in_range(int, 0), default=10)
+        p.add_argument("--bottleneck", type=in_range(int, 0), default=256)
+        p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
+        p.add_argument(
+            "--own-draws",
+            action="store_true",
+            help="the tasks' own layers start from different draws (see its page)",
+        )
+        p.add_argument(
+            "--page-block", default="office", help="the name of the page's marks"
+        )
+        # As it was called at first.
+        p.add_argument("--readme-block", dest="page_block", help=argparse.SUPPRESS)
+
+    def load(self, options, console):
+        """As `load_domains`."""
+        found = load_domains(options, console)
+        domains = found[0]
+        # Before the first hour of training, not after it.
+        for fraction in options.fractions:
+            draw(domains, fraction, options.seed, options.stratified)
+        check_names("--loss-weights", options.loss_weights, domains)
+        return found
+
+    def plan(self, options, data):
+        """Method by method, since a network that is traced serves all its runs."""
+        domains, classes, new_backbone, source = data
+        trainer = Trainer(options, domains, len(classes), new_backbone)
+        draws = list(itertools.product(options.fractions, range(options.draws)))
+        for method, (fraction, number) in itertools.product(options.methods, draws):
+            own = source | {"fraction": fraction, "draw": number}
+            if METHODS[method]["prior"] is not None:
+                names = ("strengths", "epsilon", "update_every", "own_draws")
+                own |= {name: getattr(options, name) for name in names}
+            seed = options.seed + self.draw_step * number
+            run = self.planned(
+                f"{fraction:.0%}, draw {number + 1}",
+                options,
+                method,
+                functools.partial(self.draw, options, data, seed, fraction),
+                seed,
+                own,
+                trainer=trainer,
+                keep=(fraction, number) == draws[0],
+            )
+            size = len(settings_grid(options, method))
+            yield run._replace(steps=1 + (options.folds * size if size > 1 else 0))
+
+    def draw(self, options, data, seed, fraction=None):
+        """`(data, parts)`, the latter as from `domains.draw`."""
+        fraction = options.fractions[0] if fraction is None else fraction
+        return data, draw(data[0], fraction, seed, options.stratified)
+
+    def hold_out(self, part, options, share, seed):
+        data, parts = part
+        return data, held_out_by_task(parts, data[0], share, seed)
+
+    def run(
+        self, options, method, part, seed, tick, callbacks=None, trainer=None, keep=False
+    ):
+        """As for every experiment, perhaps with a trainer that has networks of it.
+
+        `keep`: bool, whether what the classifiers see is saved, for the figure.
+        """
+        (domains, classes, new_backbone, _), parts = part
+        if trainer is None:
+            trainer = Trainer(options, domains, len(classes), new_backbone)
+        trainer.tick = tick
+        found, model = train_and_test(trainer, options, method, parts, seed)
+        if keep:
+            _save_embeddings(model, domains, parts, method, options.output)
+        return found
+
+    def describe(self, found):
+        return f"{np.mean(list(found['accuracy'].values())):.1%}"
+
+    def tasks(self, options, data):
+        return list(data()[0])
+
+    def rate(self, options):
+        return _middle(options.learning_rates)
+
+    def with_rate(self, rate):
+        return {"learning_rates": [rate]}
+
+    def ticks(self, options):
+        return 1
+
+    def space(self, method, options, space):
+        strength = _middle(options.strengths)
+        if METHODS[method]["prior"] is None:
+            return {"strengths": [strength]}
+        strength, epsilon = space.prior(strength, options.epsilon)
+        return {"strengths": [strength], "epsilon": epsilon}
+
+    def tables(self, options, data, runs):
+        domains, _, _, source = data
+        title = f"Accuracy in %, {source['data']}"
+        frame = summarize(runs, list(domains))
+        return {options.page_block: Table(title, frame, "table", keys=2)}
+
+    def figures(self, options, data, runs):
+        domains, classes, *_ = data
+        relations, tsne = (options.output / f"{name}.png" for name in ("relations", "tsne"))
+        plot_relations(runs, list(domains), relations)
+        plot_embeddings(options.output, list(domains), classes, tsne)
+        return [path for path in (relations, tsne) if path.exists()]
+
+
+def _middle(values):
+    return sorted(values)[len(values) // 2]
+
+
+EXPERIMENT = OfficeCaltech()
+parse, main = EXPERIMENT.parse, EXPERIMENT.main
 
 if __name__ == "__main__":
     main()

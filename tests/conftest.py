@@ -1,6 +1,7 @@
 """Fixtures of all tests."""
 
 import gc
+import json
 import os
 import pathlib
 import subprocess
@@ -41,24 +42,68 @@ def rng():
     return np.random.default_rng(0)
 
 
+# Runs the scripts that it is sent, one after the other, and answers with what they raised.
 TWO_DEVICES = """
+import json
+import os
+import sys
+import traceback
+
+import keras
 import tensorflow as tf
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 two = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(cpu, two)
+answers, sys.stdout = sys.stdout, sys.stderr
+shared = {}
+for line in sys.stdin:
+    folder, script = json.loads(line)
+    try:
+        os.chdir(folder)
+        exec(compile(script, "script", "exec"), {"tf": tf, "shared": shared})
+        raised = ""
+    except BaseException:
+        raised = traceback.format_exc()
+    keras.utils.clear_session()
+    print(json.dumps(raised), file=answers, flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def _two_devices(tmp_path_factory):
+    """A process whose CPU is two devices, which must be divided before TensorFlow starts.
+
+    One for all tests of a module, since it takes longer to start than most scripts do.
+    """
+    with open(tmp_path_factory.mktemp("two_devices") / "stderr", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", TWO_DEVICES],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        yield process
+        process.stdin.close()
+        process.wait()
+
+
 @pytest.fixture
-def on_two_devices():
-    """A function that runs a script where the CPU is two devices, and wants it to pass."""
+def on_two_devices(_two_devices):
+    """A function that runs a script where the CPU is two devices, and wants it to pass.
+
+    The script has `tf`, and a dict `shared` with the scripts before it: two strategies in
+    one process take each other's messages.
+    """
 
     def run(script):
-        # In a process of its own: devices are divided before TensorFlow starts.
-        call = [sys.executable, "-c", TWO_DEVICES + script]
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+        _two_devices.stdin.write(json.dumps([os.getcwd(), script]) + "\n")
+        _two_devices.stdin.flush()
+        answer = _two_devices.stdout.readline()
+        assert answer, f"the process ended: {_two_devices.wait()}"
+        raised = json.loads(answer)
+        assert not raised, raised[-2000:]
 
     return run
 

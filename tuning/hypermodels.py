@@ -15,10 +15,12 @@ from dmtrl_keras import (
     parameterizations,
 )
 from dmtrl_keras.mrn.network import PRIORS
+from dmtrl_keras.parameterizations import SimilarKernels
 
-from . import application, spaces
+from . import application
+from .spaces import Space
 
-OPTIMIZERS = application("experiment").OPTIMIZERS
+OPTIMIZERS = application("arguments").OPTIMIZERS
 TUNABLE = ("sharing", "learning_rate", "dropout", "optimizer", "loss_weights")
 
 
@@ -110,6 +112,10 @@ class MultiTask(kt.HyperModel):
         is_model = isinstance(self._backbone, keras.Model)
         return self._backbone if is_model else self._backbone()
 
+    def space(self, hp):
+        """What declares hyperparameters."""
+        return Space(hp, self.tune, self.per_layer)
+
     def network(self, hp, **arguments):
         """The network of all tasks, not compiled.
 
@@ -128,10 +134,9 @@ class MultiTask(kt.HyperModel):
 
     def build(self, hp):
         """The compiled network with some hyperparameters."""
-        optimizer, rate = spaces.optimizer_and_rate(
-            hp, self.optimizer, self.learning_rate, self.tune
-        )
-        weights = spaces.loss_weights(hp, self.tasks, self.loss_weights, self.tune)
+        space = self.space(hp)
+        optimizer, rate = space.optimizer_and_rate(self.optimizer, self.learning_rate)
+        weights = space.loss_weights(lambda: self.tasks, self.loss_weights)
         model = self.network(hp)
         model.compile(
             OPTIMIZERS[optimizer](rate),
@@ -182,9 +187,7 @@ class Factorized(MultiTask):
             return super().network(hp, sharing=self.method, tolerance=tolerance)
         backbone = self.backbone()
         layers = _names(backbone, lambda one: getattr(one, "kernel", None) is not None)
-        tolerance, ranks = spaces.factorization(
-            hp, layers, tolerance, self.per_layer, highest=0.95
-        )
+        tolerance, ranks = self.space(hp).factorization(layers, tolerance, highest=0.95)
         if ranks is None:
             return super().network(
                 hp, backbone=backbone, sharing=self.method, tolerance=tolerance
@@ -203,13 +206,15 @@ class Similar(MultiTask):
     def network(self, hp):
         threshold = self.defaults["threshold"]
         if "sharing" not in self.tune:
-            return super().network(hp, sharing="similar", threshold=threshold)
+            return super().network(hp, sharing=SimilarKernels(threshold))
         backbone = self.backbone()
         layers = _names(backbone, lambda one: isinstance(one, _CONVOLUTIONS))
-        found = spaces.threshold(hp, threshold, layers, self.per_layer)
-        several = len(found) > 1
-        found = dict(zip(layers, found)) if several else found[0]
-        return super().network(hp, backbone=backbone, sharing="similar", threshold=found)
+        found = self.space(hp).threshold(threshold, layers)
+        if len(found) > 1:
+            sharing = {n: SimilarKernels(own) for n, own in zip(layers, found)}
+        else:
+            sharing = SimilarKernels(found[0])
+        return super().network(hp, backbone=backbone, sharing=sharing)
 
 
 class Prior(MultiTask):
@@ -221,7 +226,7 @@ class Prior(MultiTask):
     def network(self, hp):
         strength, epsilon = self.defaults["strength"], self.defaults["epsilon"]
         if "sharing" in self.tune:
-            strength, epsilon = spaces.prior(hp, strength, epsilon)
+            strength, epsilon = self.space(hp).prior(strength, epsilon)
         ridges = {**PRIORS[self.method], "task": epsilon}
         prior = TensorNormalRegularizer(
             strength, list(ridges), self.defaults["update_every"], epsilon=ridges
@@ -238,7 +243,7 @@ class RelationNetwork(MultiTask):
     def network(self, hp):
         weight, momentum = self.defaults["output_weight"], self.defaults["momentum"]
         if "sharing" in self.tune:
-            weights, momentum = spaces.relation(hp, {"output": weight}, momentum)
+            weights, momentum = self.space(hp).relation({"output": weight}, momentum)
             weight = weights["output"]
         until = self.defaults["share_until"]
         how = {"sharing": "hard"} if until is None else {"share_until": until}

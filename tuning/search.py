@@ -24,11 +24,13 @@ import keras_tuner as kt
 import numpy as np
 import pandas as pd
 from keras_tuner import errors
-from matplotlib.figure import Figure
-from rich.console import Console
 
-from . import hypermodels, oracles, studies
-from .studies import experiment
+from . import application, hypermodels, oracles, studies
+from .own import Own
+
+arguments = application("arguments")
+experiment = application("experiment")
+results = application("results")
 
 _DEFAULT_TRIALS = 20
 # A process that was killed so often in one trial was killed by it.
@@ -95,8 +97,8 @@ class Search(kt.Tuner):
         settings = study.settings(hp)
         own = study.with_settings(settings, hp.values.get("tuner/epochs"))
         found = []
-        with experiment.progress_bars(self.console) as progress:
-            steps = options.repeats * study.epochs(own)
+        with results.progress_bars(self.console) as progress:
+            steps = options.repeats * study.ticks(own)
             bar = progress.add_task(f"trial {trial.trial_id}", total=steps)
             for repeat in range(options.repeats):
                 keras.utils.clear_session()
@@ -236,8 +238,8 @@ def plot_pareto(frame, objectives, path):
     """All trials, those on the front joined, for each pair of objectives."""
     names = [one.name for one in objectives]
     pairs = list(itertools.combinations(names, 2))
-    figure = Figure(figsize=(4.5 * len(pairs), 3.5), layout="constrained")
-    for axes, (one, other) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs):
+    figure, (panels,) = experiment.figure_of(len(pairs), size=(4.5, 3.5))
+    for axes, (one, other) in zip(panels, pairs):
         front = frame[frame.pareto].sort_values(one)
         axes.scatter(frame[one], frame[other], color="lightgray", label="trials")
         axes.plot(front[one], front[other], "o-", label="Pareto front")
@@ -265,13 +267,13 @@ def finish(study, trials, options, objectives, console):
     frame = table_of(trials, objectives)
     by_id = {trial.trial_id: trial for trial in trials}
     text = shown(frame, options)
-    console.print(experiment.rich_table(text, "Best trials"))
-    folder.joinpath("trials.md").write_text(experiment.markdown_table(text))
+    experiment.Table("Best trials", text).print(console)
+    folder.joinpath("trials.md").write_text(results.markdown_table(text))
     frame.to_csv(folder / "trials.csv", index=False)
     if len(objectives) > 1:
         plot_pareto(frame, objectives, folder / "pareto.png")
         front = shown(frame[frame.pareto], options, len(frame))
-        console.print(experiment.rich_table(front, "Pareto front"))
+        experiment.Table("Pareto front", front).print(console)
         for trial_id in frame.trial[frame.pareto]:
             settings = study.settings(by_id[trial_id].hyperparameters)
             _write(folder / f"pareto_{trial_id}.json", study.config(settings))
@@ -290,15 +292,15 @@ def finish(study, trials, options, objectives, console):
     console.print(verdict, highlight=False)
     test = tested(study, settings, best.trial_id, options, console)
     digits = {name: 0 if test[name].min() > 100 else 4 for name in test}
-    results = ", ".join(
-        f"{name} {experiment.mean_and_spread(test[name], digits[name])}" for name in test
+    said = ", ".join(
+        f"{name} {results.mean_and_spread(test[name], digits[name])}" for name in test
     )
-    verdict += f" That one, trained on all training data, on the test part: {results}."
-    console.print(f"Test: {results}", highlight=False)
-    if options.readme is not None:
+    verdict += f" That one, trained on all training data, on the test part: {said}."
+    console.print(f"Test: {said}", highlight=False)
+    if options.page is not None:
         block = f"search-{study.name}-{study.family}"
-        table = experiment.markdown_table(text)
-        experiment.write_block(options.readme, block, f"{table}\n{verdict}")
+        table = results.markdown_table(text)
+        results.write_block(options.page, block, f"{table}\n{verdict}")
     console.print(f"Trials, figures and settings are in {folder}.")
     command = study.command(folder / "best.json")
     if command is not None:
@@ -318,11 +320,11 @@ def tested(study, settings, trial_id, options, console):
     Returns:
         A data frame with a row for each repeat.
     """
-    results = experiment.Results(options.directory / "test.jsonl")
+    tests = results.Results(options.directory / "test.jsonl")
     found = []
     for repeat in range(options.repeats):
         key = {"trial": trial_id, "settings": settings, "repeat": repeat}
-        if results.get(key) is None:
+        if tests.get(key) is None:
             if not repeat:
                 console.print(
                     "Training on the whole training part with the best settings; the test "
@@ -330,11 +332,11 @@ def tested(study, settings, trial_id, options, console):
                 )
             own = study.with_settings(settings)
             with own.strategy.scope():
-                results.add(key, study.learn(own, False, repeat, lambda: None, None))
+                tests.add(key, study.learn(own, False, repeat, lambda: None, None))
             path = study.keep(options.directory)
             if path is not None:
                 console.print(f"The model is {path}.")
-        found.append(results.get(key))
+        found.append(tests.get(key))
     return pd.DataFrame(found)
 
 
@@ -383,27 +385,25 @@ def parser():
     )
     p.add_argument(
         "--max-trials",
-        type=experiment.in_range(int, 0),
+        type=arguments.in_range(int, 0),
         help=f"by default {_DEFAULT_TRIALS}, and all for grid and hyperband",
     )
-    p.add_argument("--repeats", type=experiment.in_range(int, 0), default=1)
+    p.add_argument("--repeats", type=arguments.in_range(int, 0), default=1)
     p.add_argument(
-        "--validation-share", type=experiment.in_range(float, 0, 0.9), default=0.25
+        "--validation-share", type=arguments.in_range(float, 0, 0.9), default=0.25
     )
     p.add_argument(
         "--patience",
-        type=experiment.in_range(int, 0),
+        type=arguments.in_range(int, 0),
         help="epochs without a better validation loss after which a training is stopped",
     )
-    p.add_argument(
-        "--factor", type=experiment.in_range(int, 1), default=3, help="Hyperband"
-    )
-    p.add_argument("--seed", type=experiment.in_range(int, -1), default=0)
+    p.add_argument("--factor", type=arguments.in_range(int, 1), default=3, help="Hyperband")
+    p.add_argument("--seed", type=arguments.in_range(int, -1), default=0)
     p.add_argument("--directory", type=pathlib.Path, help="results/tuning/... by default")
-    p.add_argument("--readme", type=pathlib.Path, help="write the table into this file")
+    arguments.add_page(p)
     p.add_argument(
         "--worker-timeout",
-        type=experiment.in_range(float, 0),
+        type=arguments.in_range(float, 0),
         default=120.0,
         help="seconds of silence after which a worker's trial is given to another",
     )
@@ -417,20 +417,18 @@ def make_study(p, options, rest):
         SystemExit: on methods that the experiment doesn't have, and on what its own parser
             refuses.
     """
-    kind = studies.Own if options.model else studies.EXPERIMENTS[options.experiment]
-    if options.method not in kind.methods:
-        p.error(f"--method: expected one of {list(kind.methods)}, got {options.method!r}")
-    if options.patience is not None and not kind.early_stopping:
-        p.error(f"--patience: {kind.name} trains without epochs, it can't be stopped early")
-    extra = {"model": options.model} if options.model else {}
-    return kind(
-        options.method,
-        [*rest, "--seed", str(options.seed)],
-        options.tune,
-        options.per_layer,
-        options.validation_share,
-        **extra,
-    )
+    name = options.experiment
+    families = Own.families if name is None else studies.families_of(name)
+    if options.method not in families:
+        p.error(f"--method: expected one of {list(families)}, got {options.method!r}")
+    given = [*rest, "--seed", str(options.seed)]
+    how = (options.tune, options.per_layer, options.validation_share)
+    if name is None:
+        return Own(options.method, given, *how, options.model)
+    study = studies.ExperimentStudy(name, options.method, given, *how)
+    if options.patience is not None and not study.early_stopping:
+        p.error(f"--patience: {name} trains without epochs, it can't be stopped early")
+    return study
 
 
 def make_objectives(p, options, known):
@@ -509,7 +507,7 @@ def main(arguments=None):
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--model" in given and {"-h", "--help"} & set(given):
         p.print_help()
-        studies.Own.parser().parse_args(["--help"])
+        Own.parser().parse_args(["--help"])
     options, rest = p.parse_known_args(given)
     study = make_study(p, options, rest)
     objectives = make_objectives(p, options, study.objectives)
@@ -525,7 +523,7 @@ def main(arguments=None):
     limit = options.max_trials
     if limit is None and options.tuner in ("random", "bayesian"):
         limit = _DEFAULT_TRIALS
-    console = Console()
+    console = experiment.make_console()
     oracle = oracles.make_oracle(
         options.tuner,
         space,

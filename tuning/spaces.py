@@ -1,135 +1,142 @@
-"""Hyperparameters of each family, declared once for experiments and users' own models.
-
-Every function takes Keras Tuner's `HyperParameters` and default values, and
-returns values. The first trial of a search has the defaults.
-"""
+"""Hyperparameters of each family, declared once for experiments and users' own models."""
 
 # Rates that suit an optimizer, relative to Adam's.
 _RATES = {"adam": 1, "adamw": 1, "rmsprop": 1, "sgd": 10}
 
 
-def around(hp, name, default, factor):
-    """A positive number, from `default / factor` to `default * factor`, logarithmic."""
-    low, high = default / factor, default * factor
-    return hp.Float(name, low, high, sampling="log", default=default)
+class Space:
+    """Declares hyperparameters, and gives their values.
 
-
-def optimizer_and_rate(hp, optimizer, rate, tune):
-    """The optimizer and its learning rate.
+    The first trial of a search has the defaults.
 
     Args:
         hp: `keras_tuner.HyperParameters`.
-        optimizer: str, the default one's name.
-        rate: float, its default learning rate; for others the range is moved.
-        tune: collection of what is searched for, of which `"optimizer"` and
-            `"learning_rate"` matter here.
-
-    Returns:
-        `(name, rate)`.
+        tune: collection of what is searched for, of which `"optimizer"`, `"learning_rate"`
+            and `"loss_weights"` matter here.
+        per_layer: bool, whether a rank or a threshold for each layer is searched, too.
     """
-    chosen = optimizer
-    if "optimizer" in tune:
-        chosen = hp.Choice("optimizer", sorted(_RATES), default=optimizer)
-    rates = {name: rate * scale / _RATES[optimizer] for name, scale in _RATES.items()}
-    if "learning_rate" not in tune:
-        return chosen, rates[chosen]
-    if "optimizer" not in tune:
-        return chosen, around(hp, "learning_rate", rate, 10)
-    found = {}
-    for name in sorted(_RATES):
-        with hp.conditional_scope("optimizer", [name]):
-            found[name] = around(hp, f"learning_rate/{name}", rates[name], 10)
-    return chosen, found[chosen]
 
+    def __init__(self, hp, tune=(), per_layer=False):
+        self.hp = hp
+        self.tune = tune
+        self.per_layer = per_layer
 
-def loss_weights(hp, tasks, given, tune):
-    """A weight for each task's loss, a dict; those that were given if it's not searched."""
-    if "loss_weights" not in tune:
-        return dict(given)
-    return {
-        task: around(hp, f"loss_weight/{task}", given.get(task, 1.0), 10) for task in tasks
-    }
+    def around(self, name, default, factor):
+        """A positive number, from `default / factor` to `default * factor`, logarithmic."""
+        low, high = default / factor, default * factor
+        return self.hp.Float(name, low, high, sampling="log", default=default)
 
+    def integer(self, name, low, high, default):
+        """An int, from `low` to `high`."""
+        return self.hp.Int(name, low, high, default=default)
 
-def factorization(hp, layers, tolerance, per_layer, highest=0.7):
-    """How kernels are approximated.
+    def optimizer_and_rate(self, optimizer, rate):
+        """The optimizer and its learning rate.
 
-    Args:
-        hp: `keras_tuner.HyperParameters`.
-        layers: names of the layers.
-        tolerance: float, the default error.
-        per_layer: bool, whether a rank for each layer is searched, too: a fraction of its
-            full ranks.
-        highest: float, the most of the tolerances: kernels that aren't trained yet have
-            nearly full rank, and only a large one saves anything.
+        Args:
+            optimizer: str, the default one's name.
+            rate: float, its default learning rate; for others the range is moved.
 
-    Returns:
-        `(tolerance, ranks)`: a float and None, or None and a dict from layer to rank.
-    """
-    by = hp.Choice("ranks", ["tolerance", "layers"]) if per_layer else "tolerance"
-    if not per_layer:
-        return _tolerance(hp, tolerance, highest), None
-    with hp.conditional_scope("ranks", ["tolerance"]):
-        found = _tolerance(hp, tolerance, highest)
-    with hp.conditional_scope("ranks", ["layers"]):
-        ranks = {
-            layer: hp.Float(f"rank/{layer}", 0.05, 1.0, sampling="log", default=0.5)
-            for layer in layers
+        Returns:
+            `(name, rate)`.
+        """
+        chosen = optimizer
+        if "optimizer" in self.tune:
+            chosen = self.hp.Choice("optimizer", sorted(_RATES), default=optimizer)
+        rates = {name: rate * scale / _RATES[optimizer] for name, scale in _RATES.items()}
+        if "learning_rate" not in self.tune:
+            return chosen, rates[chosen]
+        if "optimizer" not in self.tune:
+            return chosen, self.around("learning_rate", rate, 10)
+        found = {}
+        for name in sorted(_RATES):
+            with self.hp.conditional_scope("optimizer", [name]):
+                found[name] = self.around(f"learning_rate/{name}", rates[name], 10)
+        return chosen, found[chosen]
+
+    def loss_weights(self, tasks, given):
+        """A weight for each task's loss, a dict; what was given where it's not searched.
+
+        Args:
+            tasks: function without arguments that returns the tasks' names.
+            given: dict from task to weight.
+        """
+        if "loss_weights" not in self.tune:
+            return dict(given)
+        return {
+            task: self.around(f"loss_weight/{task}", given.get(task, 1.0), 10)
+            for task in tasks()
         }
-    return (found, None) if by == "tolerance" else (None, ranks)
 
+    def factorization(self, layers, tolerance, highest=0.7):
+        """How kernels are approximated; a rank of a layer is a fraction of its full ranks.
 
-def _tolerance(hp, default, highest):
-    low, high = min(0.01, default), max(highest, default)
-    return hp.Float("tolerance", low, high, sampling="log", default=default)
+        Args:
+            layers: names of the layers.
+            tolerance: float, the default error.
+            highest: float, the most of the tolerances: kernels that aren't trained yet have
+                nearly full rank, and only a large one saves anything.
 
+        Returns:
+            `(tolerance, ranks)`: a float and None, or None and a dict from layer to rank.
+        """
+        if not self.per_layer:
+            return self._tolerance(tolerance, highest), None
+        by = self.hp.Choice("ranks", ["tolerance", "layers"])
+        with self.hp.conditional_scope("ranks", ["tolerance"]):
+            found = self._tolerance(tolerance, highest)
+        with self.hp.conditional_scope("ranks", ["layers"]):
+            ranks = {
+                layer: self.hp.Float(f"rank/{layer}", 0.05, 1, sampling="log", default=0.5)
+                for layer in layers
+            }
+        return (found, None) if by == "tolerance" else (None, ranks)
 
-def threshold(hp, default, blocks, per_layer):
-    """MTAL's thresholds.
+    def _tolerance(self, default, highest):
+        low, high = min(0.01, default), max(highest, default)
+        return self.hp.Float("tolerance", low, high, sampling="log", default=default)
 
-    Args:
-        hp: `keras_tuner.HyperParameters`.
-        default: float.
-        blocks: names of the parts of the network that may have their own.
-        per_layer: bool, whether these are searched, too.
+    def threshold(self, default, blocks):
+        """MTAL's thresholds.
 
-    Returns:
-        A list: one threshold, or one for each block.
-    """
+        Args:
+            default: float.
+            blocks: names of the parts of the network that may have their own.
 
-    def number(name):
-        low, high = min(0.1, default), max(0.9, default)
-        return hp.Float(name, low, high, default=default)
+        Returns:
+            A list: one threshold, or one for each block.
+        """
 
-    if not per_layer:
-        return [number("threshold")]
-    by = hp.Choice("thresholds", ["one", "blocks"])
-    with hp.conditional_scope("thresholds", ["one"]):
-        one = [number("threshold")]
-    with hp.conditional_scope("thresholds", ["blocks"]):
-        several = [number(f"threshold/{block}") for block in blocks]
-    return one if by == "one" else several
+        def number(name):
+            low, high = min(0.1, default), max(0.9, default)
+            return self.hp.Float(name, low, high, default=default)
 
+        if not self.per_layer:
+            return [number("threshold")]
+        by = self.hp.Choice("thresholds", ["one", "blocks"])
+        with self.hp.conditional_scope("thresholds", ["one"]):
+            one = [number("threshold")]
+        with self.hp.conditional_scope("thresholds", ["blocks"]):
+            several = [number(f"threshold/{block}") for block in blocks]
+        return one if by == "one" else several
 
-def prior(hp, strength, epsilon):
-    """Strength and relative ridge of a tensor-normal prior, two floats."""
-    return around(hp, "strength", strength, 100), around(hp, "epsilon", epsilon, 100)
+    def prior(self, strength, epsilon):
+        """Strength and relative ridge of a tensor-normal prior, two floats."""
+        return self.around("strength", strength, 100), self.around("epsilon", epsilon, 100)
 
+    def relation(self, weights, momentum):
+        """TRN's lambda of each layer, and the momentum of its covariances.
 
-def relation(hp, weights, momentum):
-    """TRN's lambda of each layer, and the momentum of its covariances.
+        Args:
+            weights: dict from a layer's name to the default lambda.
+            momentum: float.
 
-    Args:
-        hp: `keras_tuner.HyperParameters`.
-        weights: dict from a layer's name to the default lambda.
-        momentum: float.
-
-    Returns:
-        `(weights, momentum)`, a dict and a float.
-    """
-    found = {
-        name: around(hp, f"lambda/{name}", weight or 1e-3, 100)
-        for name, weight in weights.items()
-    }
-    momenta = sorted({0.5, 0.9, 0.99, 0.999, momentum})
-    return found, hp.Choice("momentum", momenta, default=momentum)
+        Returns:
+            `(weights, momentum)`, a dict and a float.
+        """
+        found = {
+            name: self.around(f"lambda/{name}", weight or 1e-3, 100)
+            for name, weight in weights.items()
+        }
+        momenta = sorted({0.5, 0.9, 0.99, 0.999, momentum})
+        return found, self.hp.Choice("momentum", momenta, default=momentum)

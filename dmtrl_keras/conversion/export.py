@@ -1,15 +1,18 @@
 """Shipping a network of T tasks with an endpoint for each task."""
 
+from typing import Any
+
 import keras
 from keras import tree
 
 from dmtrl_keras.conversion import single_task
+from dmtrl_keras.ground.types import PathLike
 from dmtrl_keras.training.model import MultiTaskModel
 
 _ALL_TASKS = "serve"
 
 
-def export_tasks(model, filepath, verbose=True):
+def export_tasks(model: MultiTaskModel, filepath: PathLike, verbose: bool = True) -> None:
     """Export a SavedModel with one endpoint for all tasks, and one for each task.
 
     `serve` takes what the model takes and returns a dict by task name. The endpoint of a
@@ -61,7 +64,7 @@ def export_tasks(model, filepath, verbose=True):
     archive.write_out(filepath, verbose=verbose)
 
 
-def _add(archive, name, model):
+def _add(archive: Any, name: str, model: keras.Model) -> None:
     signature = tree.map_structure(
         lambda x: keras.layers.InputSpec(dtype=x.dtype, shape=x.shape, name=x.name),
         model.input,

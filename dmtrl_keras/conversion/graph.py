@@ -1,5 +1,8 @@
 """Walking through a functional or Sequential model, call by call."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
 import keras
 from keras import tree
 
@@ -13,8 +16,10 @@ from dmtrl_keras.ground.keras_private import (
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
+_Value = TypeVar("_Value")
 
-def checked_functional(model, owner):
+
+def checked_functional(model: keras.Model, owner: str) -> keras.Model:
     """The functional model behind a model.
 
     Raises:
@@ -29,7 +34,12 @@ def checked_functional(model, owner):
     return graph
 
 
-def run(model, inputs, visit, leave=None):
+def run(
+    model: keras.Model,
+    inputs: Any,
+    visit: Callable[..., Any],
+    leave: Callable[[Any, Any], None] | None = None,
+) -> Any:
     """Visit every call of an operation in a model, in topological order.
 
     Nested models are entered. The values that go along the edges may be anything.
@@ -49,8 +59,14 @@ def run(model, inputs, visit, leave=None):
     return _run(model, inputs, visit, leave, ())
 
 
-def _run(model, inputs, visit, leave, path):
-    def call(operation, *args, **kwargs):
+def _run(
+    model: keras.Model,
+    inputs: Any,
+    visit: Callable[..., Any],
+    leave: Callable[[Any, Any], None] | None,
+    path: tuple[str, ...],
+) -> Any:
+    def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
         if as_functional(operation) is None:
             return visit(operation, args, kwargs, path)
         outputs = _run(operation, args[0], visit, leave, (*path, operation.name))
@@ -61,25 +77,32 @@ def _run(model, inputs, visit, leave, path):
     return run_through_graph(as_functional(model), inputs, call)
 
 
-def values_in(kind, args, kwargs):
+def values_in(
+    kind: type[_Value], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[_Value]:
     """The values of a class among the arguments of a call, a list."""
     return [v for v in tree.flatten((args, kwargs)) if isinstance(v, kind)]
 
 
-def replaced(kind, args, kwargs, function):
+def replaced(
+    kind: type[_Value],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    function: Callable[[_Value], Any],
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """`(args, kwargs)` with a function of each value of a class in its place."""
     return tree.map_structure(
         lambda v: function(v) if isinstance(v, kind) else v, (args, kwargs)
     )
 
 
-def output_spec(operation, args, kwargs):
+def output_spec(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The symbolic outputs of a call with symbolic tensors, which is not made."""
     kwargs = {name: value for name, value in kwargs.items() if name != "training"}
     return operation.compute_output_spec(*args, **kwargs)
 
 
-def form_of(operation, forms):
+def form_of(operation: Any, forms: Sequence[Form]) -> Form:
     """The form of what an operation returns, from those of what it takes.
 
     Args:
@@ -100,7 +123,7 @@ def form_of(operation, forms):
     return next((form for form in order if form in forms), Form.SHARED)
 
 
-def number_of_tasks(model):
+def number_of_tasks(model: keras.Model) -> int:
     """T of a network, as its layers and outputs say it.
 
     Raises:
@@ -118,7 +141,7 @@ def number_of_tasks(model):
     return counts.pop()
 
 
-def names_of_tasks(model):
+def names_of_tasks(model: keras.Model) -> tuple[str, ...]:
     """The task names in the order of the channels; none where nothing says them."""
     layers = flatten_layers(model)
     named = [layer.task_names for layer in layers if hasattr(layer, "task_names")]
@@ -129,11 +152,11 @@ def names_of_tasks(model):
     return named[0] if named else ()
 
 
-def form_of_tensor(tensor):
+def form_of_tensor(tensor: keras.KerasTensor) -> Form:
     """The form (see `form_of`) of a symbolic tensor of a functional model."""
     known = {}
 
-    def form(x):
+    def form(x: keras.KerasTensor) -> Form:
         if id(x) not in known:
             operation, parents = producer_of(x)
             known[id(x)] = form_of(operation, [form(parent) for parent in parents])

@@ -1,15 +1,18 @@
 """What comes after the backbone: the outputs of each task."""
 
 import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import tree
 
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.layout import TaskSplit
 
 
-def checked_heads(heads, names):
+def checked_heads(heads: Any, names: Sequence[str]) -> dict[str, Any]:
     """A dict by task name of None, ints, layers and functions."""
     if isinstance(heads, dict):
         if set(heads) != set(names):
@@ -34,7 +37,12 @@ def checked_heads(heads, names):
     return heads
 
 
-def outputs_by_task(outputs, heads, names, new_name):
+def outputs_by_task(
+    outputs: Any,
+    heads: Mapping[str, Any],
+    names: Sequence[str],
+    new_name: Callable[[str], str],
+) -> dict[str, keras.KerasTensor]:
     """A dict of the output tensor of each task."""
     flat = tree.flatten(outputs)
     if len(flat) > 1 and not all(callable(head) for head in heads.values()):
@@ -48,7 +56,7 @@ def outputs_by_task(outputs, heads, names, new_name):
         features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
         head = heads[task]
         if isinstance(head, numbers.Integral):
-            features = _classes(features, head, new_name(f"{task}_head"))
+            features = _classes(features, int(head), new_name(f"{task}_head"))
         elif head is not None:
             features = head(features)
         if not isinstance(features, keras.KerasTensor):
@@ -60,7 +68,9 @@ def outputs_by_task(outputs, heads, names, new_name):
     return result
 
 
-def _per_task(features, new_name):
+def _per_task(
+    features: Features, new_name: Callable[[str], str]
+) -> dict[str, keras.KerasTensor]:
     names = list(features.names)
     if features.form == Form.SHARED:
         tensor = features.take(Form.SHARED)
@@ -71,7 +81,7 @@ def _per_task(features, new_name):
     return TaskSplit(names, name=new_name("tasks"))(features.take(Form.GROUPED))
 
 
-def _classes(features, classes, name):
+def _classes(features: keras.KerasTensor, classes: int, name: str) -> keras.KerasTensor:
     if len(features.shape) > 2:
         axes = len(features.shape) - 2
         pooling = getattr(keras.layers, f"GlobalAveragePooling{axes}D")

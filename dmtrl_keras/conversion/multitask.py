@@ -20,6 +20,7 @@ from dmtrl_keras.conversion.graph import (
 from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import clean_name, task_names
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
@@ -42,7 +43,7 @@ def multitask(
     shared_input: bool = True,
     heads: Any = None,
     prior: StatefulRegularizer | Mapping[str, StatefulRegularizer] | None = None,
-    between: Callable | Mapping[str, Callable] | None = None,
+    between: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
     name: str | None = None,
     verbose: bool = True,
     implementation: str | None = None,
@@ -218,7 +219,7 @@ def _sharing_of(
     return of_layer
 
 
-def _fusion_of(between, survey):
+def _fusion_of(between: Any, survey: Survey) -> Callable[[str], Any]:
     """A function from a layer's name to the function that makes what comes after it."""
     if callable(between):
         if not survey.poolings:
@@ -236,7 +237,7 @@ def _fusion_of(between, survey):
     return by_pattern("between", between, survey.layers, _check_fusion)
 
 
-def _check_fusion(make):
+def _check_fusion(make: Any) -> Callable[..., Any] | None:
     # A layer would be one for all places.
     if make is not None and (not callable(make) or isinstance(make, keras.layers.Layer)):
         raise ValueError(
@@ -259,8 +260,8 @@ def _check_prior(prior: Any) -> StatefulRegularizer | None:
 # --- building -----------------------------------------------------------------------
 
 
-def _inputs(backbone, names, shared_input):
-    def make(x, name):
+def _inputs(backbone: keras.Model, names: Sequence[str], shared_input: bool) -> Any:
+    def make(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         return keras.Input(x.shape[1:], dtype=x.dtype, name=name)
 
     if shared_input:
@@ -281,8 +282,8 @@ class _Builder:
         names: Sequence[str],
         surveyed: Survey,
         choose: Callable[[str, bool], Parameterization],
-        prior_of: Callable,
-        fusion_of: Callable,
+        prior_of: Callable[[str], StatefulRegularizer | None],
+        fusion_of: Callable[[str], Callable[..., Any] | None],
     ) -> None:
         self.names = names
         self.tasks = len(names)
@@ -306,7 +307,7 @@ class _Builder:
                 return candidate
         raise AssertionError("there are more names than layers")
 
-    def _features(self, form: Form, tensor: Any, source: str) -> Features:
+    def _features(self, form: Form, tensor: Tensor, source: str) -> Features:
         return Features(self.names, form, tensor, source, self.new_name)
 
     def enter(self, backbone: keras.Model, inputs: Any, shared_input: bool) -> Any:
@@ -323,7 +324,13 @@ class _Builder:
         ]
         return tree.pack_sequence_as(backbone.input, features)
 
-    def visit(self, operation: Any, args: list, kwargs: dict, path: tuple) -> Any:
+    def visit(
+        self,
+        operation: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        path: tuple[str, ...],
+    ) -> Any:
         """What a call of the backbone becomes; takes and returns `Features`."""
         features = self._converted(_Call(operation, args, kwargs, path))
         make = self._fusion_of(operation.name)
@@ -344,9 +351,13 @@ class _Builder:
     def _converted(self, call: "_Call") -> Any:
         """A call as one for all tasks: shared, with T kernels, grouped, or task by task."""
         operation, rule = call.operation, rules.rule_of(call.operation)
+        # The survey refuses a backbone with operations that have none.
+        assert rule is not None
         plain = (id(operation), "plain") in self._made
         if self._stays_plain(call, rule):
-            return self._plain(call, call.features[0].common)
+            form = call.features[0].common
+            assert form is not None
+            return self._plain(call, form)
         if rule.has_weights and plain:
             # A layer that is called again has the weights that it had before.
             return self._plain(call, Form.BATCHED)
@@ -415,7 +426,7 @@ class _Builder:
         return self._plain(_Call(activation, [features], {}, call.path), Form.BATCHED)
 
     def _task_layer(
-        self, part: rules.Part, operation: str, shared_input: bool, path: tuple
+        self, part: rules.Part, operation: str, shared_input: bool, path: tuple[str, ...]
     ) -> TaskLayer:
         """The layer with T kernels that starts from one kernel."""
         sharing = self._choose(operation, issubclass(part.cls, TaskConv))
@@ -443,15 +454,15 @@ class _Call:
     """One call of an operation of the backbone, with `Features` as its tensors."""
 
     operation: keras.Operation
-    args: list
-    kwargs: dict
-    path: tuple
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    path: tuple[str, ...]
 
     @property
-    def features(self):
+    def features(self) -> list[Features]:
         """All features among the arguments."""
         return values_in(Features, self.args, self.kwargs)
 
 
-def _is_layer(operation):
+def _is_layer(operation: Any) -> bool:
     return isinstance(operation, keras.layers.Layer)

@@ -8,12 +8,15 @@ the grouped layout, if it can, and which layer one task alone would have.
 
 import dataclasses
 import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import layers as kl
 
 from dmtrl_keras.ground.keras_private import convnext_layers, is_keras_operation
+from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
@@ -21,10 +24,13 @@ from dmtrl_keras.tasks.layout import TaskConcatenate, TaskFlatten
 from dmtrl_keras.tasks.normalization import TaskLayerNormalization
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
-_RULES = {}
+_RULES: dict[type, "Rule"] = {}
 
 # The depthwise convolutions that there are, by the ordinary ones of the same rank.
-_DEPTHWISE = {TaskConv1D: TaskDepthwiseConv1D, TaskConv2D: TaskDepthwiseConv2D}
+_DEPTHWISE: dict[type[TaskLayer], type[TaskLayer]] = {
+    TaskConv1D: TaskDepthwiseConv1D,
+    TaskConv2D: TaskDepthwiseConv2D,
+}
 
 # Activations that take every number for itself.
 _ELEMENTWISE_ACTIVATIONS = {
@@ -46,7 +52,7 @@ _ELEMENTWISE_OPERATIONS = set(
 )
 
 
-def register_rule(*classes, rule=None):
+def register_rule(*classes: type, rule: "Rule | None" = None) -> None:
     """Say what `multitask` and `single_task` shall do with a Keras layer class.
 
     Args:
@@ -69,7 +75,7 @@ def register_rule(*classes, rule=None):
         _RULES[cls] = rule or Rule()
 
 
-def rule_of(operation):
+def rule_of(operation: Any) -> "Rule | None":
     """The rule of a layer or operation, or None if there is none."""
     if isinstance(operation, TaskLayer):
         return _TASK_LAYER
@@ -81,17 +87,17 @@ def rule_of(operation):
     return _OPERATION if known and is_keras_operation(operation) else None
 
 
-def is_elementwise(activation):
+def is_elementwise(activation: Any) -> bool:
     """Whether an activation function takes every number for itself."""
     return activation is None or activation in _ELEMENTWISE_ACTIVATIONS
 
 
-def copy_of(operation):
+def copy_of(operation: Any) -> Any:
     """A new, unbuilt operation with the same configuration."""
     return type(operation).from_config(operation.get_config())
 
 
-def load_weights(layer, weights):
+def load_weights(layer: keras.layers.Layer, weights: Sequence[np.ndarray]) -> None:
     """Give a built layer its weights."""
     layer.set_weights(weights)
     if isinstance(layer, kl.Normalization):
@@ -99,9 +105,11 @@ def load_weights(layer, weights):
         layer.finalize_state()
 
 
-def _edited(layer, cls=None, **entries):
-    cls = cls or type(layer)
-    return cls.from_config({**layer.get_config(), **entries})
+def _edited(
+    layer: keras.layers.Layer, cls: type | None = None, **entries: Any
+) -> keras.layers.Layer:
+    kind: Any = cls or type(layer)
+    return kind.from_config({**layer.get_config(), **entries})
 
 
 class Rule:
@@ -120,11 +128,11 @@ class Rule:
     sharing = "independent"
     of_independent_tasks = True
 
-    def alone(self, layer):
+    def alone(self, layer: keras.layers.Layer) -> keras.layers.Layer:
         """The layer without what only training needs, for the network of one task."""
         return layer
 
-    def problem(self, layer, shapes):
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
         """Why this layer can't be converted, a string, or None.
 
         Args:
@@ -133,7 +141,9 @@ class Rule:
         """
         return None
 
-    def grouped(self, layer, tasks, shapes):
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer | None:
         """The layer on the grouped layout, unbuilt; None if it can't run there.
 
         Args:
@@ -143,7 +153,9 @@ class Rule:
         """
         return copy_of(layer)
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         """The layer of one task, unbuilt, from the one on the grouped layout.
 
         Args:
@@ -153,11 +165,13 @@ class Rule:
         """
         return copy_of(layer)
 
-    def grouped_weights(self, layer, tasks):
+    def grouped_weights(self, layer: keras.layers.Layer, tasks: int) -> list[np.ndarray]:
         """Weights of the layer on the grouped layout, every task's those of `layer`."""
         return layer.get_weights()
 
-    def single_weights(self, layer, tasks, task):
+    def single_weights(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> list[np.ndarray]:
         """Weights of one task's layer."""
         return layer.get_weights()
 
@@ -165,28 +179,38 @@ class Rule:
 class _OnlyIf(Rule):
     """Layers that run on grouped channels under a condition, else on one task's."""
 
-    def __init__(self, condition):
+    def __init__(self, condition: Callable[[Any, Sequence[Shape]], bool]) -> None:
         self.condition = condition
 
-    def grouped(self, layer, tasks, shapes):
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer | None:
         return copy_of(layer) if self.condition(layer, shapes) else None
 
 
 class _Flatten(Rule):
-    def grouped(self, layer, tasks, shapes):
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer:
         return TaskFlatten(tasks, name=layer.name, dtype=layer.dtype_policy)
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         return kl.Flatten(name=layer.name, dtype=layer.dtype_policy)
 
 
 class _Concatenate(Rule):
-    def grouped(self, layer, tasks, shapes):
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer:
         if layer.axis in (-1, len(shapes[0]) - 1):
             return TaskConcatenate(tasks, name=layer.name, dtype=layer.dtype_policy)
         return copy_of(layer)
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         if isinstance(layer, TaskConcatenate):
             return kl.Concatenate(name=layer.name, dtype=layer.dtype_policy)
         return copy_of(layer)
@@ -194,13 +218,17 @@ class _Concatenate(Rule):
 
 class _Reshape(Rule):
     # As squeeze-excite uses it: the channels stay what they are.
-    def grouped(self, layer, tasks, shapes):
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer | None:
         *rest, last = layer.target_shape
         if last != shapes[0][-1]:
             return None
         return _edited(layer, target_shape=(*rest, last * tasks))
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         *rest, last = layer.target_shape
         if last == -1 or last % tasks:
             raise ValueError(f"target shape {layer.target_shape} mixes the tasks")
@@ -218,13 +246,19 @@ class _Channels(Rule):
         fixed: bool; the weights are settings, the same for all tasks.
     """
 
-    def __init__(self, counts=(), values=None, task_class=None, fixed=False):
+    def __init__(
+        self,
+        counts: Sequence[str] = (),
+        values: Mapping[str, str] | None = None,
+        task_class: type | None = None,
+        fixed: bool = False,
+    ) -> None:
         self.counts = counts
         self.values = values or {}
         self.task_class = task_class
         self.has_weights = not fixed
 
-    def problem(self, layer, shapes):
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
         last = len(shapes[0]) - 1
         axes = getattr(layer, "axis", -1)
         # Without an axis there is one value for all numbers.
@@ -237,7 +271,9 @@ class _Channels(Rule):
             return f"shared_axes={tuple(shared)} include the channels"
         return "rms_scaling=True" if getattr(layer, "rms_scaling", False) else None
 
-    def grouped(self, layer, tasks, shapes):
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer:
         entries = {}
         for name in self.counts:
             count = getattr(layer, name)
@@ -252,7 +288,9 @@ class _Channels(Rule):
             entries["tasks"] = tasks
         return _edited(layer, self.task_class, **entries)
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         config = layer.get_config()
         config.pop("tasks", None)
         for name in self.counts:
@@ -267,15 +305,17 @@ class _Channels(Rule):
             cls = kl.LayerNormalization
         return cls.from_config(config)
 
-    def grouped_weights(self, layer, tasks):
+    def grouped_weights(self, layer: keras.layers.Layer, tasks: int) -> list[np.ndarray]:
         weights = layer.get_weights()
         return [np.tile(w, tasks) if np.ndim(w) else w for w in weights]
 
-    def single_weights(self, layer, tasks, task):
+    def single_weights(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> list[np.ndarray]:
         return [_part(w, tasks, task) for w in layer.get_weights()]
 
 
-def _part(values, tasks, task):
+def _part(values: np.ndarray, tasks: int, task: int) -> np.ndarray:
     """One task's part of the last axis; scalars are everyone's."""
     if not np.ndim(values):
         return values
@@ -293,10 +333,10 @@ class Part:
         bias: array, the bias of every task, or None.
     """
 
-    cls: type
-    config: dict
+    cls: type[TaskLayer]
+    config: dict[str, Any]
     kernel: np.ndarray
-    bias: np.ndarray
+    bias: np.ndarray | None
 
 
 class Kernels(Rule):
@@ -304,21 +344,21 @@ class Kernels(Rule):
 
     has_weights = True
 
-    def __init__(self, task_class):
+    def __init__(self, task_class: type[TaskLayer]) -> None:
         self.task_class = task_class
 
-    def problem(self, layer, shapes):
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
         if getattr(layer, "quantization_mode", None) is not None:
             return f"quantized to {layer.quantization_mode}"
         if isinstance(layer.activation, kl.Layer) and layer.activation.weights:
             return "an activation with weights"
         return None
 
-    def parts(self, layer, shapes):
+    def parts(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Part]:
         """The layers with T kernels that do, one after another, what `layer` does."""
         return [self._part(layer, self.task_class, layer.kernel)]
 
-    def activation(self, layer):
+    def activation(self, layer: keras.layers.Layer) -> keras.layers.Layer | None:
         """The activation as a layer of its own if it looks across channels, else None."""
         if is_elementwise(layer.activation):
             return None
@@ -327,7 +367,14 @@ class Kernels(Rule):
             return _edited(layer.activation, name=name)
         return kl.Activation(layer.activation, name=name, dtype=layer.dtype_policy)
 
-    def _part(self, layer, cls, kernel, bias=True, **entries):
+    def _part(
+        self,
+        layer: keras.layers.Layer,
+        cls: type[TaskLayer],
+        kernel: Tensor,
+        bias: bool = True,
+        **entries: Any,
+    ) -> Part:
         accepted = {
             *inspect.signature(cls.__init__).parameters,
             "name",
@@ -338,30 +385,31 @@ class Kernels(Rule):
         if not is_elementwise(layer.activation):
             config["activation"] = None
         config.update(entries)
-        bias = layer.bias if bias and layer.use_bias else None
-        if bias is not None:
-            bias = keras.ops.convert_to_numpy(bias)
+        values = layer.bias if bias and layer.use_bias else None
+        if values is not None:
+            values = keras.ops.convert_to_numpy(values)
         kernel = keras.ops.convert_to_numpy(kernel)
-        return Part(cls, config, kernel, bias)
+        return Part(cls, config, kernel, values)
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         raise ValueError("it mixes the features of the tasks")
 
 
 class _Convolution(Kernels):
     """Convolutions; with one channel in each group they are depthwise ones."""
 
-    def parts(self, layer, shapes):
-        channels = shapes[0][-1]
+    def parts(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Part]:
+        channels: Any = shapes[0][-1]
         depthwise = _DEPTHWISE.get(self.task_class)
         # One depthwise convolution runs all groups of all tasks at once.
         possible = (
             layer.groups == channels > 1
-            and depthwise is not None
             and layer.padding != "causal"
             and len(set(layer.strides)) == 1
         )
-        if not possible:
+        if depthwise is None or not possible:
             return super().parts(layer, shapes)
         kernel = keras.ops.convert_to_numpy(layer.kernel)
         multiplier = layer.filters // channels
@@ -377,10 +425,14 @@ class _Convolution(Kernels):
 
 class _Depthwise(Kernels):
     # On a grouped tensor Keras's own depthwise convolution keeps the tasks apart.
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         return copy_of(layer)
 
-    def single_weights(self, layer, tasks, task):
+    def single_weights(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> list[np.ndarray]:
         kernel, *bias = layer.get_weights()
         kernel = np.split(kernel, tasks, axis=-2)[task]
         return [kernel, *(_part(b, tasks, task) for b in bias)]
@@ -389,7 +441,7 @@ class _Depthwise(Kernels):
 class _Separable(Kernels):
     """A depthwise convolution, and a pointwise one after it."""
 
-    def parts(self, layer, shapes):
+    def parts(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Part]:
         config = layer.get_config()
         pointwise = {
             f"kernel_{name}": config[f"pointwise_{name}"]
@@ -425,24 +477,28 @@ class _TaskLayer(Rule):
 
     has_weights = True
 
-    def problem(self, layer, shapes):
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
         return "it holds the kernels of several tasks already"
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         return layer.task_twin()
 
-    def single_weights(self, layer, tasks, task):
+    def single_weights(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> list[np.ndarray]:
         weights = [keras.ops.convert_to_numpy(layer.task_kernel(task))]
         if layer.use_bias:
             weights.append(keras.ops.convert_to_numpy(layer.bias)[:, task])
         return weights
 
 
-def _same_channels(layer, shapes):
+def _same_channels(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> bool:
     return len({(len(shape), shape[-1]) for shape in shapes}) == 1
 
 
-def _never(layer, shapes):
+def _never(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> bool:
     return False
 
 
@@ -451,10 +507,10 @@ _TASK_LAYER = _TaskLayer()
 _OPERATION = _OnlyIf(_same_channels)
 
 
-def _register_keras():
+def _register_keras() -> None:
     numbers = (1, 2, 3)
 
-    def ranks(*names):
+    def ranks(*names: str) -> list[type]:
         found = [f"{name}{n}D" for name in names for n in numbers]
         return [getattr(kl, name) for name in found if hasattr(kl, name)]
 
@@ -533,8 +589,8 @@ def _register_keras():
     register_rule(kl.Dense, rule=Kernels(TaskDense))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D, TaskConv3D)):
         register_rule(getattr(kl, f"Conv{n}D"), rule=_Convolution(cls))
-    for n, cls in zip(numbers, (TaskDepthwiseConv1D, TaskDepthwiseConv2D)):
-        register_rule(getattr(kl, f"DepthwiseConv{n}D"), rule=_Depthwise(cls))
+    for n, kind in zip(numbers, (TaskDepthwiseConv1D, TaskDepthwiseConv2D)):
+        register_rule(getattr(kl, f"DepthwiseConv{n}D"), rule=_Depthwise(kind))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D)):
         register_rule(getattr(kl, f"SeparableConv{n}D"), rule=_Separable(cls))
     layer_scale, stochastic_depth = convnext_layers()

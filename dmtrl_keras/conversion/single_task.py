@@ -1,6 +1,8 @@
 """From a network of T tasks to the ordinary Keras model of one task."""
 
 import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import tree
@@ -16,12 +18,15 @@ from dmtrl_keras.conversion.graph import (
     values_in,
 )
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import clean_name
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
-def single_task(model, task, name=None):
+def single_task(
+    model: keras.Model, task: int | str, name: str | None = None
+) -> keras.Model:
     """The network of one task, as an ordinary Keras model of ordinary Keras layers.
 
     Kernels are composed once. The outputs are those of the network of all tasks, and the
@@ -83,14 +88,14 @@ def single_task(model, task, name=None):
     return keras.Model(inputs, outputs, name=name)
 
 
-def _is_by_task(inputs, names):
+def _is_by_task(inputs: Any, names: Sequence[str]) -> bool:
     return isinstance(inputs, dict) and set(inputs) == set(names)
 
 
-def _inputs(inputs, names):
+def _inputs(inputs: Any, names: Sequence[str]) -> Any:
     """New inputs in the same structure."""
 
-    def like(x, name=None):
+    def like(x: keras.KerasTensor, name: str | None = None) -> keras.KerasTensor:
         return keras.Input(x.shape[1:], dtype=x.dtype, name=name or x.name)
 
     if not _is_by_task(inputs, names):
@@ -104,7 +109,7 @@ def _inputs(inputs, names):
     }
 
 
-def _index(task, names, tasks, model):
+def _index(task: Any, names: tuple[str, ...], tasks: int, model: keras.Model) -> int:
     if isinstance(task, str) and task in names:
         return names.index(task)
     whole = isinstance(task, numbers.Integral) and not isinstance(task, bool)
@@ -125,7 +130,7 @@ class _One:
         lost: bool; they come from a layer that this task can't have alone.
     """
 
-    def __init__(self, tensor, form, lost=False):
+    def __init__(self, tensor: Tensor, form: Form, lost: bool = False) -> None:
         self.tensor = tensor
         self.form = form
         self.lost = lost
@@ -134,15 +139,21 @@ class _One:
 class _Taker:
     """Makes the layers of one task, call by call of the network of all tasks."""
 
-    def __init__(self, tasks, index):
+    def __init__(self, tasks: int, index: int) -> None:
         self._tasks = tasks
         self._index = index
-        self._made = {}
-        self.problems = {}
+        self._made: dict[int, Any] = {}
+        self.problems: dict[int, str] = {}
         # Whether every task has inputs of its own.
         self.apart = False
 
-    def visit(self, operation, args, kwargs, path):
+    def visit(
+        self,
+        operation: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        path: tuple[str, ...],
+    ) -> Any:
         """What a call of the network becomes for this task; takes and returns `_One`."""
         rule = rules.rule_of(operation)
         if rule is not None:
@@ -177,7 +188,7 @@ class _Taker:
             rules.load_weights(layer, self._weights(operation, form))
         return tree.map_structure(lambda x: _One(x, form), outputs)
 
-    def _layer(self, operation, values):
+    def _layer(self, operation: Any, values: Sequence[_One]) -> Any:
         """The layer of one task; a ValueError says why there is none."""
         if any(value.tensor is None for value in values):
             raise ValueError("it needs the features of other tasks")
@@ -192,6 +203,7 @@ class _Taker:
                     if operation.shared_input
                     else "its input is grouped, but not by a layer such as TaskStack"
                 )
+            assert rule is not None
             layer = rule.single(operation, self._tasks, self._index)
         elif grouped == {False}:
             layer = rules.copy_of(operation)
@@ -204,8 +216,9 @@ class _Taker:
         self._made[id(operation)] = layer
         return layer
 
-    def _weights(self, operation, form):
+    def _weights(self, operation: Any, form: Form) -> list[Any]:
         if form == Form.GROUPED:
             rule = rules.rule_of(operation)
+            assert rule is not None
             return rule.single_weights(operation, self._tasks, self._index)
         return operation.get_weights()

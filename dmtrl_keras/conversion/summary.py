@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 from keras import tree
@@ -18,6 +20,7 @@ from dmtrl_keras.conversion.graph import (
 from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.tables import print_table
+from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
@@ -43,15 +46,15 @@ class LayerSummary:
 
     layer: str
     kind: str
-    output_shape: tuple
+    output_shape: Shape
     sharing: str
-    rank: tuple | None
+    rank: tuple[int, ...] | None
     parameters: int
     parameters_if_independent: int
     flops: int
 
 
-def task_summary(model, verbose=True):
+def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]:
     """What every layer with weights shares and costs.
 
     Args:
@@ -77,9 +80,14 @@ def task_summary(model, verbose=True):
     """
     model = checked_functional(model, "task_summary")
     tasks = number_of_tasks(model)
-    rows = {}
+    by_layer: dict[int, LayerSummary] = {}
 
-    def visit(operation, args, kwargs, path):
+    def visit(
+        operation: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        path: tuple[str, ...],
+    ) -> Any:
         values = values_in(_Value, args, kwargs)
         form = form_of(operation, [value.form for value in values])
         owners = {value.task for value in values if value.task is not None}
@@ -89,17 +97,17 @@ def task_summary(model, verbose=True):
         if isinstance(operation, keras.layers.Layer) and operation.weights:
             shape = tuple(values[0].spec.shape)
             row = _row(operation, form, owner, tasks, shape, outputs)
-            seen = rows.get(id(operation))
+            seen = by_layer.get(id(operation))
             if seen is not None:
                 row = dataclasses.replace(row, flops=seen.flops + row.flops)
-            rows[id(operation)] = row
+            by_layer[id(operation)] = row
         if isinstance(operation, TaskSplit):
             return {name: _Value(spec, form, name) for name, spec in outputs.items()}
         return tree.map_structure(lambda spec: _Value(spec, form, owner), outputs)
 
     inputs = tree.map_structure(lambda x: _Value(x, Form.SHARED, None), model.input)
     run(model, inputs, visit)
-    rows = list(rows.values())
+    rows = list(by_layer.values())
     if verbose:
         _print(model, tasks, rows)
     return rows
@@ -112,7 +120,14 @@ class _Value:
     task: str | None
 
 
-def _row(layer, form, owner, tasks, input_shape, outputs):
+def _row(
+    layer: keras.layers.Layer,
+    form: Form,
+    owner: str | None,
+    tasks: int,
+    input_shape: Shape,
+    outputs: Any,
+) -> LayerSummary:
     parameters = layer.count_params()
     independent, rank = parameters, None
     if isinstance(layer, TaskLayer):
@@ -145,7 +160,7 @@ def _row(layer, form, owner, tasks, input_shape, outputs):
     )
 
 
-def _flops(layer, output):
+def _flops(layer: keras.layers.Layer, output: Any) -> int:
     """Operations of an ordinary layer with kernels, for one example."""
     if not isinstance(rule_of(layer), Kernels):
         return 0
@@ -155,33 +170,25 @@ def _flops(layer, output):
     return 2 * positions * sum(math.prod(kernel.shape) for kernel in kernels)
 
 
-def _print(model, tasks, rows):
-    # Keras itself depends on rich, for `model.summary()`.
-    from rich.table import Table
-
-    table = Table(title=f"{model.name}, T = {tasks}")
-    table.add_column("Layer", overflow="fold", min_width=30)
-    for column in ("Output shape", "Sharing", "Rank"):
-        table.add_column(column)
-    for column in ("Parameters", "If independent", "FLOPs"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
+def _print(model: keras.Model, tasks: int, rows: Sequence[LayerSummary]) -> None:
+    columns = ["Layer", "Output shape", "Sharing", "Rank"]
+    columns += ["Parameters", "If independent", "FLOPs"]
+    names = ("parameters", "parameters_if_independent", "flops")
+    cells = [
+        [
             f"{row.layer} ({row.kind})",
-            str(row.output_shape),
+            row.output_shape,
             row.sharing,
-            "" if row.rank is None else str(row.rank),
-            f"{row.parameters:,}",
-            f"{row.parameters_if_independent:,}",
-            f"{row.flops:,}",
-        )
-    totals = [
-        sum(getattr(row, name) for row in rows)
-        for name in ("parameters", "parameters_if_independent", "flops")
+            "" if row.rank is None else row.rank,
+            *(f"{getattr(row, name):,}" for name in names),
+        ]
+        for row in rows
     ]
-    table.add_section()
-    table.add_row("Total", "", "", "", *(f"{total:,}" for total in totals))
+    totals = [sum(getattr(row, name) for row in rows) for name in names]
+    cells.append(["Total", "", "", "", *(f"{total:,}" for total in totals)])
+    caption = None
     if totals[1]:
         ratio = totals[0] / totals[1]
-        table.caption = f"{ratio:.3f} of the parameters of {tasks} independent networks"
-    print_table(table)
+        caption = f"{ratio:.3f} of the parameters of {tasks} independent networks"
+    title = f"{model.name}, T = {tasks}"
+    print_table(title, columns, cells, texts=4, totals=1, caption=caption)

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,6 +12,7 @@ from keras import tree
 
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import output_spec, replaced, run, values_in
+from dmtrl_keras.ground.types import Shape
 
 _POOLINGS = tuple(
     getattr(keras.layers, f"{kind}Pooling{axes}D")
@@ -30,38 +33,48 @@ class Survey:
         calls: how often each operation is called, by id.
     """
 
-    shared: frozenset
-    with_weights: list
-    poolings: list
-    layers: list
-    calls: collections.Counter
+    shared: frozenset[int]
+    with_weights: list[str]
+    poolings: list[str]
+    layers: list[str]
+    calls: collections.Counter[int]
 
 
 class _Surveyed:
     """A symbolic tensor, and the ids of all operations that it depends on."""
 
-    def __init__(self, spec, ids=frozenset()):
+    def __init__(self, spec: Any, ids: frozenset[int] = frozenset()) -> None:
         self.spec = spec
         self.ids = ids
 
 
-def survey(backbone, share_until):
+def survey(backbone: keras.Model, share_until: str | None) -> Survey:
     """Look at every layer of the backbone.
 
     Raises:
         ValueError: if layers can't be converted, or there is no layer `share_until`.
     """
-    problems, names, with_weights, calls = {}, {}, [], collections.Counter()
-    poolings, layers = [], []
+    problems: dict[int, str] = {}
+    names: dict[str, frozenset[int]] = {}
+    with_weights: list[str] = []
+    poolings: list[str] = []
+    layers: list[str] = []
+    calls: collections.Counter[int] = collections.Counter()
 
-    def visit(operation, args, kwargs, path):
+    def visit(
+        operation: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        path: tuple[str, ...],
+    ) -> Any:
         values = values_in(_Surveyed, args, kwargs)
         shapes = [tuple(value.spec.shape) for value in values]
+        rule = rules.rule_of(operation)
         problem = _problem(operation, args, kwargs, shapes)
         if problem is not None:
             place = "/".join((*path, operation.name))
             problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
-        elif rules.rule_of(operation).has_weights and not calls[id(operation)]:
+        elif rule is not None and rule.has_weights and not calls[id(operation)]:
             with_weights.append(operation.name)
         if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
             layers.append(operation.name)
@@ -75,7 +88,7 @@ def survey(backbone, share_until):
         leave(operation, outputs)
         return outputs
 
-    def leave(operation, outputs):
+    def leave(operation: Any, outputs: Any) -> None:
         ids = frozenset().union(*(value.ids for value in tree.flatten(outputs)))
         names[operation.name] = names.get(operation.name, frozenset()) | ids
 
@@ -92,11 +105,13 @@ def survey(backbone, share_until):
             f"multitask: `share_until` must be the name of a layer of {backbone.name!r}. "
             f"Received: share_until={share_until!r}. Its layers are: {list(names)}."
         )
-    shared = names.get(share_until, frozenset())
+    shared = frozenset() if share_until is None else names[share_until]
     return Survey(shared, with_weights, poolings, layers, calls)
 
 
-def _problem(operation, args, kwargs, shapes):
+def _problem(
+    operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Sequence[Shape]
+) -> str | None:
     rule = rules.rule_of(operation)
     if rule is None:
         return ""
@@ -110,7 +125,9 @@ def _problem(operation, args, kwargs, shapes):
     return None if problem is None else f": {problem}"
 
 
-def by_pattern(argument, value, layers, resolve):
+def by_pattern(
+    argument: str, value: Any, layers: Sequence[str], resolve: Callable[[Any], Any]
+) -> Callable[[str], Any]:
     """A function from a layer's name to what an argument gives it, or None."""
     if not isinstance(value, dict):
         only = resolve(value)
@@ -123,7 +140,7 @@ def by_pattern(argument, value, layers, resolve):
                 f"Received: {pattern!r}, which fits none of {layers}."
             )
 
-    def choose(name):
+    def choose(name: str) -> Any:
         fitting = (own for p, own in patterns.items() if fnmatch.fnmatchcase(name, p))
         return next(fitting, None)
 

@@ -21,15 +21,25 @@ How many singular vectors are kept is said by exactly one of
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.linalg import mode_product, unfold
+
+# An int is a number of latent kernels, a float a fraction of the largest possible rank; one
+# for all axes, or one for each.
+Rank: TypeAlias = float | Sequence[float]
+Threshold: TypeAlias = Literal["frobenius", "singular_value"]
 
 THRESHOLDS = ("frobenius", "singular_value")
 
 
-def check_choice(rank, tolerance, threshold="frobenius"):
+def check_choice(
+    rank: Rank | None, tolerance: float | None, threshold: Threshold = "frobenius"
+) -> None:
     """Raise a `ValueError` unless rank, tolerance and threshold are well formed.
 
     Args:
@@ -75,7 +85,7 @@ def check_choice(rank, tolerance, threshold="frobenius"):
             )
 
 
-def resolve_rank(rank, bounds):
+def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
     """Integer ranks from a rank argument and the bound of every rank.
 
     Args:
@@ -105,7 +115,7 @@ def resolve_rank(rank, bounds):
             )
         entries = tuple(rank)
     else:
-        if isinstance(rank, numbers.Integral) and rank > max(bounds):
+        if isinstance(rank, numbers.Integral) and int(rank) > max(bounds):
             raise ValueError(
                 f"`rank` can be at most {max(bounds)}, the largest of the bounds "
                 f"{bounds}. Received: rank={rank}."
@@ -128,7 +138,12 @@ def resolve_rank(rank, bounds):
     return resolved
 
 
-def truncation_rank(singular_values, tolerance, norm, threshold="frobenius"):
+def truncation_rank(
+    singular_values: np.ndarray,
+    tolerance: float,
+    norm: float | np.floating,
+    threshold: Threshold = "frobenius",
+) -> int:
     """The smallest number of singular values that meets the threshold.
 
     Args:
@@ -148,20 +163,21 @@ def truncation_rank(singular_values, tolerance, norm, threshold="frobenius"):
     return max(1, int(np.sum(tail > (tolerance * norm) ** 2)))
 
 
-def _svd(matrix):
+def _svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.linalg.svd(matrix, full_matrices=False)
 
 
-def _left_svd(matrix):
+def _left_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors and singular values."""
     if matrix.shape[1] > matrix.shape[0]:
         # The same as those of the small triangle: the right ones, which are long, are
         # not wanted (measured: about twice as fast).
-        matrix = np.linalg.qr(matrix.T, mode="r").T
+        triangle: Any = np.linalg.qr(matrix.T, mode="r")
+        matrix = triangle.T
     return _svd(matrix)[:2]
 
 
-def _as_tensor(tensor, minimum_axes):
+def _as_tensor(tensor: ArrayLike, minimum_axes: int) -> np.ndarray:
     tensor = np.asarray(tensor, dtype="float64")
     if tensor.ndim < minimum_axes or tensor.size == 0:
         raise ValueError(
@@ -173,31 +189,36 @@ def _as_tensor(tensor, minimum_axes):
     return tensor
 
 
-def _need_choice(rank, tolerance, threshold):
+def _need_choice(rank: Rank | None, tolerance: float | None, threshold: Threshold) -> None:
     check_choice(rank, tolerance, threshold)
     if rank is None and tolerance is None:
         raise ValueError("Give one of `rank` and `tolerance`. Received neither.")
 
 
-def laf_bounds(shape):
+def laf_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bound of the one rank of LAF, `min(prod(shape[:-1]), T)`, as a tuple."""
     return (min(math.prod(shape[:-1]), shape[-1]),)
 
 
-def tucker_bounds(shape):
+def tucker_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bounds of the multilinear ranks, `min(d_n, prod of the others)`."""
     size = math.prod(shape)
     return tuple(min(d, size // d) for d in shape)
 
 
-def tt_bounds(shape):
+def tt_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bounds of the TT ranks, `min(prod(shape[:n]), prod(shape[n:]))`."""
     return tuple(
         min(math.prod(shape[:n]), math.prod(shape[n:])) for n in range(1, len(shape))
     )
 
 
-def laf(tensor, rank=None, tolerance=None, threshold="frobenius"):
+def laf(
+    tensor: ArrayLike,
+    rank: Rank | None = None,
+    tolerance: float | None = None,
+    threshold: Threshold = "frobenius",
+) -> tuple[np.ndarray, np.ndarray]:
     """Last axis flattening: `W = L S` by SVD (DMTRL Eq. 1, 2).
 
     The kernel of task `t` is a combination of `K` latent kernels,
@@ -228,7 +249,7 @@ def laf(tensor, rank=None, tolerance=None, threshold="frobenius"):
     tensor = _as_tensor(tensor, 2)
     u, s, vt = _svd(tensor.reshape(-1, tensor.shape[-1]))
     if rank is None:
-        k = truncation_rank(s, tolerance, np.linalg.norm(s), threshold)
+        k = truncation_rank(s, tolerance or 0.0, np.linalg.norm(s), threshold)
     else:
         (k,) = resolve_rank(rank, laf_bounds(tensor.shape))
     scale = math.sqrt(tensor.shape[-1])
@@ -236,7 +257,12 @@ def laf(tensor, rank=None, tolerance=None, threshold="frobenius"):
     return latent, vt[:k] * scale
 
 
-def tucker(tensor, rank=None, tolerance=None, threshold="frobenius"):
+def tucker(
+    tensor: ArrayLike,
+    rank: Rank | None = None,
+    tolerance: float | None = None,
+    threshold: Threshold = "frobenius",
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Tucker decomposition by HOSVD (DMTRL Eq. 3-5).
 
     `W = C x_1 U1 x_2 U2 ... x_N UN`, where `U_n` holds the leading left singular
@@ -271,9 +297,9 @@ def tucker(tensor, rank=None, tolerance=None, threshold="frobenius"):
     if rank is not None:
         ranks = resolve_rank(rank, tucker_bounds(tensor.shape))
     norm = np.linalg.norm(tensor)
-    share = tolerance
-    if rank is None and threshold == "frobenius":
-        share = tolerance / math.sqrt(modes)
+    share = 0.0 if tolerance is None else tolerance
+    if threshold == "frobenius":
+        share = share / math.sqrt(modes)
     core, factors = tensor, []
     for mode in range(modes):
         u, s = _left_svd(unfold(tensor, mode))
@@ -288,7 +314,12 @@ def tucker(tensor, rank=None, tolerance=None, threshold="frobenius"):
     return core / scale, factors
 
 
-def tt(tensor, rank=None, tolerance=None, threshold="frobenius"):
+def tt(
+    tensor: ArrayLike,
+    rank: Rank | None = None,
+    tolerance: float | None = None,
+    threshold: Threshold = "frobenius",
+) -> list[np.ndarray]:
     """Tensor train decomposition by TT-SVD (DMTRL Eq. 6-8; Oseledets 2011).
 
     `W[d1, ..., dN] = G1[d1, :] G2[:, d2, :] ... GN[:, dN]`. The last core, the
@@ -322,9 +353,9 @@ def tt(tensor, rank=None, tolerance=None, threshold="frobenius"):
     if rank is not None:
         ranks = resolve_rank(rank, tt_bounds(shape))
     norm = np.linalg.norm(tensor)
-    share = tolerance
-    if rank is None and threshold == "frobenius":
-        share = tolerance / math.sqrt(modes - 1)
+    share = 0.0 if tolerance is None else tolerance
+    if threshold == "frobenius":
+        share = share / math.sqrt(modes - 1)
     cores, rest, left = [], tensor, 1
     for mode in range(modes - 1):
         u, s, vt = _svd(rest.reshape(left * shape[mode], -1))

@@ -5,25 +5,30 @@ Approach" (ICLR 2017), section 4: train the tasks independently, decompose each 
 kernel, and train on from its factors.
 """
 
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
 import keras
 
-from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
+from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
 from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
 from dmtrl_keras.tasks.rewrite_models import print_report, with_layers
-from dmtrl_keras.tasks.task_layer import task_layers
+from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
 
 
 def factorize(
-    model,
-    method,
-    tolerance=None,
-    rank=None,
-    layers=None,
-    implementation="auto",
-    threshold="frobenius",
-    verbose=True,
-):
+    model: keras.Model,
+    method: str,
+    tolerance: float | None = None,
+    rank: Rank | dict[str, Rank] | None = None,
+    layers: Sequence[str] | Callable[[TaskLayer], bool] | None = None,
+    implementation: Implementation = "auto",
+    threshold: Threshold = "frobenius",
+    verbose: bool = True,
+) -> keras.Model:
     """The same network with factorised kernels, started from trained ones.
 
     The stacked kernel of each layer is decomposed (LAF: Eq. 2, Tucker: Eq. 3-5, TT:
@@ -76,10 +81,10 @@ def factorize(
         layers = list(ranks)
     chosen = _chosen(model, layers)
 
-    def factorized(layer):
+    def factorized(layer: TaskLayer) -> TaskLayer | None:
         if id(layer) not in chosen:
             return None
-        own = rank if ranks is None else ranks[layer.name]
+        own: Any = rank if ranks is None else ranks[layer.name]
         return _factorized(layer, kind(own, tolerance, implementation, threshold))
 
     new = with_layers(model, factorized, "factorize")
@@ -88,7 +93,9 @@ def factorize(
     return new
 
 
-def _chosen(model, layers):
+def _chosen(
+    model: keras.Model, layers: Sequence[str] | Callable[[TaskLayer], bool] | None
+) -> set[int]:
     """Ids of the layers to factorise."""
     candidates = [
         layer
@@ -96,7 +103,7 @@ def _chosen(model, layers):
         if layer.sharing.is_stacked_kernel and layer.built
     ]
     if layers is None:
-        wanted = _has_several_tasks
+        wanted: Callable[[TaskLayer], bool] = _has_several_tasks
     elif callable(layers):
         wanted = layers
     else:
@@ -117,15 +124,15 @@ def _chosen(model, layers):
     return chosen
 
 
-def _has_several_tasks(layer):
+def _has_several_tasks(layer: TaskLayer) -> bool:
     return layer.tasks > 1
 
 
-def _named(names):
+def _named(names: Collection[str]) -> Callable[[TaskLayer], bool]:
     return lambda layer: layer.name in names
 
 
-def _factorized(layer, sharing):
+def _factorized(layer: TaskLayer, sharing: Parameterization) -> TaskLayer:
     """An unbuilt factorised copy of a layer."""
     kernel = keras.ops.convert_to_numpy(layer.kernel).astype("float64")
     try:

@@ -2,11 +2,16 @@
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 
 from dmtrl_keras.dmtrl import decomposition
+from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
 from dmtrl_keras.kernels.parameterization import Parameterization
+
+Implementation: TypeAlias = Literal["auto", "compose", "contract"]
 
 IMPLEMENTATIONS = ("auto", "compose", "contract")
 
@@ -32,8 +37,12 @@ class FactorizedParameterization(Parameterization):
     """
 
     def __init__(
-        self, rank=None, tolerance=None, implementation="auto", threshold="frobenius"
-    ):
+        self,
+        rank: Rank | None = None,
+        tolerance: float | None = None,
+        implementation: Implementation = "auto",
+        threshold: Threshold = "frobenius",
+    ) -> None:
         decomposition.check_choice(rank, tolerance, threshold)
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(
@@ -42,23 +51,25 @@ class FactorizedParameterization(Parameterization):
             )
         if rank is None and tolerance is None:
             rank = 0.5
-        self._rank = rank if isinstance(rank, (numbers.Real, type(None))) else tuple(rank)
+        self._rank = tuple(rank) if isinstance(rank, (tuple, list)) else rank
         self.tolerance = tolerance
         self.implementation = implementation
         self.threshold = threshold
 
     short_forms = ("rank", "tolerance", "implementation", "threshold")
     # Largest possible ranks of a stacked kernel, a function of its shape.
-    _bounds = None
+    _bounds: Callable[[tuple[int, ...]], tuple[int, ...]]
 
     @classmethod
-    def of_trained(cls, rank=None, tolerance=None, **options):
+    def of_trained(
+        cls, rank: Rank | None = None, tolerance: float | None = None, **options: Any
+    ) -> Self:
         """With neither rank nor tolerance the error is 10%, as in the paper."""
         if rank is None and tolerance is None:
             tolerance = 0.1
         return cls(rank, tolerance, **options)
 
-    def _task_axis(self, names):
+    def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         """Where the latent kernels are counted.
 
         Returns:
@@ -67,7 +78,7 @@ class FactorizedParameterization(Parameterization):
         """
         raise NotImplementedError
 
-    def replicate(self, kernel, tasks):
+    def replicate(self, kernel: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
         """Factors of T equal kernels, whose tasks can still become different.
 
         Equal kernels have task rank 1, whatever the tolerance; so that a tolerance, or
@@ -93,6 +104,7 @@ class FactorizedParameterization(Parameterization):
             wide = self
             if not isinstance(self._rank, tuple):
                 ranks = single.rank({name: f.shape for name, f in factors.items()})
+                assert ranks is not None
                 wide = self.with_rank(self._widened((*ranks[:-1], latents), kernel.shape))
             return wide.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
         unused = [(0, 0)] * (start.ndim - 1) + [(0, latents - 1)]
@@ -103,7 +115,7 @@ class FactorizedParameterization(Parameterization):
         factors[matrix] = rows if axis == 0 else rows.T
         return factors
 
-    def _widened(self, ranks, shape):
+    def _widened(self, ranks: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """Ranks for the last of them, the task rank, to be possible.
 
         Args:
@@ -112,20 +124,20 @@ class FactorizedParameterization(Parameterization):
         """
         return ranks
 
-    def _latents(self, kernel, tasks):
+    def _latents(self, kernel: np.ndarray, tasks: int) -> int:
         """The task rank that T equal kernels are to have."""
         bounds = self._bounds((*kernel.shape, tasks))
         if self._rank is None:
             return bounds[-1]
         rank = self._rank
         if isinstance(rank, numbers.Integral):
-            rank = min(rank, max(bounds))
+            rank = min(int(rank), max(bounds))
         return decomposition.resolve_rank(rank, bounds)[-1]
 
-    def with_rank(self, rank):
+    def with_rank(self, rank: tuple[int, ...]) -> Self:
         return type(self)(rank, None, self.implementation, self.threshold)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "rank": self._rank,
             "tolerance": self.tolerance,
@@ -133,7 +145,7 @@ class FactorizedParameterization(Parameterization):
             "threshold": self.threshold,
         }
 
-    def _choice(self):
+    def _choice(self) -> dict[str, Any]:
         return {
             "rank": self._rank,
             "tolerance": self.tolerance,

@@ -1,11 +1,14 @@
 """DMTRL-LAF: kernels as combinations of latent kernels (Eq. 2)."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from keras import ops
 
 from dmtrl_keras.dmtrl import decomposition
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.kernels.parameterization import matrix, register
 from dmtrl_keras.kernels.plan import Stage, matmul_flops
 
@@ -29,33 +32,33 @@ class LAF(FactorizedParameterization):
 
     _bounds = staticmethod(decomposition.laf_bounds)
 
-    def _task_axis(self, names):
+    def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         return "latent", "task_matrix", 0
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         latent, task_matrix = decomposition.laf(kernel, **self._choice())
         return {"latent": latent, "task_matrix": task_matrix}
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         latent, task_matrix = factors["latent"], factors["task_matrix"]
         kernel = ops.matmul(
             ops.transpose(task_matrix), ops.transpose(matrix(latent, columns=1))
         )
         return ops.reshape(kernel, (tasks, *latent.shape[:-1]))
 
-    def compose_flops(self, shapes):
+    def compose_flops(self, shapes: FactorShapes) -> int:
         return matmul_flops(math.prod(shapes["latent"]), shapes["task_matrix"][1])
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         return factors["task_matrix"]
 
-    def rank(self, shapes):
+    def rank(self, shapes: FactorShapes) -> tuple[int, ...]:
         return (shapes["task_matrix"][0],)
 
-    def contractions(self, shapes):
+    def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         *window, inputs, outputs, latent = shapes["latent"]
 
-        def latent_kernels(factors):
+        def latent_kernels(factors: Factors) -> Tensor:
             kernel = factors["latent"]
             axes = len(kernel.shape)
             kernel = ops.transpose(kernel, (*range(axes - 2), axes - 1, axes - 2))

@@ -4,8 +4,12 @@ Each is a layer of `dense` or `conv` whose kernels are generated from shared fac
 all that differs is the parameterization.
 """
 
+from typing import Any
+
 import keras
 
+from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
+from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
 from dmtrl_keras.dmtrl.laf import LAF
 from dmtrl_keras.dmtrl.tt import TT
 from dmtrl_keras.dmtrl.tucker import Tucker
@@ -39,17 +43,20 @@ class FactorizedLayer(NamedSharing):
     the ranks as they are.
     """
 
+    _parameterization: type[FactorizedParameterization]
+
     def __init__(
         self,
-        *args,
-        rank=None,
-        tolerance=None,
-        implementation="auto",
-        threshold="frobenius",
-        **kwargs,
-    ):
+        *args: Any,
+        rank: Rank | None = None,
+        tolerance: float | None = None,
+        implementation: Implementation = "auto",
+        threshold: Threshold = "frobenius",
+        **kwargs: Any,
+    ) -> None:
         sharing = self._parameterization(rank, tolerance, implementation, threshold)
-        super().__init__(*args, sharing=sharing, **kwargs)
+        # The constructor of the layer below, not of `TaskLayer`.
+        super().__init__(*args, sharing=sharing, **kwargs)  # type: ignore[misc]
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")

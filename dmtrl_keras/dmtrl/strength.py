@@ -5,14 +5,21 @@ Approach" (ICLR 2017), section 4.3, Eq. 9.
 """
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
+from numpy.typing import ArrayLike
 
+from dmtrl_keras.ground.types import PathLike
 from dmtrl_keras.tasks.task_layer import task_layers
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def sharing_strength_of(task_matrix):
+
+def sharing_strength_of(task_matrix: ArrayLike) -> float:
     """How much T tasks share, from the task matrix S alone (DMTRL Eq. 9).
 
     `rho = 2 / (T (T - 1)) * sum over i < j of cos(s_i, s_j)`, where the columns of S are
@@ -57,7 +64,7 @@ def sharing_strength_of(task_matrix):
     return float(np.clip(cosine[pairs].mean(), 0, 1))
 
 
-def sharing_strength(model):
+def sharing_strength(model: keras.Model) -> dict[str, float]:
     """The sharing strength of each layer with T kernels (DMTRL Eq. 9).
 
     Args:
@@ -91,7 +98,10 @@ def sharing_strength(model):
     }
 
 
-def plot_sharing_strength(strengths, path=None):
+def plot_sharing_strength(
+    strengths: Mapping[str, float] | Mapping[str, dict[str, float]],
+    path: PathLike | None = None,
+) -> "Figure":
     """Plot the sharing strength over depth, one line for each network.
 
     Args:
@@ -108,14 +118,15 @@ def plot_sharing_strength(strengths, path=None):
     """
     from matplotlib.figure import Figure
 
+    lines: Any = strengths
     if not all(isinstance(value, dict) for value in strengths.values()):
-        strengths = {"": strengths}
+        lines = {"": strengths}
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    for label, values in strengths.items():
+    for label, values in lines.items():
         axes.plot(list(values), list(values.values()), marker="o", label=label)
     axes.set(ylim=(-0.05, 1.05), xlabel="layer", ylabel="sharing strength")
-    if any(strengths):
+    if any(lines):
         axes.legend()
     if path is not None:
         figure.savefig(path)

@@ -1,11 +1,14 @@
 """DMTRL-TT: a tensor train of cores, one for each axis (Eq. 6-8)."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from keras import ops
 
 from dmtrl_keras.dmtrl import decomposition
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.kernels.parameterization import matrix, register
 from dmtrl_keras.kernels.plan import Stage, matmul_flops
 
@@ -31,20 +34,20 @@ class TT(FactorizedParameterization):
 
     _bounds = staticmethod(decomposition.tt_bounds)
 
-    def _task_axis(self, names):
+    def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         return names[-2], names[-1], 0
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         cores = decomposition.tt(kernel, **self._choice())
         return {f"core_{n}": core for n, core in enumerate(cores, start=1)}
 
-    def _widened(self, ranks, shape):
-        ranks = list(ranks)
-        for n in range(len(ranks) - 1, 0, -1):
-            ranks[n - 1] = max(ranks[n - 1], math.ceil(ranks[n] / shape[n]))
-        return tuple(ranks)
+    def _widened(self, ranks: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        wider = list(ranks)
+        for n in range(len(wider) - 1, 0, -1):
+            wider[n - 1] = max(wider[n - 1], math.ceil(wider[n] / shape[n]))
+        return tuple(wider)
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         modes = len(factors)
         shapes = {name: tuple(factor.shape) for name, factor in factors.items()}
         if _left_first(shapes):
@@ -63,25 +66,25 @@ class TT(FactorizedParameterization):
         sizes = (shapes[f"core_{n}"][-2] for n in range(1, modes))
         return ops.reshape(kernel, (tasks, *sizes))
 
-    def compose_flops(self, shapes):
+    def compose_flops(self, shapes: FactorShapes) -> int:
         modes = len(shapes)
         left, right = _compose_flops(shapes)
         return _chain_flops(shapes, 1, modes - 2) + min(left, right)
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         return factors[f"core_{len(factors)}"]
 
-    def rank(self, shapes):
+    def rank(self, shapes: FactorShapes) -> tuple[int, ...]:
         return tuple(shapes[f"core_{n}"][-1] for n in range(1, len(shapes)))
 
-    def contractions(self, shapes):
+    def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         modes = len(shapes)
         heads = f"core_{modes - 1}"
         inputs = shapes[f"core_{modes - 2}"][-2]
         rank, outputs, latent = shapes[heads]
         tasks = shapes[f"core_{modes}"][-1]
 
-        def latent_heads(factors):
+        def latent_heads(factors: Factors) -> Tensor:
             kernel = ops.transpose(factors[heads], (0, 2, 1))
             return ops.reshape(kernel, (rank, latent * outputs))
 
@@ -104,7 +107,7 @@ class TT(FactorizedParameterization):
         ]
 
 
-def _chain(factors, first, last):
+def _chain(factors: Factors, first: int, last: int) -> Tensor:
     """The contraction of the cores `first` to `last`, all axes kept (Eq. 8)."""
     tensor = factors[f"core_{first}"]
     for n in range(first + 1, last + 1):
@@ -112,7 +115,7 @@ def _chain(factors, first, last):
     return tensor
 
 
-def _chain_flops(shapes, first, last):
+def _chain_flops(shapes: FactorShapes, first: int, last: int) -> int:
     *sizes, _ = shapes[f"core_{first}"]
     rows, total = math.prod(sizes), 0
     for n in range(first + 1, last + 1):
@@ -122,7 +125,7 @@ def _chain_flops(shapes, first, last):
     return total
 
 
-def _task_heads(factors):
+def _task_heads(factors: Factors) -> Tensor:
     """The last two cores contracted, `(T, K_{N-2}, d_{N-1})`."""
     heads, last = (factors[f"core_{len(factors) - back}"] for back in (1, 0))
     rank, size, latent = heads.shape
@@ -132,7 +135,7 @@ def _task_heads(factors):
     return ops.reshape(kernel, (last.shape[-1], rank, size))
 
 
-def _compose_flops(shapes):
+def _compose_flops(shapes: FactorShapes) -> tuple[int, int]:
     """Operations after the chain to the input channels: core N-1 first, or N."""
     modes = len(shapes)
     rows = math.prod(shapes[f"core_{n}"][-2] for n in range(1, modes - 1))
@@ -147,6 +150,6 @@ def _compose_flops(shapes):
     return left, right
 
 
-def _left_first(shapes):
+def _left_first(shapes: FactorShapes) -> bool:
     left, right = _compose_flops(shapes)
     return left < right

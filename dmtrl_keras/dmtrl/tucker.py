@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
 from keras import ops
 
 from dmtrl_keras.dmtrl import decomposition
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.kernels.parameterization import matrix, register
 from dmtrl_keras.kernels.plan import Stage, matmul_flops
 
@@ -33,36 +36,36 @@ class Tucker(FactorizedParameterization):
 
     _bounds = staticmethod(decomposition.tucker_bounds)
 
-    def _task_axis(self, names):
+    def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         return "core", names[-1], 1
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         core, factors = decomposition.tucker(kernel, **self._choice())
         named = {f"factor_{n}": factor for n, factor in enumerate(factors, start=1)}
         return {"core": core, **named}
 
-    def _widened(self, ranks, shape):
-        *ranks, latents = ranks
-        for mode in sorted(range(len(ranks)), key=lambda n: shape[n], reverse=True):
-            others = math.prod(ranks) // ranks[mode]
+    def _widened(self, ranks: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+        *wider, latents = ranks
+        for mode in sorted(range(len(wider)), key=lambda n: shape[n], reverse=True):
+            others = math.prod(wider) // wider[mode]
             wanted = math.ceil(latents / others)
-            ranks[mode] = min(shape[mode], max(ranks[mode], wanted))
-        return (*ranks, latents)
+            wider[mode] = min(shape[mode], max(wider[mode], wanted))
+        return (*wider, latents)
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         modes = len(factors) - 1
         return _mode_products(factors, (modes, *range(1, modes)))
 
-    def compose_flops(self, shapes):
+    def compose_flops(self, shapes: FactorShapes) -> int:
         return _mode_products_flops(shapes, range(1, len(shapes)))
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         return ops.transpose(factors[f"factor_{len(factors) - 1}"])
 
-    def rank(self, shapes):
+    def rank(self, shapes: FactorShapes) -> tuple[int, ...]:
         return tuple(shapes["core"])
 
-    def contractions(self, shapes):
+    def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         modes = len(shapes) - 1
         applied = (modes - 2, modes - 1, modes)
         return [
@@ -72,7 +75,7 @@ class Tucker(FactorizedParameterization):
         ]
 
 
-def _plan(shapes, outside):
+def _plan(shapes: FactorShapes, outside: Collection[int]) -> list[Stage]:
     """One order of work.
 
     Args:
@@ -85,7 +88,7 @@ def _plan(shapes, outside):
     inside = [mode for mode in range(1, modes + 1) if mode not in outside]
     ranks = shapes["core"]
 
-    def size(mode):
+    def size(mode: int) -> int:
         """Of an axis of the kernels: the rank where its factor is applied outside."""
         return ranks[mode - 1] if mode in outside else shapes[f"factor_{mode}"][0]
 
@@ -93,10 +96,10 @@ def _plan(shapes, outside):
     inputs, outputs, latent = size(into), size(out_of), ranks[-1]
     flops = _mode_products_flops(shapes, inside)
 
-    def task_kernels(factors):
+    def task_kernels(factors: Factors) -> Tensor:
         return _mode_products(factors, (modes, *range(1, modes)), inside)
 
-    def latent_kernels(factors):
+    def latent_kernels(factors: Factors) -> Tensor:
         order = (*range(1, modes - 1), modes, modes - 1)
         kernel = _mode_products(factors, order, inside)
         return ops.reshape(kernel, (*window, inputs, latent * outputs))
@@ -120,17 +123,19 @@ def _plan(shapes, outside):
     return plan
 
 
-def _growth(shapes, modes):
+def _growth(shapes: FactorShapes, modes: Iterable[int]) -> list[int]:
     """Modes so ordered that the products that grow the tensor least come first."""
 
-    def growth(mode):
+    def growth(mode: int) -> float:
         rows, columns = shapes[f"factor_{mode}"]
         return rows / columns
 
     return sorted(modes, key=growth)
 
 
-def _mode_products(factors, order, modes=None):
+def _mode_products(
+    factors: Factors, order: tuple[int, ...], modes: Iterable[int] | None = None
+) -> Tensor:
     """The core multiplied by the factors of some modes (1-based), Eq. 4.
 
     `order` is the order of the result's axes. It is settled on the core, which is
@@ -165,7 +170,7 @@ def _mode_products(factors, order, modes=None):
     return tensor
 
 
-def _mode_products_flops(shapes, modes):
+def _mode_products_flops(shapes: FactorShapes, modes: Iterable[int]) -> int:
     size, total = math.prod(shapes["core"]), 0
     for mode in _growth(shapes, modes):
         rows, columns = shapes[f"factor_{mode}"]

@@ -5,10 +5,14 @@ between any two layers.
 """
 
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from dmtrl_keras.conversion.rules import Rule, register_rule
+from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.tasks.layout import LayoutLayer, on_channels_last
 
@@ -20,10 +24,12 @@ class _Fusion(Rule):
     sharing = "features"
     of_independent_tasks = False
 
-    def problem(self, layer, shapes):
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
         return "it mixes the features of several tasks already"
 
-    def single(self, layer, tasks, task):
+    def single(
+        self, layer: keras.layers.Layer, tasks: int, task: int
+    ) -> keras.layers.Layer:
         raise ValueError("it mixes the features of the tasks")
 
 
@@ -41,11 +47,17 @@ class FusionLayer(LayoutLayer):
         **kwargs: `name`, `trainable`, `dtype`.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         register_rule(cls, rule=_Fusion())
 
-    def __init__(self, tasks, own=0.9, data_format=None, **kwargs):
+    def __init__(
+        self,
+        tasks: Tasks,
+        own: float = 0.9,
+        data_format: DataFormat | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(tasks, data_format, **kwargs)
         number = isinstance(own, numbers.Real) and not isinstance(own, bool)
         if not (number and 0 <= own <= 1):
@@ -54,7 +66,7 @@ class FusionLayer(LayoutLayer):
             )
         self.own = float(own)
 
-    def _start(self):
+    def _start(self) -> np.ndarray:
         """The start weights of the tasks, an array `(T, T)`, rows summing to 1."""
         tasks = self.tasks
         if tasks == 1:
@@ -63,12 +75,12 @@ class FusionLayer(LayoutLayer):
         np.fill_diagonal(start, self.own)
         return start
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         return on_channels_last(self, inputs, lambda x: self._mixed(x, training))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         self._channels(input_shape)
         return tuple(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "own": self.own}

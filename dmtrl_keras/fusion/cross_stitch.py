@@ -1,10 +1,13 @@
 """Cross-Stitch: each task's features become a combination of those of all tasks."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from dmtrl_keras.fusion.base import FusionLayer
+from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -46,11 +49,18 @@ class CrossStitch(FusionLayer):
     [[1.2 2.2 2.8 3.8]]
     """
 
-    def __init__(self, tasks, own=0.9, per_channel=False, data_format=None, **kwargs):
+    def __init__(
+        self,
+        tasks: Tasks,
+        own: float = 0.9,
+        per_channel: bool = False,
+        data_format: DataFormat | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(tasks, own, data_format, **kwargs)
         self.per_channel = bool(per_channel)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         start = self._start()
         if self.per_channel:
             channels = self._channels(input_shape)
@@ -62,7 +72,7 @@ class CrossStitch(FusionLayer):
         )
         self.built = True
 
-    def _mixed(self, x, training):
+    def _mixed(self, x: Tensor, training: bool | None) -> Tensor:
         shape = tuple(ops.shape(x))
         x = ops.reshape(x, (*shape[:-1], self.tasks, x.shape[-1] // self.tasks))
         alpha = ops.convert_to_tensor(self.alpha)
@@ -72,5 +82,5 @@ class CrossStitch(FusionLayer):
             x = ops.matmul(alpha, x)
         return ops.reshape(x, shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "per_channel": self.per_channel}

@@ -1,10 +1,13 @@
 """NDDR: each task chooses from the features of all tasks."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from dmtrl_keras.fusion.base import FusionLayer
+from dmtrl_keras.ground.types import DataFormat, Regularizer, Shape, Tasks, Tensor
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -54,14 +57,14 @@ class NDDR(FusionLayer):
 
     def __init__(
         self,
-        tasks,
-        own=0.9,
-        batch_normalization=True,
-        momentum=0.99,
-        kernel_regularizer=None,
-        data_format=None,
-        **kwargs,
-    ):
+        tasks: Tasks,
+        own: float = 0.9,
+        batch_normalization: bool = True,
+        momentum: float = 0.99,
+        kernel_regularizer: Regularizer = None,
+        data_format: DataFormat | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(tasks, own, data_format, **kwargs)
         self.momentum = momentum
         self.batch_normalization = bool(batch_normalization)
@@ -72,7 +75,7 @@ class NDDR(FusionLayer):
                 momentum=momentum, name="normalization", dtype=self.dtype_policy
             )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         channels = self._channels(input_shape)
         # Row block s, column block t: what W_t makes of the features of task s.
         start = np.kron(self._start().T, np.eye(channels))
@@ -87,13 +90,13 @@ class NDDR(FusionLayer):
             self.normalization.build((None, *middle, self.tasks * channels))
         self.built = True
 
-    def _mixed(self, x, training):
+    def _mixed(self, x: Tensor, training: bool | None) -> Tensor:
         x = ops.matmul(x, ops.convert_to_tensor(self.kernel))
         if self.normalization is None:
             return x
         return self.normalization(x, training=training)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         regularizer = keras.regularizers.serialize(self.kernel_regularizer)
         return {
             **super().get_config(),

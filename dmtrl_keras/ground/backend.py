@@ -6,21 +6,24 @@ on TensorFlow, JAX and PyTorch.
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 
 from dmtrl_keras.ground.keras_private import torch_scope
+from dmtrl_keras.ground.types import Strategy, Tensor
 
 
-def tensorflow():
+def tensorflow() -> Any:
     """The TensorFlow module, for `tf.data` and `tf.distribute` only."""
     import tensorflow as tf
 
     return tf
 
 
-def teach_tf2onnx():
+def teach_tf2onnx() -> None:
     """Let tf2onnx convert the exact GELU, which Keras computes with `erfc`.
 
     tf2onnx 1.17 knows `Erf` but copies `Erfc`, which ONNX lacks, into a file that no
@@ -37,7 +40,7 @@ def teach_tf2onnx():
         """`erfc(x) = 1 - erf(x)`."""
 
         @classmethod
-        def version_9(cls, ctx, node, **kwargs):
+        def version_9(cls, ctx: Any, node: Any, **kwargs: Any) -> None:
             (source,), output = node.input, node.output[0]
             shape, dtype = ctx.get_shape(output), ctx.get_dtype(output)
             outputs, name = node.output, node.name
@@ -53,7 +56,7 @@ def teach_tf2onnx():
     tf_op("Erfc")(Complement)
 
 
-def assert_true(condition, message):
+def assert_true(condition: Tensor, message: str) -> None:
     """Raise if a boolean tensor is false, wherever the backend can.
 
     Args:
@@ -75,12 +78,12 @@ def assert_true(condition, message):
         raise ValueError(message)
 
 
-def full_precision(dtype):
+def full_precision(dtype: str) -> str:
     """The dtype for linear algebra beside weights of a dtype: float32, or float64."""
     return "float64" if dtype == "float64" else "float32"
 
 
-def eager_scope():
+def eager_scope() -> contextlib.AbstractContextManager[Any]:
     """A context in which `keras.ops` return values, not symbolic tensors.
 
     A layer may be built while its model is traced, but ranks that come from a
@@ -98,16 +101,16 @@ def eager_scope():
     return contextlib.nullcontext()
 
 
-def fused(function):
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function that runs as one compiled loop, where the backend does not fuse by itself.
 
     Args:
         function: function of tensors, without state, whose gradient is never taken.
     """
-    compiled = []
+    compiled: list[Any] = []
 
     @functools.wraps(function)
-    def call(*arguments):
+    def call(*arguments: Tensor) -> Tensor:
         if keras.backend.backend() != "tensorflow":
             return function(*arguments)
         if not compiled:
@@ -117,14 +120,14 @@ def fused(function):
     return call
 
 
-def replicas_in_sync():
+def replicas_in_sync() -> int:
     """The number of replicas of the strategy that is in scope; 1 without any."""
     if keras.backend.backend() != "tensorflow":
         return 1
     return tensorflow().distribute.get_strategy().num_replicas_in_sync
 
 
-def all_reduce_sum(x):
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of a tensor over all replicas, where there are several."""
     if replicas_in_sync() == 1:
         return x
@@ -133,7 +136,7 @@ def all_reduce_sum(x):
     return x if context is None else context.all_reduce(distribute.ReduceOp.SUM, x)
 
 
-def share_of_replica(x):
+def share_of_replica(x: Tensor) -> Tensor:
     """A loss that all replicas have in common, divided among them.
 
     Keras sums the losses of the replicas.
@@ -141,7 +144,7 @@ def share_of_replica(x):
     return x / replicas_in_sync()
 
 
-def check_replicas(examples, owner):
+def check_replicas(examples: Tensor, owner: str) -> None:
     """Raise if this replica has no example: statistics of none of them are NaN.
 
     Args:
@@ -157,11 +160,11 @@ def check_replicas(examples, owner):
         )
 
 
-def local_part(values, strategy):
+def local_part(values: Any, strategy: Strategy) -> Any:
     """Of values that a strategy has distributed, those of the first replica here."""
     distributed = tensorflow().distribute.DistributedValues
 
-    def first(value):
+    def first(value: Any) -> Any:
         if isinstance(value, distributed):
             return strategy.experimental_local_results(value)[0]
         return value

@@ -6,12 +6,14 @@ Where Keras renames something, this file changes and no other. Versions from 3.1
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import keras
 from keras import tree
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 # --- functional models ------------------------------------------------------------
 
@@ -24,7 +26,7 @@ def as_functional(model: Any) -> keras.Model | None:
     return model if hasattr(model, "_run_through_graph") else None
 
 
-def run_through_graph(model: keras.Model, inputs: Any, call: Callable) -> Any:
+def run_through_graph(model: keras.Model, inputs: Any, call: Callable[..., Any]) -> Any:
     """The outputs of a functional model whose every operation is called by a function.
 
     Args:
@@ -40,7 +42,7 @@ def run_through_graph(model: keras.Model, inputs: Any, call: Callable) -> Any:
     return run(inputs, **arguments)
 
 
-def functional_constructor(init: Callable) -> Callable:
+def functional_constructor(init: _Init) -> _Init:
     """The constructor of a functional model's subclass, as Keras wants it.
 
     Keras 3.13 saves a subclass as a functional model only if its constructor takes
@@ -51,10 +53,10 @@ def functional_constructor(init: Callable) -> Callable:
     def constructor(*args: Any, **kwargs: Any) -> None:
         init(*args, **kwargs)
 
-    return constructor
+    return cast(_Init, constructor)
 
 
-def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list]:
+def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[Any]]:
     """The operation that made a symbolic tensor, and the tensors that it took."""
     operation, node, _ = tensor._keras_history
     return operation, operation._inbound_nodes[node].input_tensors
@@ -106,7 +108,7 @@ def unscaled_loss(value: Any) -> Any:
 
 
 def losses_by_output(
-    model: keras.Model, y: dict, y_pred: dict, sample_weight: Any
+    model: keras.Model, y: Mapping[str, Any], y_pred: Mapping[str, Any], sample_weight: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The loss of each output, and its weight, before they are added.
 
@@ -152,7 +154,7 @@ def aggregated_loss(model: keras.Model, loss: Any) -> Any:
 
 def step_methods(
     optimizer: keras.optimizers.Optimizer,
-) -> Iterator[tuple[str, Callable[[Any], Sequence]]]:
+) -> Iterator[tuple[str, Callable[[Any], Sequence[Any]]]]:
     """The methods through which all of an optimizer's ways to take a step go.
 
     Returns:
@@ -207,7 +209,7 @@ def shared_object(key: str, make: Callable[[], Any]) -> Any:
 # --- PyTorch ----------------------------------------------------------------------
 
 
-def torch_scope() -> contextlib.AbstractContextManager:
+def torch_scope() -> contextlib.AbstractContextManager[Any]:
     """A context in which values are held, where Keras traces on the "meta" device."""
     from keras.src.backend.torch.core import device_scope, get_device
 

@@ -2,9 +2,12 @@
 
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
+
+from dmtrl_keras.ground.types import Tensor
 
 
-def unfold(tensor, mode):
+def unfold(tensor: ArrayLike, mode: int) -> np.ndarray:
     """The mode-n unfolding: mode-n fibres as columns, `(d_n, prod of others)`.
 
     Args:
@@ -24,7 +27,7 @@ def unfold(tensor, mode):
     return np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)
 
 
-def mode_product(tensor, matrix, mode):
+def mode_product(tensor: np.ndarray, matrix: np.ndarray, mode: int) -> np.ndarray:
     """The mode-n product: every mode-n fibre multiplied by `matrix`.
 
     Args:
@@ -44,7 +47,7 @@ def mode_product(tensor, matrix, mode):
     return np.moveaxis(np.tensordot(matrix, tensor, axes=(1, mode)), 0, mode)
 
 
-def whitener(covariance):
+def whitener(covariance: Tensor) -> Tensor:
     """The inverse `L^-1` of the Cholesky factor of a covariance `S = L L^T`.
 
     Args:

@@ -1,9 +1,23 @@
 """Diagrams of matrices of relations between tasks."""
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+from numpy.typing import ArrayLike
+
+from dmtrl_keras.ground.types import PathLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def plot_hinton(matrices, names=None, path=None):
+def plot_hinton(
+    matrices: dict[str, Any] | ArrayLike,
+    names: Sequence[str] | None = None,
+    path: PathLike | None = None,
+) -> "Figure":
     """Hinton diagrams of matrices, as DRN's Figure 2.
 
     The area of a square is proportional to the absolute value, the largest of its matrix
@@ -27,7 +41,7 @@ def plot_hinton(matrices, names=None, path=None):
     >>> figure = plot_hinton(np.array([[1, -0.5], [-0.5, 1]]), ["amazon", "webcam"])
     """
 
-    def draw(figure, axes, matrix):
+    def draw(figure: "Figure", axes: "Axes", matrix: np.ndarray) -> None:
         size = len(matrix)
         # A little less than a cell, so that neighbours can be told apart.
         sides = 0.95 * np.sqrt(np.abs(matrix) / (np.abs(matrix).max() or 1))
@@ -42,7 +56,12 @@ def plot_hinton(matrices, names=None, path=None):
     return _panels(draw, matrices, names, path)
 
 
-def plot_heat_map(matrices, names=None, path=None, limits=(-1, 1)):
+def plot_heat_map(
+    matrices: dict[str, Any] | ArrayLike,
+    names: Sequence[str] | None = None,
+    path: PathLike | None = None,
+    limits: tuple[float, float] | None = (-1, 1),
+) -> "Figure":
     """Heat maps of matrices of relations between tasks.
 
     Args:
@@ -63,7 +82,7 @@ def plot_heat_map(matrices, names=None, path=None, limits=(-1, 1)):
     >>> figure = plot_heat_map({"fc8": np.eye(2)}, ["amazon", "webcam"])
     """
 
-    def draw(figure, axes, matrix):
+    def draw(figure: "Figure", axes: "Axes", matrix: np.ndarray) -> None:
         largest = np.abs(matrix).max()
         low, high = (-largest, largest) if limits is None else limits
         colours = "PiYG" if low < 0 else "viridis"
@@ -76,16 +95,20 @@ def plot_heat_map(matrices, names=None, path=None, limits=(-1, 1)):
     return _panels(draw, matrices, names, path)
 
 
-def _panels(draw, matrices, names, path):
+def _panels(
+    draw: Callable[..., Any],
+    matrices: dict[str, Any] | ArrayLike,
+    names: Sequence[str] | None,
+    path: PathLike | None,
+) -> "Figure":
     """One panel for each matrix."""
     from matplotlib.figure import Figure
 
-    if not isinstance(matrices, dict):
-        matrices = {"": matrices}
-    side = max(4.0, 0.25 * max(len(matrix) for matrix in matrices.values()))
-    figure = Figure(figsize=(1.05 * side * len(matrices), side), layout="constrained")
-    panels = np.ravel(figure.subplots(1, len(matrices)))
-    for axes, (title, matrix) in zip(panels, matrices.items()):
+    by_title: dict[str, Any] = matrices if isinstance(matrices, dict) else {"": matrices}
+    side = max(4.0, 0.25 * max(len(matrix) for matrix in by_title.values()))
+    figure = Figure(figsize=(1.05 * side * len(by_title), side), layout="constrained")
+    panels = np.ravel(figure.subplots(1, len(by_title)))
+    for axes, (title, matrix) in zip(panels, by_title.items()):
         matrix = np.asarray(matrix, "float64")
         square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
         if not square or not np.all(np.isfinite(matrix)):

@@ -3,11 +3,14 @@
 import math
 import numbers
 import re
+from typing import Any
 
 import keras
 
+from dmtrl_keras.ground.types import Shape, Tasks
 
-def name_of(thing):
+
+def name_of(thing: Any) -> str:
     """What an error calls a layer, model or other object with a name.
 
     Example:
@@ -19,7 +22,7 @@ def name_of(thing):
     return f"{type(thing).__name__} {thing.name!r}"
 
 
-def check_tasks(tasks, owner):
+def check_tasks(tasks: Any, owner: str) -> int:
     """T as an int.
 
     Args:
@@ -35,7 +38,7 @@ def check_tasks(tasks, owner):
     return check_positive("tasks", tasks, owner, ", the number of tasks")
 
 
-def check_positive(name, value, owner, alternative=""):
+def check_positive(name: str, value: Any, owner: str, alternative: str = "") -> int:
     """A positive int.
 
     Args:
@@ -58,7 +61,7 @@ def check_positive(name, value, owner, alternative=""):
     return int(value)
 
 
-def check_number(name, value, owner, high=math.inf):
+def check_number(name: str, value: Any, owner: str, high: float = math.inf) -> None:
     """A number from 0 to below `high`.
 
     Args:
@@ -70,14 +73,15 @@ def check_number(name, value, owner, high=math.inf):
     Raises:
         ValueError: if it is not.
     """
-    if not (isinstance(value, numbers.Real) and 0 <= value < high):
+    number = isinstance(value, numbers.Real)
+    if not (number and 0 <= value < high):
         raise ValueError(
             f"{owner}: `{name}` must be a number from 0 to below {high}. "
             f"Received: {name}={value!r}."
         )
 
 
-def task_names(tasks, owner):
+def task_names(tasks: Tasks, owner: str) -> tuple[str, ...]:
     """Task names from a number of tasks or a sequence of names.
 
     Args:
@@ -102,7 +106,7 @@ def task_names(tasks, owner):
     return tuple(f"task_{t}" for t in range(check_tasks(tasks, owner)))
 
 
-def channels_per_task(channels, tasks, owner, shape):
+def channels_per_task(channels: int | None, tasks: int, owner: str, shape: Shape) -> int:
     """The channels of each task in a grouped axis.
 
     Args:
@@ -132,12 +136,12 @@ def channels_per_task(channels, tasks, owner, shape):
     return channels // tasks
 
 
-def channel_axis(data_format):
+def channel_axis(data_format: str) -> int:
     """The channel axis of a data format: -1 or 1."""
     return -1 if data_format == "channels_last" else 1
 
 
-def standardize_data_format(data_format, owner):
+def standardize_data_format(data_format: str | None, owner: str) -> str:
     """`"channels_last"` or `"channels_first"`, Keras's own setting for None.
 
     Raises:
@@ -153,7 +157,7 @@ def standardize_data_format(data_format, owner):
     return data_format
 
 
-def checked_pairs(pairs, owner, what):
+def checked_pairs(pairs: Any, owner: str, what: str) -> list[tuple[Any, Any]] | None:
     """Pairs of different things, a list of tuples, or None for all.
 
     Raises:
@@ -170,7 +174,7 @@ def checked_pairs(pairs, owner, what):
     return pairs
 
 
-def clean_name(name):
+def clean_name(name: str) -> str:
     """A name that TensorFlow takes for variables in a SavedModel.
 
     Example:

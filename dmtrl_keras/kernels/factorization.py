@@ -1,6 +1,7 @@
 """What became of a stacked kernel that was replaced by factors."""
 
 import dataclasses
+from typing import Any, Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Factorization:
     parameters_after: int
     error: float
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """The attributes, as a dict that JSON takes."""
         config = dataclasses.asdict(self)
         return {**config, "shape": list(self.shape), "rank": list(self.rank)}
 
     @classmethod
-    def from_config(cls, config: dict) -> "Factorization":
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """From the dict of `get_config`."""
         shape, rank = tuple(config["shape"]), tuple(config["rank"])
         return cls(**{**config, "shape": shape, "rank": rank})

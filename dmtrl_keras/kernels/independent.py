@@ -1,8 +1,11 @@
 """The two ends of sharing: every task its own kernel, and one kernel for all."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.kernels.parameterization import Parameterization, register
 from dmtrl_keras.kernels.plan import Stage
 
@@ -18,17 +21,17 @@ class Independent(Parameterization):
     name = "independent"
     is_stacked_kernel = True
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         return {"kernel": kernel}
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         kernel = factors["kernel"]
         shape = kernel.shape[:-1]
         # Transposing a matrix is several times faster than moving an axis.
         kernel = ops.transpose(ops.reshape(kernel, (-1, tasks)))
         return ops.reshape(kernel, (tasks, *shape))
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         return ops.eye(tasks)
 
 
@@ -44,17 +47,17 @@ class Hard(Parameterization):
 
     name = "hard"
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         return {"kernel": np.mean(kernel, axis=-1, keepdims=True)}
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         kernel = ops.squeeze(factors["kernel"], axis=-1)
         return ops.broadcast_to(kernel, (tasks, *kernel.shape))
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         return ops.ones((1, tasks))
 
-    def contractions(self, shapes):
+    def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         *_, inputs, outputs, _ = shapes["kernel"]
         return [
             [

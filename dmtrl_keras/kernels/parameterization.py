@@ -1,16 +1,22 @@
 """How the stacked kernel of T tasks comes to be: the interface and its registry."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self, TypeAlias, TypeVar
 
 import keras
 import numpy as np
 from keras import ops
 
-_REGISTRY = {}
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
+from dmtrl_keras.kernels.plan import Stage
+
+_Kind = TypeVar("_Kind", bound="Parameterization")
+
+_REGISTRY: dict[str, type["Parameterization"]] = {}
 
 
-def register(cls):
+def register(cls: type[_Kind]) -> type[_Kind]:
     """Class decorator: make a parameterization known to `get` by its `name`.
 
     It also registers the class for Keras serialization under the package
@@ -28,12 +34,12 @@ def register(cls):
     return keras.saving.register_keras_serializable("dmtrl_keras")(cls)
 
 
-def names():
+def names() -> tuple[str, ...]:
     """The names of the registered parameterizations, a sorted tuple of strings."""
     return tuple(sorted(_REGISTRY))
 
 
-def get(identifier):
+def get(identifier: "Sharing") -> "Parameterization":
     """A parameterization from a name, a serialized config, or itself.
 
     Args:
@@ -72,7 +78,7 @@ class Parameterization:
     the factors can be applied without composing, `contractions`.
     """
 
-    name = None
+    name: str = None  # type: ignore[assignment]  # Subclasses have one.
     # Whether the only factor, "kernel", is the stacked kernel itself.
     is_stacked_kernel = False
     # Whether `multitask` gives it to convolutions only, unless a layer is named.
@@ -89,7 +95,7 @@ class Parameterization:
         """
         return cls(**options)
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         """Factors whose composition is, or approximates, a stacked kernel.
 
         Args:
@@ -100,7 +106,7 @@ class Parameterization:
         """
         raise NotImplementedError
 
-    def replicate(self, kernel, tasks):
+    def replicate(self, kernel: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
         """Factors of T equal kernels, such as pretrained ones, to train on from.
 
         Args:
@@ -112,11 +118,17 @@ class Parameterization:
         """
         return self.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
 
-    def with_names(self, names):
+    def with_names(self, names: Sequence[str]) -> Self:
         """The same parameterization for tasks of given names, where it speaks of tasks."""
         return self
 
-    def new_state(self, factors, start, tasks, dtype):
+    def new_state(
+        self,
+        factors: Callable[[], Factors],
+        start: Mapping[str, np.ndarray],
+        tasks: int,
+        dtype: str,
+    ) -> keras.layers.Layer | None:
         """What a layer keeps beside the factors, or None (of most parameterizations).
 
         Args:
@@ -131,7 +143,7 @@ class Parameterization:
         """
         return None
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         """The kernels as one tensor `(T, *window, in, out)`.
 
         The task axis comes first here, so that one task's kernel is contiguous.
@@ -142,15 +154,15 @@ class Parameterization:
         """
         raise NotImplementedError
 
-    def compose_flops(self, shapes):
+    def compose_flops(self, shapes: FactorShapes) -> int:
         """Operations of `compose`, from the dict of the factors' shapes."""
         return 0
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         """S of the paper, `(K, T)`: column t has the coefficients of task t."""
         raise NotImplementedError
 
-    def contractions(self, shapes):
+    def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         """Plans that apply the factors without composing the stacked kernel.
 
         Args:
@@ -161,27 +173,31 @@ class Parameterization:
         """
         return []
 
-    def rank(self, shapes):
+    def rank(self, shapes: FactorShapes) -> tuple[int, ...] | None:
         """The ranks, a tuple of ints, or None where there is no such thing."""
         return None
 
-    def with_rank(self, rank):
+    def with_rank(self, rank: tuple[int, ...]) -> Self:
         """The same parameterization with its ranks fixed."""
         return self
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
 
-def matrix(tensor, columns):
+# What `get` makes a parameterization of.
+Sharing: TypeAlias = str | Parameterization | dict[str, Any] | None
+
+
+def matrix(tensor: Tensor, columns: int) -> Tensor:
     """A tensor as a matrix whose columns are its last `columns` axes."""
     split = len(tensor.shape) - columns
     rows = math.prod(tensor.shape[:split])

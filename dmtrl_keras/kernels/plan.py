@@ -11,12 +11,17 @@ Every array here is channels-last.
 import dataclasses
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
 
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.types import Factors, Tensor
+
+# A function of activations and one kernel.
+Convolve: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Stage:
     kind: str
     inputs: int
     outputs: int
-    kernel: Callable
+    kernel: Callable[[Factors], Tensor]
     spatial: bool = False
     flops: int = 0
 
@@ -58,7 +63,14 @@ class Geometry(typing.NamedTuple):
     positions_out: int
 
 
-def plan_flops(plan, *, tasks, shared_input, geometry, window):
+def plan_flops(
+    plan: Sequence[Stage],
+    *,
+    tasks: int,
+    shared_input: bool,
+    geometry: Geometry,
+    window: int,
+) -> int:
     """Multiply-add operations (counted as 2) of one forward pass of a plan.
 
     Args:
@@ -87,12 +99,12 @@ def plan_flops(plan, *, tasks, shared_input, geometry, window):
     return total
 
 
-def _tail(x):
+def _tail(x: Tensor) -> tuple[Any, ...]:
     """The shape after the batch axis, dynamic where it is not known."""
     return tuple(ops.shape(x))[1:]
 
 
-def fold(x, tasks):
+def fold(x: Tensor, tasks: int) -> Tensor:
     """Grouped `(N, ..., T * C)` to batched `(T * N, ..., C)`."""
     *middle, channels = _tail(x)
     x = ops.reshape(x, (-1, *middle, tasks, channels // tasks))
@@ -101,7 +113,7 @@ def fold(x, tasks):
     return ops.reshape(x, (-1, *middle, channels // tasks))
 
 
-def unfold_tasks(x, tasks):
+def unfold_tasks(x: Tensor, tasks: int) -> Tensor:
     """Batched `(T * N, ..., C)` to grouped `(N, ..., T * C)`."""
     *middle, channels = _tail(x)
     x = _by_task(x, tasks)
@@ -110,16 +122,18 @@ def unfold_tasks(x, tasks):
     return ops.reshape(x, (-1, *middle, tasks * channels))
 
 
-def _by_task(x, tasks):
+def _by_task(x: Tensor, tasks: int) -> Tensor:
     # The batch size may be unknown, and only one -1 is allowed.
     return ops.reshape(x, (tasks, -1, *_tail(x)))
 
 
-def _pointwise(x, kernel):
+def _pointwise(x: Tensor, kernel: Tensor) -> Tensor:
     return ops.matmul(x, ops.reshape(kernel, kernel.shape[-2:]))
 
 
-def _shared(x, form, kernel, tasks, convolve):
+def _shared(
+    x: Tensor, form: Form, kernel: Tensor, tasks: int, convolve: Convolve | None
+) -> tuple[Tensor, Form]:
     if convolve is None:
         if form != Form.GROUPED:
             return _pointwise(x, kernel), form
@@ -132,7 +146,7 @@ def _shared(x, form, kernel, tasks, convolve):
     return convolve(x, kernel), form
 
 
-def _prefers_loop(x, kernel):
+def _prefers_loop(x: Tensor, kernel: Tensor) -> bool:
     # TensorFlow's batched product on a CPU takes 1.3 times as long as T products of
     # matrices this large (measured at T = 10, 64 rows, 3136 x 128 and 1024 x 512), and
     # up to twice as long on maps, whose tasks would have to be moved in front.
@@ -143,7 +157,9 @@ def _prefers_loop(x, kernel):
     )
 
 
-def _stacked(x, form, kernel, tasks, convolve):
+def _stacked(
+    x: Tensor, form: Form, kernel: Tensor, tasks: int, convolve: Convolve | None
+) -> tuple[Tensor, Form]:
     if form == Form.SHARED:
         # One ordinary kernel with T times the outputs.
         axes = len(kernel.shape)
@@ -156,8 +172,8 @@ def _stacked(x, form, kernel, tasks, convolve):
     if convolve is None:
         kernel = ops.reshape(kernel, (tasks, *kernel.shape[-2:]))
         if form == Form.GROUPED and _prefers_loop(x, kernel):
-            parts = zip(ops.split(x, tasks, axis=-1), ops.unstack(kernel, axis=0))
-            parts = [ops.matmul(part, own) for part, own in parts]
+            pairs = zip(ops.split(x, tasks, axis=-1), ops.unstack(kernel, axis=0))
+            parts = [ops.matmul(part, own) for part, own in pairs]
             return ops.concatenate(parts, axis=-1), Form.GROUPED
         if form == Form.GROUPED:
             x = fold(x, tasks)
@@ -167,15 +183,15 @@ def _stacked(x, form, kernel, tasks, convolve):
     # A loop of ordinary convolutions: the grouped one is compiled on its own by
     # Keras on TensorFlow, and is many times slower in training on a CPU.
     if form == Form.GROUPED:
-        parts, axis = ops.split(x, tasks, axis=-1), -1
+        inputs, axis = ops.split(x, tasks, axis=-1), -1
     else:
-        parts, axis = ops.unstack(_by_task(x, tasks), axis=0), 0
+        inputs, axis = ops.unstack(_by_task(x, tasks), axis=0), 0
     kernels = ops.unstack(kernel, axis=0)
-    parts = [convolve(part, own) for part, own in zip(parts, kernels)]
+    parts = [convolve(part, own) for part, own in zip(inputs, kernels)]
     return ops.concatenate(parts, axis=axis), form
 
 
-def _mix(x, form, task_matrix, tasks):
+def _mix(x: Tensor, form: Form, task_matrix: Tensor, tasks: int) -> tuple[Tensor, Form]:
     latent = task_matrix.shape[0]
     if form == Form.GROUPED:
         x, form = fold(x, tasks), Form.BATCHED
@@ -191,7 +207,15 @@ def _mix(x, form, task_matrix, tasks):
     return ops.reshape(x, (-1, *middle, channels)), Form.BATCHED
 
 
-def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
+def apply_plan(
+    plan: Sequence[Stage],
+    x: Tensor,
+    factors: Factors,
+    *,
+    tasks: int,
+    shared_input: bool,
+    convolve: Convolve | None = None,
+) -> Tensor:
     """Run the stages of a plan on channels-last activations.
 
     Args:
@@ -223,6 +247,6 @@ def apply_plan(plan, x, factors, *, tasks, shared_input, convolve=None):
     return x
 
 
-def matmul_flops(*sizes):
+def matmul_flops(*sizes: int) -> int:
     """Operations of a matrix product of the given sizes (rows, inner, columns)."""
     return 2 * math.prod(sizes)

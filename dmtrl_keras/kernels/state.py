@@ -1,11 +1,12 @@
 """State that learns beside a kernel: the slot of priors and of choices among kernels."""
 
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from dmtrl_keras.ground.types import Tensor
 
 _WINDOWS = {
     0: (),
@@ -74,7 +75,7 @@ class KernelState(keras.layers.Layer):
     training. It must be of full precision, so that it sees the kernel uncast.
     """
 
-    def penalty(self, kernel: Any) -> Any:
+    def penalty(self, kernel: Tensor) -> Tensor:
         """The penalty on the kernel, a scalar."""
         raise NotImplementedError
 
@@ -89,7 +90,7 @@ class StatePenalty(keras.regularizers.Regularizer):
     def __init__(self, state: KernelState) -> None:
         self._state = state
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._state.penalty(x)
 
 
@@ -102,7 +103,7 @@ class StatefulRegularizer(keras.regularizers.Regularizer):
 
     def new_state(
         self,
-        kernel: Callable[[], Any],
+        kernel: Callable[[], Tensor],
         shape: tuple[int, ...],
         names: tuple[str, ...],
         owner: str,
@@ -119,7 +120,7 @@ class StatefulRegularizer(keras.regularizers.Regularizer):
         """
         raise NotImplementedError
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         """Refused: without its state there is no penalty."""
         raise ValueError(
             f"{type(self).__name__}: a plain Keras layer can't update the state that "

@@ -14,8 +14,9 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.backend import eager_scope, full_precision
+from dmtrl_keras.ground.types import Factors, Tensor
 from dmtrl_keras.kernels.parameterization import Parameterization
-from dmtrl_keras.kernels.plan import Geometry, Stage, apply_plan, plan_flops
+from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
 from dmtrl_keras.kernels.state import (
     KernelState,
     StatefulRegularizer,
@@ -25,7 +26,7 @@ from dmtrl_keras.kernels.state import (
 
 
 def draw_stacked_kernel(
-    initializer: Callable | None,
+    initializer: Callable[..., Any] | None,
     shape: tuple[int, ...],
     tasks: int,
     common: bool,
@@ -43,18 +44,16 @@ def draw_stacked_kernel(
     Returns:
         A NumPy array of shape `(*shape, T)`.
     """
-    initializer = initializer or keras.initializers.GlorotUniform()
+    given: Any = initializer or keras.initializers.GlorotUniform()
     if common:
-        draws = [initializer]
-    elif isinstance(getattr(initializer, "seed", None), numbers.Integral):
+        draws = [given]
+    elif isinstance(getattr(given, "seed", None), numbers.Integral):
         # An initializer with a fixed seed always draws the same values.
-        seeds = np.random.default_rng(initializer.seed).integers(2**31, size=tasks)
-        config = initializer.get_config()
-        draws = [
-            type(initializer).from_config({**config, "seed": int(seed)}) for seed in seeds
-        ]
+        seeds = np.random.default_rng(given.seed).integers(2**31, size=tasks)
+        config = given.get_config()
+        draws = [type(given).from_config({**config, "seed": int(seed)}) for seed in seeds]
     else:
-        draws = [initializer] * tasks
+        draws = [given] * tasks
     kernels = [ops.convert_to_numpy(draw(shape, dtype=dtype)) for draw in draws]
     return np.repeat(np.stack(kernels, axis=-1), tasks // len(kernels), axis=-1)
 
@@ -95,9 +94,9 @@ class TaskKernel(keras.layers.Layer):
         owner: str,
         shared_input: bool = False,
         contractible: bool = True,
-        initializer: Callable | None = None,
-        regularizer: Callable | None = None,
-        constraint: Callable | None = None,
+        initializer: Callable[..., Any] | None = None,
+        regularizer: Callable[..., Any] | None = None,
+        constraint: Callable[..., Any] | None = None,
         common_draw: bool = True,
         saved_by_host: bool = False,
         **kwargs: Any,
@@ -180,7 +179,7 @@ class TaskKernel(keras.layers.Layer):
                 f"{self.owner}, stacked kernel {(*shape, self.tasks)}: {error}"
             ) from error
 
-    def _penalty(self) -> Callable | None:
+    def _penalty(self) -> Callable[..., Any] | None:
         """The regularizer as a function of the stacked kernel, or None."""
         if not isinstance(self.regularizer, StatefulRegularizer):
             return self.regularizer
@@ -218,7 +217,7 @@ class TaskKernel(keras.layers.Layer):
             spatial=True,
             flops=self.sharing.compose_flops(shapes),
         )
-        plans: list[Sequence[Stage]] = []
+        plans: Sequence[Sequence[Stage]] = []
         if self._contractible:
             plans = self.sharing.contractions(shapes)
         implementation = getattr(self.sharing, "implementation", "auto")
@@ -232,7 +231,8 @@ class TaskKernel(keras.layers.Layer):
             plans = []
         if implementation != "contract":
             plans = [*plans, (composition,)]
-        self.plan = tuple(min(plans, key=lambda plan: self._flops(plan, geometry)))
+        cheapest = min(plans, key=lambda plan: self._flops(plan, geometry))
+        self.plan = tuple(cheapest)
 
     def flops(self, geometry: Geometry) -> int:
         """Operations of one forward pass in the order of work that was chosen."""
@@ -254,22 +254,22 @@ class TaskKernel(keras.layers.Layer):
         """The variables that the kernel is made of, by factor name."""
         return dict(self._factors)
 
-    def tensors(self, training: bool | None = False) -> dict[str, Any]:
+    def tensors(self, training: bool | None = False) -> Factors:
         """The factors and the parameterization's state, as `compose` takes them."""
         tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
         if self.selection is None:
             return tensors
         return tensors | self.selection.tensors(training)
 
-    def composed(self, factors: Mapping[str, Any]) -> Any:
+    def composed(self, factors: Factors) -> Tensor:
         """The kernels `(T, *window, in, out)`, the constraint applied."""
         kernel = self.sharing.compose(factors, self.tasks)
-        if not self._projects_composed:
+        if self.constraint is None or not self._projects_composed:
             return kernel
         kernel = self.constraint(ops.moveaxis(kernel, 0, -1))
         return ops.moveaxis(kernel, -1, 0)
 
-    def stacked(self) -> Any:
+    def stacked(self) -> Tensor:
         """The effective stacked kernel, `(*window, in, out, T)`.
 
         A variable where the tasks' kernels are independent, else the tensor that the
@@ -279,7 +279,7 @@ class TaskKernel(keras.layers.Layer):
             return self._factors["kernel"]
         return ops.moveaxis(self.composed(self.tensors()), 0, -1)
 
-    def task_matrix(self) -> Any:
+    def task_matrix(self) -> Tensor:
         """S of DMTRL, a tensor `(K, T)`; column t has the coefficients of task t."""
         return self.sharing.task_matrix(self.tensors(), self.tasks)
 
@@ -291,7 +291,7 @@ class TaskKernel(keras.layers.Layer):
             if state is not None:
                 state(training=training)
 
-    def apply(self, x: Any, training: bool | None, convolve: Callable | None) -> Any:
+    def apply(self, x: Tensor, training: bool | None, convolve: Convolve | None) -> Tensor:
         """Channels-last activations through the kernels, to the grouped layout.
 
         Args:
@@ -337,16 +337,16 @@ class TaskKernel(keras.layers.Layer):
 class _OfComposed(keras.regularizers.Regularizer):
     """A penalty on the composed kernel, whatever variable it hangs on."""
 
-    def __init__(self, penalty: Callable, kernel: TaskKernel) -> None:
+    def __init__(self, penalty: Callable[..., Any], kernel: TaskKernel) -> None:
         self._penalty = penalty
         self._kernel = kernel
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._penalty(self._kernel.stacked())
 
 
-def _constant(value: np.ndarray) -> Callable:
-    def initializer(shape: tuple[int, ...], dtype: str | None = None) -> Any:
+def _constant(value: np.ndarray) -> Callable[..., Any]:
+    def initializer(shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
         return ops.convert_to_tensor(value, dtype=dtype)
 
     return initializer

@@ -4,15 +4,22 @@ import math
 import numbers
 import uuid
 import weakref
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import keras
 import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.keras_private import shared_object
+from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import check_number, name_of
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mrn import tensor_normal
+
+if TYPE_CHECKING:
+    from dmtrl_keras.mrn.state import TensorNormalState
+
+Trace: TypeAlias = float | Literal["size"] | None
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -70,20 +77,20 @@ class ModeCovariance(keras.layers.Layer):
 
     def __init__(
         self,
-        epsilon=1e-3,
-        relative=True,
-        average=True,
-        trace="size",
-        start=None,
-        key=None,
-        name=None,
-        dtype="float32",
-    ):
+        epsilon: float = 1e-3,
+        relative: bool = True,
+        average: bool = True,
+        trace: Trace = "size",
+        start: Tensor | None = None,
+        key: str | None = None,
+        name: str | None = None,
+        dtype: DType = "float32",
+    ) -> None:
         super().__init__(name=name, dtype=dtype, trainable=False)
         self.key = uuid.uuid4().hex if key is None else key
         check_number("epsilon", epsilon, name_of(self))
         number = isinstance(trace, numbers.Real) and not isinstance(trace, bool)
-        if not (trace in ("size", None) or (number and 0 < trace < math.inf)):
+        if not (trace in ("size", None) or (number and 0 < float(trace) < math.inf)):
             raise ValueError(
                 f"{name_of(self)}: `trace` must be 'size', a positive number or None. "
                 f"Received: trace={trace!r}."
@@ -98,7 +105,7 @@ class ModeCovariance(keras.layers.Layer):
             self.start = start.tolist()
         self._members = _Members()
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int, ...]) -> None:
         """Make the state.
 
         Args:
@@ -121,10 +128,11 @@ class ModeCovariance(keras.layers.Layer):
         self.precision = state_weight(self, "precision", np.linalg.inv(start))
         self.built = True
 
-    def _trace(self, size):
-        return float(size if self.trace == "size" else self.trace)
+    def _trace(self, size: int) -> float:
+        trace: Any = size if self.trace == "size" else self.trace
+        return float(trace)
 
-    def join(self, member, size):
+    def join(self, member: "TensorNormalState", size: int) -> None:
         """Let one more layer's kernel take part in the update.
 
         Args:
@@ -143,11 +151,11 @@ class ModeCovariance(keras.layers.Layer):
             )
         self._members.add(member)
 
-    def others(self, member):
+    def others(self, member: "TensorNormalState") -> "list[TensorNormalState]":
         """The states of the other layers that share this covariance."""
         return [other for other in self._members.all() if other is not member]
 
-    def estimate(self, scatter, count):
+    def estimate(self, scatter: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The covariance that a scatter matrix gives, its whitener and its precision.
 
         Args:
@@ -175,7 +183,7 @@ class ModeCovariance(keras.layers.Layer):
         precision = ops.matmul(ops.swapaxes(whitener, -1, -2), whitener)
         return matrix, whitener, precision
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["trainable"]
         return {
@@ -189,19 +197,19 @@ class ModeCovariance(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return shared_object(config["key"], lambda: cls(**config))
 
 
 class _Members:
     """Layers' states, in the order in which they joined, not kept alive."""
 
-    def __init__(self):
-        self._references = []
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[TensorNormalState]] = []
 
-    def add(self, member):
+    def add(self, member: "TensorNormalState") -> None:
         self._references.append(weakref.ref(member))
 
-    def all(self):
+    def all(self) -> "list[TensorNormalState]":
         alive = (reference() for reference in self._references)
         return [member for member in alive if member is not None]

@@ -1,9 +1,13 @@
 """Deep Relationship Networks: a shared trunk, and layers of each task with a prior."""
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import keras
 
 from dmtrl_keras.conversion import multitask
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.types import Tasks
 from dmtrl_keras.ground.validation import check_positive, task_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
@@ -21,19 +25,19 @@ PRIORS = {
 
 
 def relationship_network(
-    backbone,
-    tasks,
-    classes,
-    bottleneck=256,
-    prior="drn",
-    layers=("bottleneck", "classifier"),
-    binary=False,
-    strength=1e-3,
-    shared_input=False,
-    dropout=0.0,
-    common_draw=True,
-    name=None,
-):
+    backbone: keras.Model | Sequence[int],
+    tasks: Tasks,
+    classes: int,
+    bottleneck: int | None = 256,
+    prior: Literal["drn", "mrn"] | TensorNormalRegularizer | None = "drn",
+    layers: Sequence[str] = ("bottleneck", "classifier"),
+    binary: bool = False,
+    strength: float = 1e-3,
+    shared_input: bool = False,
+    dropout: float = 0.0,
+    common_draw: bool = True,
+    name: str | None = None,
+) -> MultiTaskModel:
     """A network of T tasks with the same classes, whose relations are learned (DRN, MRN).
 
     A trunk gives features, a bottleneck (the paper's fc7') and a classifier (fc8) follow.
@@ -140,7 +144,7 @@ def relationship_network(
     return MultiTaskModel(inputs, outputs, name=name or owner)
 
 
-def _by_task(features):
+def _by_task(features: Features) -> dict[str, keras.KerasTensor]:
     """A dict of each task's tensor."""
     names = list(features.names)
     if features.form == Form.SHARED:
@@ -148,7 +152,9 @@ def _by_task(features):
     return TaskSplit(names, name="classes_by_task")(features.take(Form.GROUPED))
 
 
-def _prior(prior, strength, each):
+def _prior(
+    prior: str | TensorNormalRegularizer | None, strength: float, each: str | None
+) -> TensorNormalRegularizer | None:
     """The regularizer of one layer, or None."""
     if isinstance(prior, str) and prior in PRIORS:
         epsilon = PRIORS[prior]
@@ -162,7 +168,7 @@ def _prior(prior, strength, each):
         return prior
     modes = [mode for mode in prior.modes if mode != each]
 
-    def of_these(values):
+    def of_these(values: Any) -> Any:
         given = isinstance(values, dict)
         return {m: values[m] for m in modes if m in values} if given else values
 
@@ -171,7 +177,9 @@ def _prior(prior, strength, each):
     return TensorNormalRegularizer(**{**prior.get_config(), **own})
 
 
-def _trunk(backbone, names, own, shared_input):
+def _trunk(
+    backbone: Any, names: Sequence[str], own: bool, shared_input: bool
+) -> tuple[Any, Features]:
     """The inputs of the network, and the `Features` that the trunk makes of them."""
     if not isinstance(backbone, keras.Model):
         backbone = tuple(backbone)

@@ -7,15 +7,18 @@ a layer.
 """
 
 import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import check_number, check_positive
 from dmtrl_keras.kernels.state import StatefulRegularizer
-from dmtrl_keras.mrn.covariance import ModeCovariance
-from dmtrl_keras.mrn.state import TensorNormalState
+from dmtrl_keras.mrn.covariance import ModeCovariance, Trace
+from dmtrl_keras.mrn.state import Mode, TensorNormalState
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -80,24 +83,25 @@ class TensorNormalRegularizer(StatefulRegularizer):
 
     def __init__(
         self,
-        strength=1e-3,
-        modes="task",
-        update_every=1,
-        epsilon=1e-3,
-        relative=True,
-        average=True,
-        trace="size",
-        start=None,
-        each=None,
-        task_covariance=None,
-    ):
+        strength: float = 1e-3,
+        modes: Mode | Sequence[Mode] = "task",
+        update_every: int | None = 1,
+        epsilon: float | dict[Any, float] = 1e-3,
+        relative: bool = True,
+        average: bool = True,
+        trace: Trace = "size",
+        start: Mapping[Any, Tensor] | None = None,
+        each: Mode | None = None,
+        task_covariance: ModeCovariance | None = None,
+    ) -> None:
         owner = type(self).__name__
         check_number("strength", strength, owner)
         if update_every is not None:
             other = " or None"
             update_every = check_positive("update_every", update_every, owner, other)
         single = isinstance(modes, (str, numbers.Integral))
-        modes = (modes,) if single else tuple(modes)
+        several: Any = (modes,) if single else modes
+        modes = tuple(several)
         if not modes or len(set(modes)) < len(modes):
             raise ValueError(
                 f"{owner}: `modes` must be one or several distinct names or axes. "
@@ -136,7 +140,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
                 f"{list(modes)}. Received: epsilon={epsilon!r}."
             )
         self.epsilon = epsilon
-        self._options = {
+        self._options: dict[str, Any] = {
             "relative": relative,
             "average": average,
             "trace": trace,
@@ -144,7 +148,9 @@ class TensorNormalRegularizer(StatefulRegularizer):
         for mode in modes:
             self.new_covariance(mode)
 
-    def new_covariance(self, mode, name=None, dtype="float32"):
+    def new_covariance(
+        self, mode: Mode, name: str | None = None, dtype: DType = "float32"
+    ) -> ModeCovariance:
         """A `ModeCovariance` for one mode, as the arguments say."""
         epsilon = self.epsilon
         return ModeCovariance(
@@ -159,11 +165,18 @@ class TensorNormalRegularizer(StatefulRegularizer):
         "Wrap the layer instead: dmtrl_keras.layers.TensorNormalPrior(layer, regularizer)."
     )
 
-    def new_state(self, kernel, shape, names, owner, dtype):
+    def new_state(
+        self,
+        kernel: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        names: tuple[str, ...],
+        owner: str,
+        dtype: str,
+    ) -> TensorNormalState:
         """The covariances of one kernel, see `kernels.state.StatefulRegularizer`."""
         return TensorNormalState(self, kernel, shape, names, owner, dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         shared = self.task_covariance
         return {
             "strength": self.strength,
@@ -177,7 +190,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         shared = keras.saving.deserialize_keras_object(config["task_covariance"])
         by_mode = {
             name: dict(map(tuple, config[name]))
@@ -187,7 +200,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
         return cls(**{**config, **by_mode, "task_covariance": shared})
 
 
-def _as_pairs(by_mode):
+def _as_pairs(by_mode: Any) -> Any:
     # In a file a dict would turn modes that are axes into strings.
     return (
         [list(pair) for pair in by_mode.items()] if isinstance(by_mode, dict) else by_mode

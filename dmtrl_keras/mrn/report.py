@@ -1,12 +1,15 @@
 """How the tasks of a network are related, as it was learned: matrices and diagrams."""
 
+from typing import Any
+
+import keras
 import numpy as np
 
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.state import TensorNormalState
 
 
-def task_covariance(model):
+def task_covariance(model: keras.Model) -> dict[str, np.ndarray]:
     """The learned task covariance of each layer with a tensor-normal prior (DRN Eq. 13).
 
     Args:
@@ -34,7 +37,7 @@ def task_covariance(model):
     found, seen = {}, set()
     for layer in flatten_layers(model):
         # A layer comes before the child that holds its kernel, which has the same prior.
-        prior = getattr(layer, "prior", None)
+        prior: Any = getattr(layer, "prior", None)
         fresh = isinstance(prior, TensorNormalState) and id(prior) not in seen
         seen.add(id(prior))
         if fresh and "task" in prior.modes:
@@ -47,7 +50,7 @@ def task_covariance(model):
     return found
 
 
-def task_correlation(model):
+def task_correlation(model: keras.Model) -> dict[str, np.ndarray]:
     """The learned task correlations, `S_ij / sqrt(S_ii S_jj)`, of each layer.
 
     Args:
@@ -69,6 +72,6 @@ def task_correlation(model):
     return {name: _correlation(matrix) for name, matrix in task_covariance(model).items()}
 
 
-def _correlation(matrix):
+def _correlation(matrix: np.ndarray) -> np.ndarray:
     deviation = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
     return matrix / deviation[..., :, None] / deviation[..., None, :]

@@ -2,13 +2,24 @@
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import keras
 import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.backend import assert_true
+from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.kernels.state import KernelState, state_weight
 from dmtrl_keras.mrn import tensor_normal
+from dmtrl_keras.mrn.covariance import ModeCovariance
+
+if TYPE_CHECKING:
+    from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
+
+# A mode of a kernel: its name or its axis.
+Mode: TypeAlias = str | int
 
 
 class TensorNormalState(KernelState):
@@ -26,7 +37,15 @@ class TensorNormalState(KernelState):
         dtype: str, dtype of the state.
     """
 
-    def __init__(self, regularizer, kernel, shape, names, owner, dtype):
+    def __init__(
+        self,
+        regularizer: "TensorNormalRegularizer",
+        kernel: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        names: Sequence[str],
+        owner: str,
+        dtype: str,
+    ) -> None:
         super().__init__(name="prior", dtype=dtype, trainable=False)
         self.regularizer = regularizer
         self.owner = owner
@@ -46,7 +65,7 @@ class TensorNormalState(KernelState):
         self._learned = sorted(learned)
         self._given = dict(zip(learned, regularizer.modes))
 
-    def _axis(self, mode, argument):
+    def _axis(self, mode: Any, argument: str) -> int:
         order = len(self._kernel_shape)
         number = isinstance(mode, numbers.Integral) and not isinstance(mode, bool)
         if number and -order <= mode < order:
@@ -65,11 +84,13 @@ class TensorNormalState(KernelState):
             f"Received: {mode!r}.{hint}"
         )
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Shape | None = None) -> None:
         regularizer, shape = self.regularizer, self._kernel_shape
         rest = [axis for axis in range(len(shape)) if axis != self._each]
         self._sizes = tuple(shape[axis] for axis in rest)
-        self.modes, self._shared = {}, None
+        self.modes: dict[str, ModeCovariance] = {}
+        # Where the task mode is, and its count, if the covariance is shared.
+        self._shared: tuple[int, int] | None = None
         for axis in self._learned:
             mode, size = self._given[axis], shape[axis]
             name = self.names[axis]
@@ -96,19 +117,19 @@ class TensorNormalState(KernelState):
 
     # --- the prior ----------------------------------------------------------------
 
-    def _arranged(self, kernel):
+    def _arranged(self, kernel: Tensor) -> Tensor:
         """The kernel as samples, `(n, d_1, ..., d_K)`."""
         x = ops.cast(kernel, self.variable_dtype)
         return x[None] if self._each is None else ops.moveaxis(x, self._each, 0)
 
-    def _matrices(self, name):
+    def _matrices(self, name: str) -> list[Tensor]:
         """A matrix of every mode, None where there is no covariance."""
         matrices = [None] * len(self._sizes)
         for position, covariance in zip(self._positions, self.modes.values()):
             matrices[position] = ops.convert_to_tensor(getattr(covariance, name))
         return matrices
 
-    def penalty(self, kernel):
+    def penalty(self, kernel: Tensor) -> Tensor:
         """The negative log prior of a kernel, without its constant, times the strength."""
         x = self._arranged(kernel)
         # The gradient of half the quadratic form is `S^-1 W` (DRN Eq. 12): the product that
@@ -122,7 +143,7 @@ class TensorNormalState(KernelState):
         )
         return self.regularizer.strength * (half + log_determinant / 2)
 
-    def call(self, training=None):
+    def call(self, training: bool | None = None) -> None:
         every = self.regularizer.update_every
         if not training or every is None:
             return
@@ -146,15 +167,17 @@ class TensorNormalState(KernelState):
             variable.assign(value)
         self.step.assign(ops.where(due, ops.zeros_like(step), step))
 
-    def _updated_variables(self):
+    def _updated_variables(self) -> list[keras.Variable]:
         variables = [] if self._shared is None else [self.scatter]
         for covariance in self.modes.values():
             variables += [covariance.covariance, covariance.whitener, covariance.precision]
         return variables
 
-    def _flip_flop(self, x):
+    def _flip_flop(self, x: Tensor) -> list[Tensor]:
         """One sweep over the modes, each given the newest of the others (DRN Eq. 5)."""
-        whiteners, scatters, updated = self._matrices("whitener"), [], []
+        whiteners = self._matrices("whitener")
+        scatters: list[Tensor] = []
+        updated: list[Tensor] = []
         size = math.prod(self._sizes)
         for position, covariance in zip(self._positions, self.modes.values()):
             pooled = self._each is None
@@ -172,14 +195,15 @@ class TensorNormalState(KernelState):
         return [*scatters, *updated]
 
     @property
-    def shared_count(self):
+    def shared_count(self) -> int:
         """The product of the other dimensions than that of the tasks, an int."""
+        assert self._shared is not None
         return self._shared[1]
 
     # --- what was learned -----------------------------------------------------------
 
     @property
-    def covariances(self):
+    def covariances(self) -> dict[str, np.ndarray]:
         """The learned covariances, a dict from mode name to a NumPy array.
 
         Each is `(d, d)`, or `(n, d, d)` with `each`.

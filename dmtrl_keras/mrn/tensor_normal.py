@@ -15,15 +15,22 @@ section 3; Ohlson, Ahmad & von Rosen, "The multilinear normal distribution" (201
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.linalg import mode_product, whitener
+from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import check_positive
 
+# One for each mode, None for identities.
+Matrices: TypeAlias = Sequence[Tensor | None]
 
-def mode_products(x, matrices, skip=None):
+
+def mode_products(x: Tensor, matrices: Matrices, skip: int | None = None) -> Tensor:
     """The product of each mode with a matrix, `X x_1 A_1 ... x_K A_K`.
 
     With whiteners for matrices the modes become independent; with precisions this is
@@ -45,7 +52,7 @@ def mode_products(x, matrices, skip=None):
     return x
 
 
-def quadratic_form(x, whiteners):
+def quadratic_form(x: Tensor, whiteners: Matrices) -> Tensor:
     """`vec(X)^T (S_1 (x) ... (x) S_K)^-1 vec(X)`, the exponent of DRN Eq. 2.
 
     Args:
@@ -59,7 +66,7 @@ def quadratic_form(x, whiteners):
     return ops.sum(ops.reshape(z * z, (-1, math.prod(z.shape[1:]))), axis=-1)
 
 
-def log_determinant(shape, whiteners):
+def log_determinant(shape: Sequence[int], whiteners: Matrices) -> Tensor:
     """`ln|S_1 (x) ... (x) S_K| = sum_k (d / d_k) ln|S_k|`.
 
     Args:
@@ -78,7 +85,9 @@ def log_determinant(shape, whiteners):
     return total
 
 
-def mode_covariance(x, whiteners, mode, pooled=True):
+def mode_covariance(
+    x: Tensor, whiteners: Matrices, mode: int, pooled: bool = True
+) -> Tensor:
     """The covariance of one mode given those of the others (DRN Eq. 5).
 
     `S_k = 1 / (n prod_{j != k} d_j) sum_i Z_i(k) Z_i(k)^T`, where `Z_i` is sample i,
@@ -98,7 +107,7 @@ def mode_covariance(x, whiteners, mode, pooled=True):
     return scatter / columns.shape[-2]
 
 
-def log_density(x, covariances, mean=None):
+def log_density(x: Tensor, covariances: Matrices, mean: Tensor | None = None) -> Tensor:
     """The log of the tensor normal density (DRN Eq. 2).
 
     `ln p(X) = -1/2 (d ln(2 pi) + sum_k (d / d_k) ln|S_k| + q)` with the quadratic form
@@ -134,7 +143,13 @@ def log_density(x, covariances, mean=None):
     return density[0] if one else density
 
 
-def sample(covariances, mean=None, shape=None, samples=1, seed=None):
+def sample(
+    covariances: Matrices,
+    mean: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    samples: int = 1,
+    seed: int | None = None,
+) -> np.ndarray:
     """Draw from a tensor normal distribution: `M + Z x_1 L_1 ... x_K L_K`.
 
     Args:
@@ -167,7 +182,7 @@ def sample(covariances, mean=None, shape=None, samples=1, seed=None):
                 "sample: without `shape` and `mean` every covariance must be given. "
                 f"Received: None for the modes {unknown}."
             )
-        shape = tuple(len(matrix) for matrix in covariances)
+        shape = tuple(len(matrix) for matrix in covariances if matrix is not None)
     x = np.random.default_rng(seed).normal(size=(samples, *shape))
     for mode, matrix in enumerate(_checked(tuple(shape), covariances)):
         if matrix is not None:
@@ -189,15 +204,21 @@ class TensorNormal:
     """
 
     mean: np.ndarray
-    covariances: tuple
+    covariances: tuple[np.ndarray | None, ...]
     log_likelihood: float
     sweeps: int
     converged: bool
 
 
 def flip_flop(
-    samples, mean=None, modes=None, ridge=0.0, tolerance=1e-6, max_sweeps=500, start=None
-):
+    samples: ArrayLike,
+    mean: Tensor | None = None,
+    modes: Sequence[int] | None = None,
+    ridge: float = 0.0,
+    tolerance: float = 1e-6,
+    max_sweeps: int = 500,
+    start: Matrices | None = None,
+) -> TensorNormal:
     """Maximum likelihood by the flip-flop algorithm (DRN Eq. 4, 5), for any order.
 
     Each covariance in turn is set to what is most likely given the others, until a sweep
@@ -264,7 +285,8 @@ def flip_flop(
                 new = new * shape[mode] / np.trace(new)
             old = covariances[mode]
             old = np.eye(shape[mode]) if old is None else old
-            change = max(change, np.linalg.norm(new - old) / np.linalg.norm(old))
+            step = float(np.linalg.norm(new - old) / np.linalg.norm(old))
+            change = max(change, step)
             covariances[mode] = new
             whiteners[mode] = whitener(ops.convert_to_tensor(new, x.dtype))
         converged = change < tolerance
@@ -278,7 +300,7 @@ def flip_flop(
     )
 
 
-def _columns(x, axis, pooled):
+def _columns(x: Tensor, axis: int, pooled: bool) -> Tensor:
     """An axis as columns and the others as rows, `(rows, d)`.
 
     Pooled, the samples are among the rows; else there is one matrix for each.
@@ -288,7 +310,7 @@ def _columns(x, axis, pooled):
     return ops.reshape(moved, (*moved.shape[: 0 if pooled else 1], -1, moved.shape[-1]))
 
 
-def _mode_product(x, matrix, axis):
+def _mode_product(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """The product of an axis with a matrix, or with one for each sample."""
     pooled = len(matrix.shape) == 2
     if pooled and axis == 1 == x.shape[0]:
@@ -303,7 +325,7 @@ def _mode_product(x, matrix, axis):
     return ops.moveaxis(ops.reshape(columns, shape), -1, axis)
 
 
-def _modes(modes, order):
+def _modes(modes: Sequence[int] | None, order: int) -> tuple[int, ...]:
     modes = range(order) if modes is None else modes
     valid = all(isinstance(mode, int) and 0 <= mode < order for mode in modes)
     if not valid or not len(modes) or len(set(modes)) < len(modes):
@@ -314,7 +336,7 @@ def _modes(modes, order):
     return tuple(modes)
 
 
-def _mean(mean, shape, dtype):
+def _mean(mean: Tensor, shape: Sequence[int], dtype: DType) -> Tensor:
     mean = ops.cast(ops.convert_to_tensor(mean), dtype)
     if tuple(mean.shape) != tuple(shape):
         raise ValueError(
@@ -324,7 +346,7 @@ def _mean(mean, shape, dtype):
     return mean
 
 
-def _checked(shape, covariances):
+def _checked(shape: Sequence[int], covariances: Matrices) -> list[np.ndarray | None]:
     """The covariances as float64 arrays, None for identities."""
     if len(covariances) != len(shape):
         raise ValueError(
@@ -337,14 +359,14 @@ def _checked(shape, covariances):
     ]
 
 
-def _whiteners(covariances, dtype):
+def _whiteners(covariances: Matrices, dtype: DType) -> list[Tensor]:
     return [
         None if matrix is None else whitener(ops.convert_to_tensor(matrix, dtype))
         for matrix in covariances
     ]
 
 
-def check_covariance(matrix, owner, size=None):
+def check_covariance(matrix: Tensor, owner: str, size: int | None = None) -> np.ndarray:
     """A covariance as a float64 array.
 
     Args:

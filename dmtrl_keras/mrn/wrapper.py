@@ -1,9 +1,13 @@
 """A prior over the kernel of any Keras layer."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
 import keras
 
 from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.backend import full_precision
+from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.kernels.state import StatePenalty, mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
@@ -52,7 +56,14 @@ class TensorNormalPrior(keras.layers.Wrapper):
     ((2, 3), ['class', 'feature'])
     """
 
-    def __init__(self, layer, regularizer, kernel="kernel", axes=None, **kwargs):
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        regularizer: TensorNormalRegularizer,
+        kernel: str = "kernel",
+        axes: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(layer, **kwargs)
         if not isinstance(regularizer, TensorNormalRegularizer):
             raise ValueError(
@@ -62,15 +73,15 @@ class TensorNormalPrior(keras.layers.Wrapper):
         self.regularizer = regularizer
         self.kernel_name = kernel
         self.axes = None if axes is None else tuple(axes)
-        self.prior = None
+        self.prior: Any = None
         self.supports_masking = layer.supports_masking
 
     @property
-    def kernel(self):
+    def kernel(self) -> keras.Variable:
         """The variable that the prior is over."""
         return getattr(self.layer, self.kernel_name, None)
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)
         kernel = self.kernel
         if not isinstance(kernel, keras.Variable):
@@ -102,17 +113,17 @@ class TensorNormalPrior(keras.layers.Wrapper):
         kernel.regularizer = StatePenalty(self.prior)
         self.built = True
 
-    def call(self, inputs, training=None, **kwargs):
+    def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Tensor:
         self.prior(training=training)
         return self.layer(inputs, **kwargs)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Any:
         return self.layer.compute_output_shape(input_shape)
 
-    def compute_mask(self, inputs, mask=None):
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return self.layer.compute_mask(inputs, mask)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "regularizer": keras.saving.serialize_keras_object(self.regularizer),
@@ -121,7 +132,9 @@ class TensorNormalPrior(keras.layers.Wrapper):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
         config = dict(config)
         for name in ("layer", "regularizer"):
             config[name] = keras.saving.deserialize_keras_object(
@@ -135,10 +148,10 @@ class _Prior(Rule):
 
     has_weights = True
 
-    def problem(self, layer, shapes):
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
         return "it has a prior of its own; give `multitask` the layer and `prior`"
 
-    def alone(self, layer):
+    def alone(self, layer: keras.layers.Layer) -> keras.layers.Layer:
         return layer.layer
 
 

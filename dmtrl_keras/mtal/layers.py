@@ -1,8 +1,12 @@
 """MTAL's layers by name: convolutions whose similar kernels are shared between tasks."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
-from dmtrl_keras.mtal.similar_kernels import SimilarKernels
+from dmtrl_keras.mtal.similar_kernels import KernelThreshold, SimilarKernels, TaskWeights
+from dmtrl_keras.mtal.similarity import Pairing
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.rewrite import NamedSharing
 
@@ -31,16 +35,17 @@ class SimilarKernelLayer(NamedSharing):
 
     def __init__(
         self,
-        *args,
-        threshold="related",
-        weights=0.5,
-        pairs="all",
-        related=None,
-        update_every=1,
-        **kwargs,
-    ):
+        *args: Any,
+        threshold: KernelThreshold = "related",
+        weights: TaskWeights = 0.5,
+        pairs: Pairing = "all",
+        related: Sequence[Sequence[int | str]] | None = None,
+        update_every: int = 1,
+        **kwargs: Any,
+    ) -> None:
         sharing = SimilarKernels(threshold, weights, pairs, related, update_every)
-        super().__init__(*args, sharing=sharing, **kwargs)
+        # The constructor of the layer below, not of `TaskLayer`.
+        super().__init__(*args, sharing=sharing, **kwargs)  # type: ignore[misc]
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")

@@ -5,6 +5,7 @@ Kernel Pairs" (2021), section 4.6 and Table 6.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -16,7 +17,7 @@ from dmtrl_keras.mtal.similar_kernels import SimilarKernels
 from dmtrl_keras.mtal.stored_once import StoredOnce
 from dmtrl_keras.tasks.rewrite import with_sharing
 from dmtrl_keras.tasks.rewrite_models import with_layers
-from dmtrl_keras.tasks.task_layer import task_layers
+from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +41,19 @@ class KernelSharing:
     parameters_distinct: int
 
     @property
-    def ratio(self):
+    def ratio(self) -> float:
         """The share of kernels that are aggregated with others, a float in [0, 1]."""
         return self.shared / self.kernels
 
     @property
-    def saved(self):
+    def saved(self) -> float:
         """The share of weights that need not be stored, a float in [0, 1)."""
         return 1 - self.parameters_distinct / self.parameters
 
 
-def kernel_sharing_ratio(model, tolerance=1e-5, verbose=True):
+def kernel_sharing_ratio(
+    model: keras.Model, tolerance: float = 1e-5, verbose: bool = True
+) -> list[KernelSharing]:
     """How many kernels are shared, by layer and in total (MTAL Table 6).
 
     The paper's ratio is given as the compression, too. Both are here: `ratio` counts the
@@ -95,7 +98,9 @@ def kernel_sharing_ratio(model, tolerance=1e-5, verbose=True):
     return rows
 
 
-def merge_similar_kernels(model, tolerance=1e-5, verbose=True):
+def merge_similar_kernels(
+    model: keras.Model, tolerance: float = 1e-5, verbose: bool = True
+) -> keras.Model:
     """The network in which kernels that are equal after aggregation are stored once.
 
     What is left has no similarities to compute; it trains on with these kernels shared.
@@ -135,7 +140,7 @@ def merge_similar_kernels(model, tolerance=1e-5, verbose=True):
     return new
 
 
-def _similar_layers(model, owner):
+def _similar_layers(model: keras.Model, owner: str) -> list[TaskLayer]:
     found = [
         layer
         for layer in task_layers(model)
@@ -149,7 +154,7 @@ def _similar_layers(model, owner):
     return found
 
 
-def _distinct(layer, tolerance):
+def _distinct(layer: TaskLayer, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     """Which of the aggregated kernels are equal.
 
     Returns:
@@ -167,15 +172,16 @@ def _distinct(layer, tolerance):
     return rows, first[first]
 
 
-def _pairs(layer):
+def _pairs(layer: TaskLayer) -> tuple[np.ndarray, np.ndarray]:
     """The similar pairs, as two arrays of numbers of rows."""
+    assert layer.selection is not None
     selection = keras.ops.convert_to_numpy(layer.selection.tensors()["selection"])
     group, one, other = np.nonzero(selection)
     size = selection.shape[1]
     return group * size + one, group * size + other
 
 
-def _sharing_of(layer, tolerance):
+def _sharing_of(layer: TaskLayer, tolerance: float) -> KernelSharing:
     rows, first = _distinct(layer, tolerance)
     shared = 0 if layer.selection is None else len(np.unique(_pairs(layer)[0]))
     distinct = len(np.unique(first))
@@ -189,7 +195,7 @@ def _sharing_of(layer, tolerance):
     )
 
 
-def _merged(layer, tolerance):
+def _merged(layer: TaskLayer, tolerance: float) -> TaskLayer:
     """An unbuilt layer that stores equal kernels once."""
     kernel = keras.ops.convert_to_numpy(layer.kernel)
     rows, first = _distinct(layer, tolerance)
@@ -204,23 +210,17 @@ def _merged(layer, tolerance):
     return new
 
 
-def _print(model, rows):
-    # Keras itself depends on rich, for `model.summary()`.
-    from rich.table import Table
-
-    table = Table(title=f"Shared kernels: {model.name}")
-    table.add_column("Layer", overflow="fold", min_width=20)
-    for column in ("Kernels", "Shared", "Ratio", "Distinct", "Weights saved"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row is rows[-1]:
-            table.add_section()
-        table.add_row(
+def _print(model: keras.Model, rows: Sequence[KernelSharing]) -> None:
+    columns = ["Layer", "Kernels", "Shared", "Ratio", "Distinct", "Weights saved"]
+    cells = [
+        [
             row.layer,
             f"{row.kernels:,}",
             f"{row.shared:,}",
             f"{row.ratio:.1%}",
             f"{row.distinct:,}",
             f"{row.saved:.1%}",
-        )
-    print_table(table)
+        ]
+        for row in rows
+    ]
+    print_table(f"Shared kernels: {model.name}", columns, cells, totals=1)

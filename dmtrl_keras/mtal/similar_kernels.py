@@ -2,16 +2,28 @@
 
 import itertools
 import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self, TypeAlias
 
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.backend import eager_scope, full_precision
+from dmtrl_keras.ground.types import Factors, FactorShapes, Shape, Tensor
 from dmtrl_keras.kernels.independent import Independent
 from dmtrl_keras.kernels.parameterization import Parameterization, register
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mtal import similarity as similar_kernels
+from dmtrl_keras.mtal.similarity import Pairing
+
+KernelThreshold: TypeAlias = (
+    float
+    | Literal["related", "unrelated"]
+    | keras.optimizers.schedules.LearningRateSchedule
+)
+TaskWeights: TypeAlias = float | Literal["learned"] | ArrayLike
 
 # In training a kernel is aggregated with its partners alone if none has more than these,
 # or than T - 1. Each one more costs time, whether it is used or not.
@@ -77,12 +89,12 @@ class SimilarKernels(Parameterization):
 
     def __init__(
         self,
-        threshold="related",
-        weights=0.5,
-        pairs="all",
-        related=None,
-        update_every=1,
-    ):
+        threshold: KernelThreshold = "related",
+        weights: TaskWeights = 0.5,
+        pairs: Pairing = "all",
+        related: Sequence[Sequence[int | str]] | None = None,
+        update_every: int = 1,
+    ) -> None:
         self.threshold = _check_threshold(threshold)
         self.weights = _check_weights(weights)
         if pairs not in similar_kernels.PAIRINGS:
@@ -100,7 +112,7 @@ class SimilarKernels(Parameterization):
         self.related = _check_related(related)
         self.update_every = int(update_every)
 
-    def with_names(self, names):
+    def with_names(self, names: Sequence[str]) -> Self:
         if self.related is None or not _named(self.related):
             return self
         unknown = sorted({task for group in self.related for task in group} - set(names))
@@ -112,7 +124,7 @@ class SimilarKernels(Parameterization):
         related = [[names.index(task) for task in group] for group in self.related]
         return type(self)(**{**self._arguments(), "related": related})
 
-    def _groups(self, tasks):
+    def _groups(self, tasks: int) -> np.ndarray:
         """Bool array `(T, T)`: which tasks may share."""
         if self.related is None:
             return similar_kernels.related_tasks(tasks)
@@ -129,11 +141,11 @@ class SimilarKernels(Parameterization):
             )
         return similar_kernels.related_tasks(tasks, self.related)
 
-    def threshold_at(self, step):
+    def threshold_at(self, step: Tensor) -> Tensor:
         """The threshold at a training step, a number or scalar tensor."""
         return self.threshold(step) if callable(self.threshold) else self.threshold
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         tasks = kernel.shape[-1]
         factors = {"kernel": kernel}
         if self.weights == "learned":
@@ -146,13 +158,19 @@ class SimilarKernels(Parameterization):
         self._groups(tasks)
         return factors
 
-    def new_state(self, factors, start, tasks, dtype):
+    def new_state(
+        self,
+        factors: Callable[[], Factors],
+        start: Mapping[str, np.ndarray],
+        tasks: int,
+        dtype: str,
+    ) -> "SelectionState | None":
         # A single task has nothing to choose.
         if tasks == 1:
             return None
         return SelectionState(self, factors, start["kernel"], dtype)
 
-    def task_weights(self, factors):
+    def task_weights(self, factors: Factors) -> Tensor:
         """The weights `phi_ij` of Eq. 5, a tensor `(T, T)` in full precision."""
         kernel = factors["kernel"]
         tasks = kernel.shape[-1]
@@ -163,7 +181,7 @@ class SimilarKernels(Parameterization):
         weights = np.broadcast_to(np.asarray(self.weights, "float64"), (tasks, tasks))
         return ops.convert_to_tensor(weights, dtype)
 
-    def select(self, kernel, step):
+    def select(self, kernel: Tensor, step: Tensor) -> dict[str, Tensor]:
         """The pairs that pass (Eq. 3, 4) among the kernels of a layer.
 
         Args:
@@ -190,11 +208,11 @@ class SimilarKernels(Parameterization):
             "counts": counts,
         }
 
-    def _capacity(self, shape):
+    def _capacity(self, shape: tuple[int, ...]) -> int:
         """How many partners of a kernel are listed."""
         return min(self._most(shape), max(_PARTNERS, shape[-1] - 1))
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         kernel = factors["kernel"]
         if tasks > 1 and "selection" not in factors:
             factors = factors | self.select(ops.stop_gradient(kernel), 0)
@@ -206,7 +224,7 @@ class SimilarKernels(Parameterization):
             return Independent().compose({"kernel": kernel}, tasks)
         return self._by_matrix(kernel, factors)
 
-    def _by_matrix(self, kernel, factors):
+    def _by_matrix(self, kernel: Tensor, factors: Factors) -> Tensor:
         rows = similar_kernels.kernel_rows(kernel)
         compared = similar_kernels.comparable(rows, kernel.shape[-1], self.pairs)
         weights = self.task_weights(factors)
@@ -214,7 +232,7 @@ class SimilarKernels(Parameterization):
         mixed = ops.reshape(mixed, rows.shape)
         return similar_kernels.kernels_by_task(mixed, kernel.shape)
 
-    def _by_partners(self, kernel, factors):
+    def _by_partners(self, kernel: Tensor, factors: Factors) -> Tensor:
         """The aggregated kernels, by the lists where they are long enough."""
         partners, counts = factors["partners"], factors["counts"]
         *shape, outputs, tasks = kernel.shape
@@ -223,7 +241,7 @@ class SimilarKernels(Parameterization):
         )
         columns = ops.reshape(kernel, (int(np.prod(shape)), outputs * tasks))
 
-        def listed():
+        def listed() -> Tensor:
             learned = self.weights == "learned"
             mixed = similar_kernels.aggregate_partners(columns, coefficients, learned)
             return ops.reshape(mixed, kernel.shape)
@@ -236,17 +254,17 @@ class SimilarKernels(Parameterization):
             lambda: ops.moveaxis(self._by_matrix(kernel, factors), 0, -1),
         )
 
-    def _most(self, shape):
+    def _most(self, shape: tuple[int, ...]) -> int:
         """The most partners that a kernel can have."""
         *_, outputs, tasks = shape
         return (tasks - 1) * (1 if self.pairs == "index" else outputs)
 
-    def compose_flops(self, shapes):
+    def compose_flops(self, shapes: FactorShapes) -> int:
         shape = shapes["kernel"]
         partners = self._capacity(shape) if shape[-1] > 1 else 0
         return 2 * int(np.prod(shape)) * (partners + 1)
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         """How much of task t's kernels comes from task k's: `(T, T)`, columns sum to 1."""
         if tasks == 1:
             return ops.eye(1)
@@ -260,7 +278,7 @@ class SimilarKernels(Parameterization):
         own = 1 - ops.sum(others, axis=1)
         return ops.transpose(others + ops.diag(own))
 
-    def _arguments(self):
+    def _arguments(self) -> dict[str, Any]:
         return {
             "threshold": self.threshold,
             "weights": self.weights,
@@ -269,7 +287,7 @@ class SimilarKernels(Parameterization):
             "update_every": self.update_every,
         }
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = self._arguments()
         if callable(self.threshold):
             config["threshold"] = keras.optimizers.schedules.serialize(self.threshold)
@@ -288,13 +306,19 @@ class SelectionState(keras.layers.Layer):
         dtype: str, dtype to compare in.
     """
 
-    def __init__(self, sharing, factors, start, dtype):
+    def __init__(
+        self,
+        sharing: SimilarKernels,
+        factors: Callable[[], Factors],
+        start: np.ndarray,
+        dtype: str,
+    ) -> None:
         super().__init__(name="selection", dtype=dtype, trainable=False)
         self._sharing = sharing
         self._factors = factors
-        self._start = start
+        self._start: np.ndarray | None = start
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Shape | None = None) -> None:
         with eager_scope():
             start = ops.convert_to_tensor(self._start, self.variable_dtype)
             found = {
@@ -308,26 +332,26 @@ class SelectionState(keras.layers.Layer):
         self.step = state_weight(self, "step", np.zeros((), "int32"))
         self.built = True
 
-    def tensors(self, training=False):
+    def tensors(self, training: bool | None = False) -> dict[str, Tensor]:
         """The choice, by name, for `SimilarKernels.compose`; in training with the lists."""
         names = self._chosen if training else ["selection"]
         # The values: Keras takes its variables for tensors, but a gradient can't read them.
         return {name: ops.stop_gradient(self._chosen[name]) for name in names}
 
-    def refresh(self):
+    def refresh(self) -> None:
         """Choose the pairs anew from the kernels as they are now."""
         self._assign(self._select(ops.convert_to_tensor(self.step)))
 
-    def _select(self, step):
+    def _select(self, step: Tensor) -> list[Tensor]:
         kernel = ops.convert_to_tensor(self._factors()["kernel"])
         kernel = ops.cast(ops.stop_gradient(kernel), self.variable_dtype)
         return list(self._sharing.select(kernel, step).values())
 
-    def _assign(self, values):
+    def _assign(self, values: Sequence[Tensor]) -> None:
         for variable, value in zip(self._chosen.values(), values):
             variable.assign(value)
 
-    def call(self, training=None):
+    def call(self, training: bool | None = None) -> None:
         if not training:
             return
         step = ops.convert_to_tensor(self.step)
@@ -344,7 +368,7 @@ class SelectionState(keras.layers.Layer):
         self.step.assign(step + 1)
 
 
-def _check_threshold(threshold):
+def _check_threshold(threshold: Any) -> Any:
     if isinstance(threshold, dict):
         threshold = keras.optimizers.schedules.deserialize(threshold)
     if isinstance(threshold, keras.optimizers.schedules.LearningRateSchedule):
@@ -361,7 +385,7 @@ def _check_threshold(threshold):
     return float(threshold)
 
 
-def _check_weights(weights):
+def _check_weights(weights: Any) -> Any:
     if np.ndim(weights) == 0 and weights in ("learned", 0.5):
         return weights
     try:
@@ -379,11 +403,11 @@ def _check_weights(weights):
     )
 
 
-def _named(groups):
+def _named(groups: Sequence[Sequence[Any]]) -> bool:
     return any(isinstance(task, str) for task in itertools.chain(*groups))
 
 
-def _check_related(related):
+def _check_related(related: Any) -> list[list[Any]] | None:
     if related is None:
         return None
     problem = ValueError(
@@ -399,7 +423,9 @@ def _check_related(related):
         group = list(group)
         names = all(isinstance(task, str) for task in group)
         numbered = all(
-            isinstance(task, numbers.Integral) and not isinstance(task, bool) and task >= 0
+            isinstance(task, numbers.Integral)
+            and not isinstance(task, bool)
+            and int(task) >= 0
             for task in group
         )
         if not (names or numbered) or len(set(group)) != len(group) or len(group) < 2:

@@ -6,21 +6,26 @@ settled in `dmtrl_keras.parameterizations.SimilarKernels`.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.backend import fused
+from dmtrl_keras.ground.types import DType, Tensor
 
 # The thresholds that the paper found best, section 4.3.
 THRESHOLDS = {"related": 0.4, "unrelated": 0.55}
+Pairing: TypeAlias = Literal["all", "index"]
 PAIRINGS = ("all", "index")
 
 # A cosine this far below the threshold counts as at it: equal kernels miss 1 by rounding.
 _ROUNDING = 2e-6
 
 
-def kernel_rows(kernel):
+def kernel_rows(kernel: Tensor) -> Tensor:
     """Kernels as rows of a matrix.
 
     Args:
@@ -34,7 +39,7 @@ def kernel_rows(kernel):
     return ops.transpose(rows)
 
 
-def kernels_by_task(rows, shape):
+def kernels_by_task(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Rows as kernels again, the task axis first.
 
     Args:
@@ -49,7 +54,7 @@ def kernels_by_task(rows, shape):
     return ops.reshape(ops.transpose(x, (1, 2, 0)), (tasks, *window, outputs))
 
 
-def comparable(rows, tasks, pairs):
+def comparable(rows: Tensor, tasks: int, pairs: Pairing) -> Tensor:
     """Rows in groups within which they are compared.
 
     Args:
@@ -65,7 +70,7 @@ def comparable(rows, tasks, pairs):
     return ops.reshape(rows, (count // size, size, length))
 
 
-def cosine_similarity(kernels):
+def cosine_similarity(kernels: Tensor) -> Tensor:
     """The cosines of all kernels of a group (Eq. 3), as one Gram matrix.
 
     Args:
@@ -79,7 +84,7 @@ def cosine_similarity(kernels):
     return ops.matmul(unit, ops.swapaxes(unit, -1, -2))
 
 
-def similar_pairs(kernels, threshold, related):
+def similar_pairs(kernels: Tensor, threshold: Tensor, related: Tensor) -> Tensor:
     """The pairs of kernels of different tasks that are similar enough (Eq. 4).
 
     Args:
@@ -97,7 +102,7 @@ def similar_pairs(kernels, threshold, related):
     return ops.logical_and(cosine_similarity(kernels) >= threshold, allowed)
 
 
-def coefficients(selection, weights):
+def coefficients(selection: Tensor, weights: Tensor) -> Tensor:
     """What the similar kernels of others contribute to each aggregated kernel.
 
     By Eq. 5 and 6, `w_i = 1 / |M_i| sum over j in M_i of (phi_ij w_i + phi_ji w_j)`: the
@@ -117,7 +122,7 @@ def coefficients(selection, weights):
     return selection * weights / ops.maximum(sizes, 1)
 
 
-def aggregate(kernels, selection, weights):
+def aggregate(kernels: Tensor, selection: Tensor, weights: Tensor) -> Tensor:
     """Aggregated kernels (Eq. 5, 6) by one matrix product; those without similar ones stay.
 
     Args:
@@ -133,7 +138,7 @@ def aggregate(kernels, selection, weights):
     return own * kernels + ops.matmul(ops.cast(others, kernels.dtype), kernels)
 
 
-def partners_of(selection, capacity):
+def partners_of(selection: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """For each kernel, the similar ones of other tasks, in a list of fixed length.
 
     Args:
@@ -154,7 +159,9 @@ def partners_of(selection, capacity):
     return partners, ops.reshape(ops.sum(ones, axis=-1), (groups * size,))
 
 
-def partner_coefficients(partners, counts, weights, dtype):
+def partner_coefficients(
+    partners: Tensor, counts: Tensor, weights: Tensor, dtype: DType
+) -> tuple[Tensor, ...]:
     """`coefficients`, of listed partners only.
 
     Args:
@@ -187,7 +194,9 @@ def partner_coefficients(partners, counts, weights, dtype):
     return (*parts, ops.cast(partners, "float32"))
 
 
-def aggregate_partners(kernels, coefficients, learned=False):
+def aggregate_partners(
+    kernels: Tensor, coefficients: Sequence[Tensor], learned: bool = False
+) -> Tensor:
     """`aggregate` by the lists of partners: no kernel meets any but these.
 
     The gradient, too, gathers: pairs are symmetric, so that the transposed matrix of
@@ -204,8 +213,12 @@ def aggregate_partners(kernels, coefficients, learned=False):
     """
 
     @ops.custom_gradient
-    def mix(kernels, own, to_own, to_theirs, partners):
-        def gradient(*arguments, upstream=None):
+    def mix(
+        kernels: Tensor, own: Tensor, to_own: Tensor, to_theirs: Tensor, partners: Tensor
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        def gradient(
+            *arguments: Tensor, upstream: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
             upstream = arguments[0] if upstream is None else upstream
             weights = ops.zeros_like(to_own)
             if learned:
@@ -220,20 +233,20 @@ def aggregate_partners(kernels, coefficients, learned=False):
 
 
 @fused
-def _combine(kernels, own, others, partners):
+def _combine(kernels: Tensor, own: Tensor, others: Tensor, partners: Tensor) -> Tensor:
     """`own` times each column plus `others` times those of its partners."""
     taken = ops.take(kernels, ops.cast(partners, "int32"), axis=1)
     return own * kernels + ops.sum(taken * others, axis=-1)
 
 
 @fused
-def _inner_products(upstream, kernels, partners):
+def _inner_products(upstream: Tensor, kernels: Tensor, partners: Tensor) -> Tensor:
     """The gradient of `others`: each adds a partner and takes away the column itself."""
     taken = ops.take(kernels, ops.cast(partners, "int32"), axis=1)
     return ops.sum(upstream[..., None] * (taken - kernels[..., None]), axis=0)
 
 
-def related_tasks(tasks, groups=None):
+def related_tasks(tasks: int, groups: Sequence[Sequence[int]] | None = None) -> np.ndarray:
     """Which tasks may share, from groups of related ones.
 
     Args:
@@ -250,7 +263,7 @@ def related_tasks(tasks, groups=None):
     return related
 
 
-def stacked(kernels):
+def stacked(kernels: Tensor) -> Tensor:
     """The kernels of T tasks as one array `(*window, in, out, T)`.
 
     Args:
@@ -270,7 +283,13 @@ def stacked(kernels):
     return ops.stack(kernels, axis=-1)
 
 
-def aggregate_similar_kernels(kernels, threshold, weights=0.5, pairs="all", related=None):
+def aggregate_similar_kernels(
+    kernels: Tensor,
+    threshold: float,
+    weights: float | ArrayLike = 0.5,
+    pairs: Pairing = "all",
+    related: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """MTAL's aggregation of the kernels of T tasks (Eq. 3-6), once.
 
     `SimilarKernelConv2D` does the same in a network.

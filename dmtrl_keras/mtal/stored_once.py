@@ -1,9 +1,13 @@
 """Kernels that some tasks have in common, each stored once."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.ground.types import Factors, Tensor
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.mtal import similarity
 
@@ -30,7 +34,7 @@ class StoredOnce(Parameterization):
 
     name = "stored_once"
 
-    def __init__(self, numbers):
+    def __init__(self, numbers: Sequence[Sequence[int]]) -> None:
         array = np.asarray(numbers)
         whole = array.ndim == 2 and array.dtype.kind == "i"
         if not whole or not np.array_equal(np.unique(array), np.arange(array.max() + 1)):
@@ -41,7 +45,7 @@ class StoredOnce(Parameterization):
         self.numbers = array.tolist()
         self.count = int(array.max()) + 1
 
-    def decompose(self, kernel):
+    def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         numbers = np.asarray(self.numbers)
         if kernel.shape[-2:] != numbers.shape:
             raise ValueError(
@@ -51,18 +55,18 @@ class StoredOnce(Parameterization):
         _, first = np.unique(numbers.ravel(), return_index=True)
         return {"kernel": kernel.reshape(*kernel.shape[:-2], -1)[..., first]}
 
-    def compose(self, factors, tasks):
+    def compose(self, factors: Factors, tasks: int) -> Tensor:
         kernel = factors["kernel"]
         rows = similarity.kernel_rows(kernel[..., None])
         rows = ops.take(rows, np.ravel(self.numbers).astype("int32"), axis=0)
         shape = (*kernel.shape[:-1], len(self.numbers), tasks)
         return similarity.kernels_by_task(rows, shape)
 
-    def task_matrix(self, factors, tasks):
+    def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         """The share of the kernels that two tasks have in common, `(T, T)`."""
         numbers = np.asarray(self.numbers)
         common = (numbers[:, :, None] == numbers[:, None, :]).mean(axis=0)
         return ops.convert_to_tensor(common, factors["kernel"].dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"numbers": self.numbers}

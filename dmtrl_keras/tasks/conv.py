@@ -1,9 +1,21 @@
 """T convolutions at once, in one, two and three dimensions."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.types import (
+    Activation,
+    Constraint,
+    DataFormat,
+    Initializer,
+    Regularizer,
+    Tensor,
+)
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _TWIN_NAME = "one_task"
@@ -12,33 +24,33 @@ _TWIN_NAME = "one_task"
 class TaskConv(TaskLayer):
     """The convolution of any rank (not for direct use)."""
 
-    _twin_type = None
-    _window_axes = None
+    _twin_type: Any = None
+    _window_axes: int
 
     def __init__(
         self,
-        filters,
-        kernel_size,
-        tasks,
-        strides=1,
-        padding="valid",
-        data_format=None,
-        dilation_rate=1,
-        groups=1,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        shared_input=False,
-        sharing="independent",
-        common_draw=None,
-        **kwargs,
-    ):
+        filters: int,
+        kernel_size: int | Sequence[int],
+        tasks: int,
+        strides: int | Sequence[int] = 1,
+        padding: str = "valid",
+        data_format: DataFormat | None = None,
+        dilation_rate: int | Sequence[int] = 1,
+        groups: int = 1,
+        activation: Activation = None,
+        use_bias: bool = True,
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
+        kernel_regularizer: Regularizer = None,
+        bias_regularizer: Regularizer = None,
+        activity_regularizer: Regularizer = None,
+        kernel_constraint: Constraint = None,
+        bias_constraint: Constraint = None,
+        shared_input: bool = False,
+        sharing: Sharing = "independent",
+        common_draw: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         twin = self._twin_type(
             filters,
             kernel_size,
@@ -77,13 +89,13 @@ class TaskConv(TaskLayer):
         if self.groups == 1 and {*self.kernel_size, *self.strides} == {1}:
             # A matrix product is several times faster than a pointwise convolution on
             # TensorFlow and a CPU where maps are small (measured: 4 x 4, 1.3 to 4 times).
-            self._convolve = None
+            self._convolve = None  # type: ignore[method-assign, assignment]
 
     @property
-    def _minimum_ndim(self):
+    def _minimum_ndim(self) -> int:
         return self._window_axes + 2
 
-    def _kernel_shape(self, channels):
+    def _kernel_shape(self, channels: int) -> tuple[int, ...]:
         if channels % self.groups:
             raise ValueError(
                 f"{name_of(self)}: the input channels of each task must divide by "
@@ -92,16 +104,16 @@ class TaskConv(TaskLayer):
             )
         return (*self.kernel_size, channels // self.groups, self.filters)
 
-    def _bias_size(self, channels):
+    def _bias_size(self, channels: int) -> int:
         return self.filters
 
-    def _convolve(self, x, kernel):
+    def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
         padding = self.padding
         if padding == "causal":
             left = self.dilation_rate[0] * (self.kernel_size[0] - 1)
             x, padding = ops.pad(x, [[0, 0], [left, 0], [0, 0]]), "valid"
 
-        def convolve(x, kernel):
+        def convolve(x: Tensor, kernel: Tensor) -> Tensor:
             return ops.conv(
                 x,
                 kernel,

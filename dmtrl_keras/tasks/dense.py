@@ -1,7 +1,11 @@
 """T dense layers at once."""
 
+from typing import Any
+
 import keras
 
+from dmtrl_keras.ground.types import Activation, Constraint, Initializer, Regularizer
+from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _TWIN_NAME = "one_task"
@@ -62,22 +66,22 @@ class TaskDense(TaskLayer):
 
     def __init__(
         self,
-        units,
-        tasks,
-        activation=None,
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        shared_input=False,
-        sharing="independent",
-        common_draw=None,
-        **kwargs,
-    ):
+        units: int,
+        tasks: int,
+        activation: Activation = None,
+        use_bias: bool = True,
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
+        kernel_regularizer: Regularizer = None,
+        bias_regularizer: Regularizer = None,
+        activity_regularizer: Regularizer = None,
+        kernel_constraint: Constraint = None,
+        bias_constraint: Constraint = None,
+        shared_input: bool = False,
+        sharing: Sharing = "independent",
+        common_draw: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         twin = keras.layers.Dense(
             units,
             activation=activation,
@@ -103,8 +107,8 @@ class TaskDense(TaskLayer):
         self.units = twin.units
         self.supports_masking = True
 
-    def _kernel_shape(self, channels):
+    def _kernel_shape(self, channels: int) -> tuple[int, ...]:
         return (channels, self.units)
 
-    def _bias_size(self, channels):
+    def _bias_size(self, channels: int) -> int:
         return self.units

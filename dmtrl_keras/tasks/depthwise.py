@@ -1,8 +1,20 @@
 """T depthwise convolutions at once."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.types import (
+    Activation,
+    Constraint,
+    DataFormat,
+    Initializer,
+    Regularizer,
+    Tensor,
+)
+from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _TWIN_NAME = "one_task"
@@ -11,34 +23,34 @@ _TWIN_NAME = "one_task"
 class TaskDepthwiseConv(TaskLayer):
     """The depthwise convolution of any rank (not for direct use)."""
 
-    _twin_type = None
-    _window_axes = None
+    _twin_type: Any = None
+    _window_axes: int
 
     _kernel_prefix = "depthwise"
 
     def __init__(
         self,
-        kernel_size,
-        tasks,
-        strides=1,
-        padding="valid",
-        depth_multiplier=1,
-        data_format=None,
-        dilation_rate=1,
-        activation=None,
-        use_bias=True,
-        depthwise_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        depthwise_regularizer=None,
-        bias_regularizer=None,
-        activity_regularizer=None,
-        depthwise_constraint=None,
-        bias_constraint=None,
-        shared_input=False,
-        sharing="independent",
-        common_draw=None,
-        **kwargs,
-    ):
+        kernel_size: int | Sequence[int],
+        tasks: int,
+        strides: int | Sequence[int] = 1,
+        padding: str = "valid",
+        depth_multiplier: int = 1,
+        data_format: DataFormat | None = None,
+        dilation_rate: int | Sequence[int] = 1,
+        activation: Activation = None,
+        use_bias: bool = True,
+        depthwise_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
+        depthwise_regularizer: Regularizer = None,
+        bias_regularizer: Regularizer = None,
+        activity_regularizer: Regularizer = None,
+        depthwise_constraint: Constraint = None,
+        bias_constraint: Constraint = None,
+        shared_input: bool = False,
+        sharing: Sharing = "independent",
+        common_draw: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         twin = self._twin_type(
             kernel_size,
             strides=strides,
@@ -74,16 +86,16 @@ class TaskDepthwiseConv(TaskLayer):
         self.depth_multiplier = twin.depth_multiplier
 
     @property
-    def _minimum_ndim(self):
+    def _minimum_ndim(self) -> int:
         return self._window_axes + 2
 
-    def _kernel_shape(self, channels):
+    def _kernel_shape(self, channels: int) -> tuple[int, ...]:
         return (*self.kernel_size, channels, self.depth_multiplier)
 
-    def _bias_size(self, channels):
+    def _bias_size(self, channels: int) -> int:
         return channels * self.depth_multiplier
 
-    def _apply(self, x, training):
+    def _apply(self, x: Tensor, training: bool | None) -> Tensor:
         kernel = self.stacked.composed(self.stacked.tensors(training))
         _, *window, channels, multiplier = kernel.shape
         if self.shared_input:

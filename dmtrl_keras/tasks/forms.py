@@ -1,11 +1,11 @@
 """Features on their way through a network of T tasks, in each form that layers need."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -28,7 +28,7 @@ class Features:
         self,
         names: Sequence[str],
         form: Form,
-        tensor: Any,
+        tensor: Tensor,
         source: str,
         new_name: Callable[[str], str] = str,
     ) -> None:
@@ -38,12 +38,12 @@ class Features:
         self._new_name = new_name
         self._forms = {form: tensor}
 
-    def become(self, form: Form, tensor: Any, source: str) -> "Features":
+    def become(self, form: Form, tensor: Tensor, source: str) -> "Features":
         """Other features of the same network."""
         return Features(self.names, form, tensor, source, self._new_name)
 
     @property
-    def shape(self) -> tuple:
+    def shape(self) -> Shape:
         """The shape that one task's features have."""
         tensor = self._forms[self.form]
         if self.form == Form.APART:
@@ -58,13 +58,13 @@ class Features:
             return None
         return Form.SHARED if self.form == Form.SHARED else Form.BATCHED
 
-    def take(self, form: Form) -> Any:
+    def take(self, form: Form) -> Tensor:
         """The features in a given form."""
         if form not in self._forms:
             self._forms[form] = self._convert(form)
         return self._forms[form]
 
-    def _convert(self, form: Form) -> Any:
+    def _convert(self, form: Form) -> Tensor:
         if form == Form.BATCHED:
             layer = TaskBatch
             source = Form.APART if self.form == Form.APART else Form.GROUPED

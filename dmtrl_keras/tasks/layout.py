@@ -5,9 +5,13 @@ The channel axis of a grouped tensor holds `tasks x channels`, task-major: chann
 channels-first.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
     channels_per_task,
@@ -21,7 +25,9 @@ from dmtrl_keras.kernels.plan import fold, unfold_tasks
 class LayoutLayer(keras.layers.Layer):
     """Base of the layers that know names and channels of the tasks (not for direct use)."""
 
-    def __init__(self, tasks, data_format=None, **kwargs):
+    def __init__(
+        self, tasks: Tasks, data_format: DataFormat | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         owner = type(self).__name__
         self._tasks_argument = list(tasks) if isinstance(tasks, tuple) else tasks
@@ -29,26 +35,26 @@ class LayoutLayer(keras.layers.Layer):
         self.tasks = len(self.task_names)
         self.data_format = standardize_data_format(data_format, owner)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self.compute_output_shape(input_shape)
         self.built = True
 
-    def _axis(self, shape):
+    def _axis(self, shape: Sequence[int | None]) -> int:
         # `(batch, channels)` has the same channel axis in both formats.
         return channel_axis(self.data_format) % len(shape)
 
-    def _channels(self, shape):
+    def _channels(self, shape: Shape) -> int:
         channels = shape[self._axis(shape)]
         return channels_per_task(channels, self.tasks, name_of(self), shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["tasks"] = self._tasks_argument
         config["data_format"] = self.data_format
         return config
 
 
-def _is_shape(value):
+def _is_shape(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and all(
         d is None or isinstance(d, int) for d in value
     )
@@ -57,7 +63,7 @@ def _is_shape(value):
 class _OfOneTensorPerTask(LayoutLayer):
     """What layers have in common that take one tensor per task."""
 
-    def _in_order(self, inputs, is_one):
+    def _in_order(self, inputs: Any, is_one: Callable[[Any], bool]) -> list[Any]:
         if isinstance(inputs, dict):
             if set(inputs) != set(self.task_names):
                 raise ValueError(
@@ -73,7 +79,7 @@ class _OfOneTensorPerTask(LayoutLayer):
             )
         return inputs
 
-    def _one_shape(self, input_shape):
+    def _one_shape(self, input_shape: Any) -> Shape:
         """The shape that the tensors of all tasks have."""
         shapes = [tuple(s) for s in self._in_order(input_shape, _is_shape)]
         first = shapes[0]
@@ -119,12 +125,12 @@ class TaskStack(_OfOneTensorPerTask):
     (2, 6)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Tensor:
         inputs = self._in_order(inputs, lambda x: not isinstance(x, (list, tuple)))
         return ops.concatenate(inputs, axis=self._axis(inputs[0].shape))
 
-    def compute_output_shape(self, input_shape):
-        output = list(self._one_shape(input_shape))
+    def compute_output_shape(self, input_shape: Any) -> Shape:
+        output: list[Any] = list(self._one_shape(input_shape))
         output[self._axis(output)] *= self.tasks
         return tuple(output)
 
@@ -160,12 +166,12 @@ class TaskBatch(_OfOneTensorPerTask):
     (6, 4, 4, 2)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Tensor:
         if isinstance(inputs, (dict, list, tuple)):
             return ops.concatenate(self._in_order(inputs, lambda x: False), axis=0)
         return on_channels_last(self, inputs, lambda x: fold(x, self.tasks))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Shape:
         if _is_shape(input_shape):
             shape = list(input_shape)
             shape[self._axis(shape)] = self._channels(input_shape)
@@ -202,11 +208,11 @@ class TaskGroup(LayoutLayer):
     (2, 4, 4, 6)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return on_channels_last(self, inputs, lambda x: unfold_tasks(x, self.tasks))
 
-    def compute_output_shape(self, input_shape):
-        shape = list(input_shape)
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        shape: list[Any] = list(input_shape)
         axis = self._axis(shape)
         channels_per_task(shape[axis], 1, name_of(self), input_shape)
         if shape[0] is not None:
@@ -249,18 +255,20 @@ class TaskRepeat(LayoutLayer):
     (2, 12)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         return ops.concatenate([inputs] * self.tasks, axis=self._axis(inputs.shape))
 
-    def compute_output_shape(self, input_shape):
-        shape = list(input_shape)
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        shape: list[Any] = list(input_shape)
         axis = self._axis(shape)
         channels_per_task(shape[axis], 1, name_of(self), input_shape)
         shape[axis] *= self.tasks
         return tuple(shape)
 
 
-def on_channels_last(layer, x, function):
+def on_channels_last(
+    layer: LayoutLayer, x: Tensor, function: Callable[[Tensor], Tensor]
+) -> Tensor:
     """A function of channels-last activations, on activations of any format."""
     axes = len(x.shape)
     if layer._axis(x.shape) == axes - 1:
@@ -296,18 +304,20 @@ class TaskSplit(LayoutLayer):
     {'age': (2, 3), 'gender': (2, 3)}
     """
 
-    def __init__(self, tasks, data_format=None, **kwargs):
+    def __init__(
+        self, tasks: Tasks, data_format: DataFormat | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(tasks, data_format, **kwargs)
         self.supports_masking = True
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> dict[str, Tensor]:
         parts = ops.split(inputs, self.tasks, axis=self._axis(inputs.shape))
         return dict(zip(self.task_names, parts))
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Tensor, previous_mask: Any) -> dict[str, Any]:
         return {name: previous_mask for name in self.task_names}
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> dict[str, Shape]:
         shape = list(input_shape)
         shape[self._axis(shape)] = self._channels(input_shape)
         return {name: tuple(shape) for name in self.task_names}
@@ -341,7 +351,7 @@ class TaskFlatten(LayoutLayer):
     (2, 96)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         shape = tuple(inputs.shape)
         axis, channels = self._axis(shape), self._channels(shape)
         parts = (self.tasks, channels)
@@ -350,7 +360,7 @@ class TaskFlatten(LayoutLayer):
         x = ops.transpose(x, (0, axis, *rest, axis + 1))
         return ops.reshape(x, (-1, *self.compute_output_shape(shape)[1:]))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         self._channels(input_shape)
         size = 1
         for d in input_shape[1:]:
@@ -390,7 +400,7 @@ class TaskConcatenate(LayoutLayer):
     (3, 10)
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Sequence[Tensor]) -> Tensor:
         axis = self._axis(inputs[0].shape)
         parts = []
         for x in inputs:
@@ -404,7 +414,7 @@ class TaskConcatenate(LayoutLayer):
         channels = self.tasks * x.shape[axis + 1]
         return ops.reshape(x, (*shape[:axis], channels, *shape[axis + 2 :]))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Shape:
         if _is_shape(input_shape) or not isinstance(input_shape, (list, tuple)):
             raise ValueError(
                 f"{name_of(self)}: expected a list of grouped tensors. "

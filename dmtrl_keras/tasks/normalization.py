@@ -1,8 +1,12 @@
 """Normalization over the channels of each task."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import channels_per_task, check_tasks
 
 
@@ -42,7 +46,15 @@ class TaskLayerNormalization(keras.layers.LayerNormalization):
     [[-1.0, 1.0, -1.0, 1.0]]
     """
 
-    def __init__(self, tasks, axis=-1, epsilon=1e-3, center=True, scale=True, **kwargs):
+    def __init__(
+        self,
+        tasks: int,
+        axis: int | Sequence[int] = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(axis=-1, epsilon=epsilon, center=center, scale=scale, **kwargs)
         self.tasks = check_tasks(tasks, type(self).__name__)
         if axis not in (-1, [-1], (-1,)):
@@ -51,12 +63,12 @@ class TaskLayerNormalization(keras.layers.LayerNormalization):
                 f"Received: axis={axis!r}."
             )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         owner = f"{type(self).__name__} {self.name!r}"
         channels_per_task(input_shape[-1], self.tasks, owner, input_shape)
         super().build((None, input_shape[-1]))
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         *middle, channels = tuple(ops.shape(inputs))[1:]
         x = ops.reshape(inputs, (-1, *middle, self.tasks, channels // self.tasks))
         # Half precision has too few digits for a mean of squares.
@@ -70,5 +82,5 @@ class TaskLayerNormalization(keras.layers.LayerNormalization):
             x = x + ops.cast(self.beta, x.dtype)
         return ops.cast(x, self.compute_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "axis": -1, "tasks": self.tasks}

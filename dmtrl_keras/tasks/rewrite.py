@@ -1,8 +1,8 @@
 """From one way of sharing kernels to another: the layer classes by parameterization."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -15,7 +15,14 @@ from dmtrl_keras.tasks.task_layer import TaskLayer
 _NAMED: dict[tuple[type, type], type[TaskLayer]] = {}
 
 
-class NamedSharing:
+if TYPE_CHECKING:
+    # Every class that is mixed in is one of these layers too.
+    _Mixin = TaskLayer
+else:
+    _Mixin = object
+
+
+class NamedSharing(_Mixin):
     """Mixin of the layers whose class says how kernels are related (not for direct use).
 
     A class that names its `_parameterization` registers itself: `with_sharing` then makes
@@ -41,7 +48,7 @@ class NamedSharing:
             # A user's subclass of a named class does not take its place.
             _NAMED.setdefault((general, cls._parameterization), cls)
 
-    def _sharing_config(self) -> dict:
+    def _sharing_config(self) -> dict[str, Any]:
         return self.stacked.fixed_sharing.get_config()
 
 
@@ -82,6 +89,7 @@ def with_sharing(layer: TaskLayer, sharing: Parameterization) -> TaskLayer:
     config = layer.get_config()
     cls = type(layer)
     if isinstance(layer, NamedSharing):
+        assert layer._general is not None
         cls = layer._general
         for name in layer.sharing.get_config():
             del config[name]
@@ -91,7 +99,7 @@ def with_sharing(layer: TaskLayer, sharing: Parameterization) -> TaskLayer:
 
 
 def started_layer(
-    make: Any,
+    make: Callable[[Parameterization], TaskLayer],
     sharing: Parameterization,
     kernel: np.ndarray,
     factors: Mapping[str, np.ndarray],

@@ -1,13 +1,19 @@
 """Models in which some layers with T kernels are others."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
 from dmtrl_keras.ground.keras_private import sharing_scope
 from dmtrl_keras.ground.tables import print_table
-from dmtrl_keras.tasks.task_layer import task_layers
+from dmtrl_keras.kernels.factorization import Factorization
+from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
 
 
-def with_layers(model, replace, owner):
+def with_layers(
+    model: keras.Model, replace: Callable[[Any], TaskLayer | None], owner: str
+) -> keras.Model:
     """A copy of a model in which some layers with T kernels are others.
 
     Args:
@@ -28,9 +34,9 @@ def with_layers(model, replace, owner):
             f"`{owner}` needs a functional or Sequential model, whose layers can be "
             f"replaced. Received: {type(model).__name__} {model.name!r}."
         )
-    copies = []
+    copies: list[tuple[Any, Any, bool]] = []
 
-    def clone(layer):
+    def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         copy = replace(layer)
         replaced = copy is not None
         copy = copy if replaced else type(layer).from_config(layer.get_config())
@@ -52,7 +58,7 @@ def with_layers(model, replace, owner):
     return new if like is None else like(new)
 
 
-def factorization_report(model):
+def factorization_report(model: keras.Model) -> list[Factorization]:
     """What `factorize` did to each layer of a model.
 
     Args:
@@ -69,31 +75,25 @@ def factorization_report(model):
     ]
 
 
-def print_report(model):
+def print_report(model: keras.Model) -> None:
     """Print the report of `factorize` as a table, with the totals."""
-    # Keras itself depends on rich, for `model.summary()`.
-    from rich.table import Table
-
     report = factorization_report(model)
-    table = Table(title=f"Factorised: {model.name}")
-    table.add_column("Layer", overflow="fold", min_width=30)
-    for column in ("Method", "Kernel", "Rank"):
-        table.add_column(column)
-    for column in ("Before", "After", "Ratio", "Error"):
-        table.add_column(column, justify="right")
     before = sum(entry.parameters_before for entry in report)
     after = sum(entry.parameters_after for entry in report)
-    for entry in report:
-        table.add_row(
+    rows = [
+        [
             entry.layer,
             entry.method,
-            str(entry.shape),
-            str(entry.rank),
+            entry.shape,
+            entry.rank,
             f"{entry.parameters_before:,}",
             f"{entry.parameters_after:,}",
             f"{entry.parameters_after / entry.parameters_before:.3f}",
             f"{entry.error:.4f}",
-        )
+        ]
+        for entry in report
+    ]
     ratio = f"{after / before:.3f}" if before else "-"
-    table.add_row("Total", "", "", "", f"{before:,}", f"{after:,}", ratio, "")
-    print_table(table)
+    rows.append(["Total", "", "", "", f"{before:,}", f"{after:,}", ratio, ""])
+    columns = ["Layer", "Method", "Kernel", "Rank", "Before", "After", "Ratio", "Error"]
+    print_table(f"Factorised: {model.name}", columns, rows, texts=4, totals=1)

@@ -3,13 +3,14 @@
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
     channels_per_task,
@@ -18,7 +19,7 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization
-from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.parameterization import Parameterization, Sharing
 from dmtrl_keras.kernels.plan import Geometry
 from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer
 from dmtrl_keras.kernels.task_kernel import TaskKernel
@@ -28,7 +29,7 @@ NOMINAL_BATCH = 32
 NOMINAL_LENGTH = 32
 
 
-def positions_of(shape: tuple[int | None, ...], data_format: str) -> int:
+def positions_of(shape: Shape, data_format: str) -> int:
     """The number of positions of a map, `NOMINAL_LENGTH` along each open axis.
 
     Args:
@@ -64,14 +65,17 @@ class TaskLayer(keras.layers.Layer):
 
     # Names of the twin's kernel arguments; `DepthwiseConv2D` calls them otherwise.
     _kernel_prefix = "kernel"
-    _minimum_ndim = 2
+
+    @property
+    def _minimum_ndim(self) -> int:
+        return 2
 
     def __init__(
         self,
         twin: keras.layers.Layer,
         tasks: int,
         shared_input: bool = False,
-        sharing: str | Parameterization | dict | None = "independent",
+        sharing: Sharing = "independent",
         common_draw: bool | None = None,
         contractible: bool = True,
         **kwargs: Any,
@@ -100,7 +104,7 @@ class TaskLayer(keras.layers.Layer):
             self._twin_arguments[f"{prefix}_regularizer"] = None
         self._twin_class = type(twin)
         self.input_spec = keras.layers.InputSpec(min_ndim=self._minimum_ndim)
-        self.bias = None
+        self.bias: Any = None
         self.factorization: Factorization | None = None
         # Keras saves children by the first name under which it finds them, in the order of
         # the alphabet: after `prior` and `selection`, which files have under the layer.
@@ -128,13 +132,13 @@ class TaskLayer(keras.layers.Layer):
     def _axis(self) -> int:
         return channel_axis(self.data_format)
 
-    def _channels(self, input_shape: tuple) -> int:
+    def _channels(self, input_shape: Shape) -> int:
         """Input channels of one task."""
         channels = input_shape[self._axis()]
         tasks = 1 if self.shared_input else self.tasks
         return channels_per_task(channels, tasks, name_of(self), input_shape)
 
-    def _task_shape(self, input_shape: tuple) -> tuple:
+    def _task_shape(self, input_shape: Shape) -> Shape:
         """The input shape that one task's twin would see."""
         shape = list(input_shape)
         shape[self._axis()] = self._channels(input_shape)
@@ -148,7 +152,7 @@ class TaskLayer(keras.layers.Layer):
         """The output channels of one task."""
         raise NotImplementedError
 
-    def build(self, input_shape: tuple) -> None:
+    def build(self, input_shape: Shape) -> None:
         output_shape = self.compute_output_shape(input_shape)
         channels = self._channels(input_shape)
         self.input_spec = keras.layers.InputSpec(
@@ -175,14 +179,14 @@ class TaskLayer(keras.layers.Layer):
         """
         self.stacked.start_from(factors)
 
-    def _geometry(self, input_shape: tuple, output_shape: tuple) -> Geometry:
+    def _geometry(self, input_shape: Shape, output_shape: Shape) -> Geometry:
         return Geometry(
             batch=input_shape[0] or NOMINAL_BATCH,
             positions_in=positions_of(input_shape, self.data_format),
             positions_out=positions_of(output_shape, self.data_format),
         )
 
-    def flops(self, input_shape: tuple, batch: int = NOMINAL_BATCH) -> int:
+    def flops(self, input_shape: Shape, batch: int = NOMINAL_BATCH) -> int:
         """Operations of one forward pass in the order of work that was chosen.
 
         Args:
@@ -222,7 +226,7 @@ class TaskLayer(keras.layers.Layer):
         return self.stacked.prior
 
     @property
-    def kernel(self) -> Any:
+    def kernel(self) -> Tensor:
         """The effective stacked kernel, `(*window, in, out, T)`.
 
         A variable where the tasks' kernels are independent, else the tensor that the
@@ -231,7 +235,7 @@ class TaskLayer(keras.layers.Layer):
         self._check_built("kernel")
         return self.stacked.stacked()
 
-    def task_kernel(self, task: int) -> Any:
+    def task_kernel(self, task: int) -> Tensor:
         """The kernel of one task, as the Keras twin would hold it.
 
         Args:
@@ -259,7 +263,7 @@ class TaskLayer(keras.layers.Layer):
         return self._twin_class.from_config(config)
 
     @property
-    def task_matrix(self) -> Any:
+    def task_matrix(self) -> Tensor:
         """S of DMTRL, a tensor `(K, T)`; column t has the coefficients of task t."""
         self._check_built("task_matrix")
         return self.stacked.task_matrix()
@@ -286,13 +290,13 @@ class TaskLayer(keras.layers.Layer):
 
     # The convolution of the twin, a function of activations and one kernel; None: a dense
     # layer, or a pointwise convolution.
-    _convolve = None
+    _convolve: Any = None
 
-    def _apply(self, x: Any, training: bool | None) -> Any:
+    def _apply(self, x: Tensor, training: bool | None) -> Tensor:
         """Channels-last activations through the kernels, to the grouped layout."""
         return self.stacked.apply(x, training, self._convolve)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         self.stacked(training=training)
         x = inputs
         first = self.data_format == "channels_first"
@@ -309,7 +313,7 @@ class TaskLayer(keras.layers.Layer):
             x = self.activation(x)
         return x
 
-    def compute_output_shape(self, input_shape: tuple) -> tuple:
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         try:
             shape = self._twin().compute_output_shape(self._task_shape(input_shape))
         except ValueError as error:
@@ -337,7 +341,7 @@ class TaskLayer(keras.layers.Layer):
     def _own_variables(self) -> list[keras.Variable]:
         if not self.stacked.built:
             return []
-        bias = [] if self.bias is None else [self.bias]
+        bias: list[keras.Variable] = [] if self.bias is None else [self.bias]
         return [*self.stacked.factors.values(), *bias]
 
     def save_own_variables(self, store: Any) -> None:
@@ -367,7 +371,7 @@ class TaskLayer(keras.layers.Layer):
         "quantization_config",
     )
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         for name, value in self._twin_arguments.items():
             if name not in self._dropped:
@@ -383,7 +387,7 @@ class TaskLayer(keras.layers.Layer):
         return config
 
     @classmethod
-    def from_config(cls, config: dict) -> "TaskLayer":
+    def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         factorization = config.pop("factorization", None)
         layer = super().from_config(config)
@@ -391,7 +395,7 @@ class TaskLayer(keras.layers.Layer):
             layer.factorization = Factorization.from_config(factorization)
         return layer
 
-    def _sharing_config(self) -> dict:
+    def _sharing_config(self) -> dict[str, Any]:
         sharing = self.stacked.fixed_sharing
         return {"sharing": keras.saving.serialize_keras_object(sharing)}
 

@@ -1,14 +1,21 @@
 """Data sets of several tasks as one stream of batches."""
 
 import math
+from typing import Any, Literal
 
 from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.ground.types import Dataset
 from dmtrl_keras.ground.validation import check_positive
 
 
 def zip_tasks(
-    datasets, batch_size, epoch="longest", shuffle=True, seed=None, prefetch=True
-):
+    datasets: dict[str, Any],
+    batch_size: int,
+    epoch: int | Literal["longest", "shortest"] = "longest",
+    shuffle: bool = True,
+    seed: int | None = None,
+    prefetch: bool = True,
+) -> Dataset:
     """One stream of dict batches from one data set per task.
 
     Every batch has `batch_size` examples of every task. Data sets that are shorter than
@@ -78,7 +85,7 @@ def zip_tasks(
         parts[name] = part.repeat().batch(batch_size, drop_remainder=True)
     count = 3 if any(weighted.values()) else 2
 
-    def regroup(batch):
+    def regroup(batch: dict[str, Any]) -> tuple[dict[str, Any], ...]:
         return tuple({name: batch[name][n] for name in batch} for n in range(count))
 
     stream = tf.data.Dataset.zip(parts).map(regroup).take(steps)
@@ -86,7 +93,7 @@ def zip_tasks(
     return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
 
 
-def _examples(tf, name, data):
+def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     """One task's data as an unbatched dataset, and its number of examples."""
     if isinstance(data, tf.data.Dataset):
         spec = data.element_spec

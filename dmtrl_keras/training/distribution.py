@@ -6,17 +6,22 @@ summed over them first, and what is derived from weights is equal anyway.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import keras
 
 from dmtrl_keras.ground.backend import local_part, tensorflow
 from dmtrl_keras.ground.keras_private import symbolic_build
+from dmtrl_keras.ground.types import Dataset, Strategy
 from dmtrl_keras.ground.validation import check_positive
 
 STRATEGIES = ("auto", "mirrored", "cpu")
 
 
-def make_strategy(name="auto", replicas=None):
+def make_strategy(
+    name: Literal["auto", "mirrored", "cpu"] = "auto", replicas: int | None = None
+) -> Strategy:
     """A `tf.distribute` strategy for one machine.
 
     Make it before anything else of TensorFlow runs, and the model in its `scope()`.
@@ -74,13 +79,13 @@ def make_strategy(name="auto", replicas=None):
 
 
 @functools.cache
-def _mirrored(kind, count):
+def _mirrored(kind: str, count: int) -> Strategy:
     """One strategy for the same devices: several take each other's collectives."""
     devices = [f"/{kind}:{number}" for number in range(count)]
     return tensorflow().distribute.MirroredStrategy(devices)
 
 
-def _divide_cpu(tf, count):
+def _divide_cpu(tf: Any, count: int) -> None:
     """Make the CPU so many devices."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     devices = [tf.config.LogicalDeviceConfiguration()] * count
@@ -95,7 +100,7 @@ def _divide_cpu(tf, count):
         ) from error
 
 
-def divisible(count, batch_size, replicas):
+def divisible(count: int, batch_size: int, replicas: int) -> int:
     """How many of `count` examples give batches that divide among replicas.
 
     Keras gives each replica the same weight, however many examples it has, and batch
@@ -130,7 +135,14 @@ def divisible(count, batch_size, replicas):
     return left
 
 
-def train(model, dataset, epochs=1, validation_data=None, callbacks=None, initial_epoch=0):
+def train(
+    model: keras.Model,
+    dataset: Dataset,
+    epochs: int = 1,
+    validation_data: Dataset | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] | None = None,
+    initial_epoch: int = 0,
+) -> keras.callbacks.History:
     """Train as `model.fit`, under strategies of several machines too.
 
     `fit` of Keras 3.15 fails under `tf.distribute.MultiWorkerMirroredStrategy` (it takes
@@ -178,14 +190,14 @@ def train(model, dataset, epochs=1, validation_data=None, callbacks=None, initia
     symbolic_build(model, first)
 
     @tf.function
-    def train_step(batch):
+    def train_step(batch: Any) -> None:
         strategy.run(model.train_step, args=(batch,))
 
     @tf.function
-    def test_step(batch):
+    def test_step(batch: Any) -> None:
         strategy.run(model.test_step, args=(batch,))
 
-    def run(step, batches):
+    def run(step: Callable[[Any], None], batches: Any) -> dict[str, float]:
         model.reset_metrics()
         for batch in batches:
             step(batch)
@@ -213,7 +225,7 @@ def train(model, dataset, epochs=1, validation_data=None, callbacks=None, initia
     return model.history
 
 
-def _distributed(tf, strategy, dataset):
+def _distributed(tf: Any, strategy: Strategy, dataset: Dataset) -> Any:
     """The data set, each machine with its part of every batch."""
     options = tf.data.Options()
     policy = tf.data.experimental.AutoShardPolicy.DATA

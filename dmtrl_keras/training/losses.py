@@ -1,11 +1,15 @@
 """Losses for several tasks: the hinge of T outputs, and losses with missing labels."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import ArrayLike
 
+from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.missing import (
     Masked,
@@ -16,7 +20,7 @@ from dmtrl_keras.training.missing import (
 )
 
 
-def one_vs_rest(labels, tasks):
+def one_vs_rest(labels: ArrayLike, tasks: int) -> np.ndarray:
     """Class labels as +-1 labels of T one-versus-rest tasks.
 
     Args:
@@ -79,16 +83,23 @@ class TaskHinge(keras.losses.Loss):
 
     elementwise = True
 
-    def __init__(self, reduction="sum_over_batch_size", name="task_hinge", dtype=None):
+    def __init__(
+        self,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "task_hinge",
+        dtype: DType = None,
+    ) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
         if sample_weight is not None:
             values = ops.convert_to_tensor(y_pred, dtype=self.dtype)
             sample_weight = weights_for(values, sample_weight)
         return super().__call__(y_true, y_pred, sample_weight)
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         if len(y_pred.shape) != 2 or not same_shape(y_true.shape, y_pred.shape):
             raise ValueError(
                 f"{type(self).__name__} {self.name!r}: expected labels and outputs of "
@@ -141,20 +152,22 @@ class MaskedLoss(Masked, keras.losses.Loss):
 
     def __init__(
         self,
-        loss,
-        missing=math.nan,
-        elementwise=None,
-        reduction="sum_over_batch_size",
-        name=None,
-        dtype=None,
-    ):
-        loss = _as_loss(loss)
-        name = name or f"masked_{loss.name}"
+        loss: str | Mapping[str, Any] | Callable[..., Tensor],
+        missing: float | None = math.nan,
+        elementwise: bool | None = None,
+        reduction: str | None = "sum_over_batch_size",
+        name: str | None = None,
+        dtype: DType = None,
+    ) -> None:
+        wrapped = _as_loss(loss)
+        name = name or f"masked_{wrapped.name}"
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.loss = loss
+        self.loss = wrapped
         self._set_missing(missing, elementwise)
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
         y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
         y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
         y_true = align(y_true, y_pred, self._takes_each_label(), name_of(self))
@@ -175,7 +188,7 @@ class MaskedLoss(Masked, keras.losses.Loss):
             count = ops.sum(weights)
         return ops.divide_no_nan(total, count)
 
-    def _values(self, y_true, y_pred):
+    def _values(self, y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
         """One loss value for each label, and whether it is present."""
         shared = same_shape(y_true.shape, y_pred.shape)
         elementwise = self._takes_each_label()
@@ -191,14 +204,14 @@ class MaskedLoss(Masked, keras.losses.Loss):
             present = ops.squeeze(present, axis=-1)
         return values, present
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return self._values(y_true, y_pred)[0]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "reduction": self.reduction}
 
 
-def _as_loss(loss):
+def _as_loss(loss: Any) -> keras.losses.Loss:
     if isinstance(loss, str):
         # By class where there is one: a function has no config of its own.
         camel = "".join(part.capitalize() for part in loss.split("_"))
@@ -217,7 +230,7 @@ def _as_loss(loss):
     )
 
 
-def _class_of(function):
+def _class_of(function: Callable[..., Tensor]) -> keras.losses.Loss | None:
     """The Keras loss class of a Keras loss function, which can be serialized."""
     name = getattr(function, "__name__", "")
     camel = "".join(part.capitalize() for part in name.split("_"))
@@ -231,19 +244,21 @@ def _class_of(function):
 class _FunctionLoss(keras.losses.Loss):
     """A user's loss function as a loss; the function must be registered to be saved."""
 
-    def __init__(self, fn, name=None, **kwargs):
+    def __init__(
+        self, fn: Callable[..., Tensor], name: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(name=name or getattr(fn, "__name__", "loss"), **kwargs)
         self.fn = fn
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return self.fn(y_true, y_pred)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         fn = keras.saving.serialize_keras_object(self.fn)
         return {**super().get_config(), "fn": fn}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         config["fn"] = keras.saving.deserialize_keras_object(config["fn"])
         return cls(**config)

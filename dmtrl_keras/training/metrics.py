@@ -1,10 +1,13 @@
 """Metrics for several tasks, and metrics with missing labels."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.missing import (
     Masked,
@@ -16,12 +19,12 @@ from dmtrl_keras.training.missing import (
 
 
 class _MeanError(keras.metrics.Metric):
-    def __init__(self, name=None, dtype=None):
+    def __init__(self, name: str | None = None, dtype: DType = None) -> None:
         super().__init__(name=name, dtype=dtype)
         self.total = self.add_variable((), "zeros", name="total")
         self.count = self.add_variable((), "zeros", name="count")
 
-    def _check(self, y_true, y_pred, labels):
+    def _check(self, y_true: Tensor, y_pred: Tensor, labels: str) -> tuple[Tensor, Tensor]:
         # Bool labels have no order, and so no greatest entry.
         y_true = ops.cast(ops.convert_to_tensor(y_true), "float32")
         y_pred = ops.convert_to_tensor(y_pred)
@@ -38,7 +41,7 @@ class _MeanError(keras.metrics.Metric):
             )
         return y_true, y_pred
 
-    def _add(self, errors, sample_weight):
+    def _add(self, errors: Tensor, sample_weight: Tensor | None) -> None:
         errors = ops.cast(errors, self.dtype)
         weights = ops.ones_like(errors)
         if sample_weight is not None:
@@ -46,7 +49,7 @@ class _MeanError(keras.metrics.Metric):
         self.total.assign_add(ops.sum(errors * weights))
         self.count.assign_add(ops.sum(weights))
 
-    def result(self):
+    def result(self) -> Tensor:
         return ops.divide_no_nan(self.total, self.count)
 
 
@@ -81,10 +84,12 @@ class MeanBinaryError(_MeanError):
 
     elementwise = True
 
-    def __init__(self, name="mean_binary_error", dtype=None):
+    def __init__(self, name: str = "mean_binary_error", dtype: DType = None) -> None:
         super().__init__(name=name, dtype=dtype)
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> None:
         """Add a batch."""
         y_true, y_pred = self._check(y_true, y_pred, "tasks")
         self._add(ops.not_equal(y_true > 0, y_pred > 0), sample_weight)
@@ -119,10 +124,12 @@ class MulticlassError(_MeanError):
     0.5
     """
 
-    def __init__(self, name="multiclass_error", dtype=None):
+    def __init__(self, name: str = "multiclass_error", dtype: DType = None) -> None:
         super().__init__(name=name, dtype=dtype)
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> None:
         """Add a batch."""
         y_true, y_pred = self._check(y_true, y_pred, "classes")
         if len(y_true.shape) == 2:
@@ -165,13 +172,22 @@ class MaskedMetric(Masked, keras.metrics.Metric):
 
     _wraps = "metric"
 
-    def __init__(self, metric, missing=math.nan, elementwise=None, name=None, dtype=None):
-        metric = _as_metric(metric)
-        super().__init__(name=name or metric.name, dtype=dtype)
-        self.metric = metric
+    def __init__(
+        self,
+        metric: str | Mapping[str, Any] | Callable[..., Tensor],
+        missing: float | None = math.nan,
+        elementwise: bool | None = None,
+        name: str | None = None,
+        dtype: DType = None,
+    ) -> None:
+        wrapped = _as_metric(metric)
+        super().__init__(name=name or wrapped.name, dtype=dtype)
+        self.metric = wrapped
         self._set_missing(missing, elementwise)
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> None:
         """Add a batch."""
         y_pred = ops.convert_to_tensor(y_pred)
         y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
@@ -192,19 +208,19 @@ class MaskedMetric(Masked, keras.metrics.Metric):
             weights = ops.reshape(weights, (-1,))
         self.metric.update_state(labels, y_pred, sample_weight=weights)
 
-    def result(self):
+    def result(self) -> Any:
         """The wrapped metric's result."""
         return self.metric.result()
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Reset the wrapped metric."""
         self.metric.reset_state()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "dtype": self.dtype}
 
 
-def _as_metric(metric):
+def _as_metric(metric: Any) -> keras.metrics.Metric:
     if isinstance(metric, keras.metrics.Metric):
         return metric
     found = keras.metrics.get(metric)

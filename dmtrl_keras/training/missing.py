@@ -2,9 +2,12 @@
 
 import math
 import numbers
+from typing import Any, Self
 
 import keras
 from keras import ops
+
+from dmtrl_keras.ground.types import Shape, Tensor
 
 # Losses and metrics whose value is a mean over the last axis of one value for each
 # label, so that a single missing label can be left out. The others, such as
@@ -40,7 +43,7 @@ _ELEMENTWISE_METRICS = (
 )
 
 
-def is_elementwise(wrapped):
+def is_elementwise(wrapped: Any) -> bool:
     """Whether a Keras loss or metric is known to take each label for itself."""
     function = getattr(wrapped, "fn", None) or getattr(wrapped, "_fn", None)
     if isinstance(wrapped, _ELEMENTWISE_METRICS) or function in _ELEMENTWISE_FUNCTIONS:
@@ -54,9 +57,12 @@ class Masked:
     `_wraps` is the name of the argument and attribute that holds the wrapped one.
     """
 
-    _wraps = None
+    _wraps: str
+    name: str
+    missing: float
+    elementwise: bool | None
 
-    def _set_missing(self, missing, elementwise):
+    def _set_missing(self, missing: float | None, elementwise: bool | None) -> None:
         # A config has None for NaN, which JSON lacks.
         missing = math.nan if missing is None else missing
         if not isinstance(missing, numbers.Real) or isinstance(missing, bool):
@@ -67,12 +73,12 @@ class Masked:
         self.missing = float(missing)
         self.elementwise = elementwise
 
-    def _takes_each_label(self):
+    def _takes_each_label(self) -> bool:
         if self.elementwise is None:
             return is_elementwise(getattr(self, self._wraps))
         return self.elementwise
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Everything but what is special to losses or metrics."""
         wrapped = getattr(self, self._wraps)
         return {
@@ -83,7 +89,7 @@ class Masked:
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """From the dict of `get_config`."""
         config = dict(config)
         if isinstance(config[cls._wraps], dict):
@@ -92,7 +98,7 @@ class Masked:
         return cls(**config)
 
 
-def weights_for(values, sample_weight):
+def weights_for(values: Tensor, sample_weight: Tensor) -> Tensor:
     """Sample weights as a tensor of the dtype and number of axes of some values."""
     weights = ops.cast(ops.convert_to_tensor(sample_weight), values.dtype)
     while len(weights.shape) < len(values.shape):
@@ -102,7 +108,9 @@ def weights_for(values, sample_weight):
     return weights
 
 
-def split_missing(y_true, missing, elementwise):
+def split_missing(
+    y_true: Tensor, missing: float, elementwise: bool
+) -> tuple[Tensor, Tensor]:
     """Labels that can be computed with, and which of them are present.
 
     Args:
@@ -124,7 +132,7 @@ def split_missing(y_true, missing, elementwise):
     return labels, ops.logical_not(absent)
 
 
-def align(y_true, y_pred, elementwise, owner):
+def align(y_true: Tensor, y_pred: Tensor, elementwise: bool, owner: str) -> Tensor:
     """Labels `(batch,)` for predictions `(batch, 1)` to one rank, the shapes checked.
 
     Args:
@@ -152,7 +160,7 @@ def align(y_true, y_pred, elementwise, owner):
     return y_true
 
 
-def same_shape(a, b):
+def same_shape(a: Shape, b: Shape) -> bool:
     """Whether two shapes are equal as far as they are known."""
     return len(a) == len(b) and all(
         m == n or None in (m, n) for m, n in zip(tuple(a), tuple(b))

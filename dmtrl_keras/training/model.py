@@ -22,6 +22,7 @@ from dmtrl_keras.ground.keras_private import (
     losses_by_output,
     sharing_scope,
 )
+from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.terms import LossTerm, Step
 
@@ -64,10 +65,10 @@ class MultiTaskModel(keras.Model):
     """
 
     # None: all of them.
-    _tasks_with_loss = None
+    _tasks_with_loss: set[str] | None = None
     _terms: Sequence[LossTerm] = ()
-    _network = None
-    _losses_given = ()
+    _network: "_Untracked | None" = None
+    _losses_given: tuple[tuple[str, Any], ...] = ()
 
     @functional_constructor
     def __init__(
@@ -97,12 +98,12 @@ class MultiTaskModel(keras.Model):
             )
 
     @property
-    def task_names(self):
+    def task_names(self) -> tuple[str, ...]:
         """The names of the tasks, a tuple of T strings."""
         return tuple(self._outputs_struct)
 
     @property
-    def tasks(self):
+    def tasks(self) -> int:
         """The number of tasks, T."""
         return len(self.task_names)
 
@@ -138,13 +139,13 @@ class MultiTaskModel(keras.Model):
 
     def compile(
         self,
-        optimizer="rmsprop",
-        loss=None,
-        loss_weights=None,
-        metrics=None,
-        weighted_metrics=None,
-        **kwargs,
-    ):
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        loss: Any = None,
+        loss_weights: dict[str, float] | None = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Configure the model for training; arguments as in `keras.Model.compile`.
 
         Args:
@@ -191,7 +192,7 @@ class MultiTaskModel(keras.Model):
         # Not a dict: Keras would track the losses in it.
         self._losses_given = tuple(by_task.items())
 
-    def _check_replicas(self, arguments):
+    def _check_replicas(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
         if replicas_in_sync() == 1:
             return
@@ -203,13 +204,13 @@ class MultiTaskModel(keras.Model):
                 f"steps_per_execution={steps}."
             )
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was; Keras leaves it to classes with a `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         if self._terms:
             config["terms"] = [
@@ -218,7 +219,9 @@ class MultiTaskModel(keras.Model):
         return config
 
     @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> Any:
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Any:
         config = dict(config)
         terms = config.pop("terms", ())
         with sharing_scope():
@@ -237,7 +240,7 @@ class MultiTaskModel(keras.Model):
             trainable=model.trainable,
         )
 
-    def _check_tasks(self, argument, value):
+    def _check_tasks(self, argument: str, value: Any) -> None:
         if isinstance(value, (list, tuple)):
             raise ValueError(
                 f"{name_of(self)}: `{argument}` must be a dict by task name, since a list "
@@ -250,7 +253,7 @@ class MultiTaskModel(keras.Model):
                 f"{sorted(map(str, unknown))}. The tasks are {list(self.task_names)}."
             )
 
-    def _metrics_by_task(self, argument, metrics):
+    def _metrics_by_task(self, argument: str, metrics: Any) -> Any:
         if metrics is None or isinstance(metrics, dict):
             self._check_tasks(argument, metrics)
             return metrics
@@ -264,7 +267,9 @@ class MultiTaskModel(keras.Model):
             )
         return {task: list(entries) for task in self.task_names}
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self, inputs: Any, training: bool | None = None, mask: Any = None
+    ) -> dict[str, Tensor]:
         """The outputs by task name, as of any functional model.
 
         Args:
@@ -285,8 +290,8 @@ class MultiTaskModel(keras.Model):
         return outputs
 
     def task_losses(
-        self, y: Any, y_pred: Mapping[str, Any], sample_weight: Any = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The losses by task, before they are added.
 
         Args:
@@ -310,7 +315,14 @@ class MultiTaskModel(keras.Model):
             y = {self.task_names[0]: y}
         return losses_by_output(self, y, y_pred, sample_weight)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
         """The total loss: of the tasks, weighted, of the penalties, and of the terms.
 
         Raises:
@@ -341,7 +353,9 @@ class MultiTaskModel(keras.Model):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
 
-    def _values_of_terms(self, y, y_pred, sample_weight, training):
+    def _values_of_terms(
+        self, y: Any, y_pred: Any, sample_weight: Any, training: bool
+    ) -> list[Tensor]:
         if not self._terms:
             return []
         features = [None] * len(self._terms)
@@ -361,7 +375,7 @@ class MultiTaskModel(keras.Model):
             values.append(term(step=step, training=training))
         return values
 
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         # Keras 3.15 takes the mean of the replicas' batches to know their shapes, which
         # fails where they differ, and where other machines have some of them.
         if iterator is not None and self._distribute_strategy is not None:
@@ -371,7 +385,9 @@ class MultiTaskModel(keras.Model):
             iterator = None
         super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
-    def export(self, filepath, format="tf_saved_model", **kwargs):
+    def export(
+        self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any
+    ) -> Any:
         """Export for inference, as `keras.Model.export`; outputs keep the task names.
 
         In an ONNX file inputs and outputs can't have the same name. With one input for
@@ -409,7 +425,7 @@ class _Untracked:
         self.value = value
 
 
-def _for_onnx(layer):
+def _for_onnx(layer: keras.layers.Layer) -> keras.layers.Layer:
     """The layer itself, or an equal one that tf2onnx converts.
 
     The statistics of `Normalization` are no variables of the graph: in an ONNX file they

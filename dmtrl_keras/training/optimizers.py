@@ -2,10 +2,13 @@
 
 import fnmatch
 import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import keras
 
 from dmtrl_keras.ground.keras_private import step_methods, variable_index
+from dmtrl_keras.ground.types import Tensor
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -41,7 +44,12 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
     0.0010000000474974513
     """
 
-    def __init__(self, optimizer, multipliers, name=None):
+    def __init__(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        multipliers: dict[str, float],
+        name: str | None = None,
+    ) -> None:
         owner = type(self).__name__
         if not isinstance(optimizer, keras.optimizers.Optimizer) or optimizer.built:
             raise ValueError(
@@ -51,7 +59,7 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         valid = isinstance(multipliers, dict) and all(
             isinstance(pattern, str)
             and isinstance(factor, numbers.Real)
-            and 0 <= factor < float("inf")
+            and 0 <= float(factor) < float("inf")
             for pattern, factor in multipliers.items()
         )
         if not valid:
@@ -62,18 +70,18 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer
         self.multipliers = dict(multipliers)
-        self._factors = []
+        self._factors: list[float] = []
         # Keras has no such argument: the one place that all of an optimizer's ways to take
         # a step go through is wrapped, on this one object.
         for name, variables_of in step_methods(optimizer):
             self._wrap(name, variables_of)
 
-    def _wrap(self, name, variables_of):
+    def _wrap(self, name: str, variables_of: Callable[[Any], Sequence[Any]]) -> None:
         inner = self.inner_optimizer
         step = getattr(inner, name)
 
-        def update(gradients, variables, learning_rate):
-            groups = {}
+        def update(gradients: Any, variables: Any, learning_rate: Tensor) -> None:
+            groups: dict[float, list[int]] = {}
             for index, variable in enumerate(variables_of(variables)):
                 factor = self._factors[variable_index(inner, variable)]
                 groups.setdefault(factor, []).append(index)
@@ -87,14 +95,14 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
 
         setattr(inner, name, update)
 
-    def _factor(self, variable):
+    def _factor(self, variable: keras.Variable) -> float:
         layers = variable.path.split("/")[:-1]
         for pattern, factor in self.multipliers.items():
             if fnmatch.filter(layers, pattern):
                 return float(factor)
         return 1.0
 
-    def build(self, var_list):
+    def build(self, var_list: Sequence[keras.Variable]) -> None:
         """Make the state of the wrapped optimizer.
 
         Args:
@@ -113,15 +121,24 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         super().build(var_list)
 
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         return self._variables + self.inner_optimizer.variables
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self,
+        grads: Sequence[Tensor],
+        trainable_variables: Any = None,
+    ) -> None:
         if not self.built:
             self.build(trainable_variables)
         self.inner_optimizer.apply(grads, trainable_variables)
 
-    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+    def stateless_apply(
+        self,
+        optimizer_variables: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        trainable_variables: Sequence[Tensor],
+    ) -> tuple[Any, list[Tensor]]:
         own = len(self._variables)
         trained, inner = self.inner_optimizer.stateless_apply(
             optimizer_variables[own:], grads, trainable_variables
@@ -131,24 +148,24 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         return trained, [*unchanged, *inner]
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Tensor:
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: Any) -> Tensor:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def iterations(self):
+    def iterations(self) -> keras.Variable:
         return self.inner_optimizer.iterations
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Tensor) -> Tensor:
         return self.inner_optimizer.scale_loss(loss)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "optimizer": keras.optimizers.serialize(self.inner_optimizer),
@@ -156,6 +173,8 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
         optimizer = keras.optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(optimizer, config["multipliers"], config["name"])

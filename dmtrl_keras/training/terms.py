@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from dmtrl_keras.ground.types import Tensor
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -21,8 +23,8 @@ class Step:
     """
 
     features: Any
-    y: Mapping[str, Any]
-    y_pred: Mapping[str, Any]
+    y: Mapping[str, Tensor]
+    y_pred: Mapping[str, Tensor]
     sample_weight: Any
     losses: Mapping[str, Any]
 
@@ -60,7 +62,7 @@ class LossTerm(keras.layers.Layer):
         """
         raise NotImplementedError
 
-    def call(self, step: Step, training: bool = False) -> Any:
+    def call(self, step: Step, training: bool = False) -> Tensor:
         """The term, a scalar, that of the global batch where there are several replicas.
 
         Args:

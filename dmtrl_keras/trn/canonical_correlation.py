@@ -16,8 +16,11 @@ Everything here is offline, on NumPy arrays of any length, in float64.
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.validation import check_positive
 
@@ -42,7 +45,9 @@ class CanonicalCorrelation:
     y_directions: np.ndarray
 
 
-def canonical_correlation(x, y, ridge=0.0, chunk=65536):
+def canonical_correlation(
+    x: ArrayLike, y: ArrayLike, ridge: float = 0.0, chunk: int = 65536
+) -> CanonicalCorrelation:
     """The whole spectrum and the directions (TRN Eq. 1-10).
 
     Columns that are constant or linear combinations of others are no obstacle: what has no
@@ -78,7 +83,9 @@ def canonical_correlation(x, y, ridge=0.0, chunk=65536):
     return CanonicalCorrelation(np.clip(values, 0, 1), first @ u, second @ v.T)
 
 
-def task_similarity(x, y, ridge=0.0, chunk=65536):
+def task_similarity(
+    x: ArrayLike, y: ArrayLike, ridge: float = 0.0, chunk: int = 65536
+) -> float:
     """The similarity of two tasks (TRN Eq. 11): the largest canonical correlation.
 
     Args:
@@ -103,7 +110,11 @@ def task_similarity(x, y, ridge=0.0, chunk=65536):
     return float(values[0]) if len(values) else 0.0
 
 
-def task_similarity_matrix(tasks, ridge=0.0, chunk=65536):
+def task_similarity_matrix(
+    tasks: dict[str, Any] | Sequence[ArrayLike] | np.ndarray,
+    ridge: float = 0.0,
+    chunk: int = 65536,
+) -> np.ndarray:
     """The similarities of all pairs of T tasks, from one joint covariance.
 
     Args:
@@ -148,7 +159,9 @@ def task_similarity_matrix(tasks, ridge=0.0, chunk=65536):
     return np.clip((largest + largest.T) / 2, 0, 1)
 
 
-def _joint_covariance(sets, chunk):
+def _joint_covariance(
+    sets: Mapping[str, ArrayLike], chunk: int
+) -> tuple[np.ndarray, list[int]]:
     """`(covariance, sizes)` of all sets side by side, read chunk by chunk."""
     check_positive("chunk", chunk, "task similarity")
     arrays = {}
@@ -166,7 +179,9 @@ def _joint_covariance(sets, chunk):
     (length,) = {shape[0] for shape in lengths.values()}
     if length == 0:
         raise ValueError(f"Task similarity: there are no examples. Received: {lengths}.")
-    shift = total = products = 0.0
+    shift: Any = 0.0
+    total: Any = 0.0
+    products: Any = 0.0
     for start in range(0, length, chunk):
         parts = []
         for name, values in arrays.items():
@@ -193,7 +208,7 @@ def _joint_covariance(sets, chunk):
     return covariance, [shape[1] for shape in lengths.values()]
 
 
-def _whitener(covariance, ridge):
+def _whitener(covariance: np.ndarray, ridge: float) -> np.ndarray:
     """A matrix `(d, r)` with `W^T (S + ridge) W = I`, r the rank of S."""
     if not ridge >= 0:
         raise ValueError(

@@ -6,6 +6,8 @@ functions of covariances; the layer is a shell around them. Offline, on arrays:
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import keras
 import numpy as np
@@ -13,13 +15,18 @@ from keras import ops
 
 from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, full_precision
 from dmtrl_keras.ground.linalg import whitener
+from dmtrl_keras.ground.types import DType, Shape, Tensor
 from dmtrl_keras.ground.validation import check_number, checked_pairs, name_of
+
+Method: TypeAlias = Literal["cholesky", "svd"]
 
 # Lanczos steps after which the largest singular value is exact for all purposes here.
 _STEPS = 24
 
 
-def correlation_along(first, cross, second, a, b):
+def correlation_along(
+    first: Tensor, cross: Tensor, second: Tensor, a: Tensor, b: Tensor
+) -> Tensor:
     """The correlation of two linear combinations (TRN Eq. 1), from covariances.
 
     `rho = a^T S_12 b / (sqrt(a^T S_11 a) sqrt(b^T S_22 b))`.
@@ -35,13 +42,15 @@ def correlation_along(first, cross, second, a, b):
         A tensor `(...)`.
     """
 
-    def form(left, matrix, right):
+    def form(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
         return ops.sum(ops.multiply(left, _apply(matrix, right)), -1)
 
     return form(a, cross, b) / ops.sqrt(form(a, first, a) * form(b, second, b))
 
 
-def canonical_directions(first, cross, second):
+def canonical_directions(
+    first: Tensor, cross: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
     """The pair of directions with the largest correlation, by Cholesky whitening.
 
     With `S_tt = L_t L_t^T`, these are `a = L_1^-T u` and `b = L_2^-T v` for the singular
@@ -63,7 +72,7 @@ def canonical_directions(first, cross, second):
     return _apply(ops.swapaxes(left, -1, -2), u), _apply(ops.swapaxes(right, -1, -2), v)
 
 
-def _largest_singular_vectors(matrix):
+def _largest_singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`(u, v)` of the largest singular value of each matrix, by Lanczos steps."""
     rng = np.random.default_rng(0)
     fallbacks = []
@@ -76,7 +85,9 @@ def _largest_singular_vectors(matrix):
     v = _nonzero(_orthonormal(_apply(transposed, fallbacks[0])), fallbacks[1])
     steps = min(_STEPS, *matrix.shape[-2:])
 
-    def step(i, state):
+    def step(
+        i: Tensor, state: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         v, left, right = state
         column = ops.one_hot(i, steps, dtype=matrix.dtype)
         right = right + v[..., None] * column
@@ -95,16 +106,16 @@ def _largest_singular_vectors(matrix):
     return _nonzero(u, fallbacks[0]), _nonzero(v, fallbacks[1])
 
 
-def _nonzero(vector, fallback):
+def _nonzero(vector: Tensor, fallback: Tensor) -> Tensor:
     """A vector, or another where it is zero: without correlation any direction is best."""
     return ops.where(ops.any(vector != 0, axis=-1, keepdims=True), vector, fallback)
 
 
-def _apply(matrix, vector):
+def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return ops.squeeze(ops.matmul(matrix, vector[..., None]), -1)
 
 
-def _orthonormal(vector, basis=None):
+def _orthonormal(vector: Tensor, basis: Tensor | None = None) -> Tensor:
     """A unit vector orthogonal to the columns of a basis; zero where nothing is left."""
     norm = ops.norm(vector, axis=-1, keepdims=True)
     if basis is not None:
@@ -117,7 +128,9 @@ def _orthonormal(vector, basis=None):
     return ops.where(enough, vector / ops.where(enough, left, 1.0), 0.0)
 
 
-def largest_canonical_correlation(first, cross, second, method="cholesky"):
+def largest_canonical_correlation(
+    first: Tensor, cross: Tensor, second: Tensor, method: Method = "cholesky"
+) -> Tensor:
     """The largest canonical correlation of covariances, with its gradient (TRN Eq. 10).
 
     `method="cholesky"`: Eq. 1 at the best directions. These maximise it, so that its
@@ -211,7 +224,14 @@ class TRL(keras.layers.Layer):
     1.0
     """
 
-    def __init__(self, pairs=None, momentum=0.99, ridge=1e-3, method="cholesky", **kwargs):
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Any, Any]] | None = None,
+        momentum: float = 0.99,
+        ridge: float = 1e-3,
+        method: Method = "cholesky",
+        **kwargs: Any,
+    ) -> None:
         # Labels, say, are not to be rounded to half precision on the way in.
         super().__init__(autocast=False, **kwargs)
         for argument, value, high in (
@@ -229,13 +249,13 @@ class TRL(keras.layers.Layer):
         self.ridge = float(ridge)
         self.method = method
 
-    def _sets(self, inputs):
+    def _sets(self, inputs: Any) -> tuple[list[Any], list[Any]]:
         """`(names, values)` of the input in one order."""
         if isinstance(inputs, dict):
             return list(inputs), list(inputs.values())
         return list(range(len(inputs))), list(inputs)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         names, shapes = self._sets(input_shape)
         if len(shapes) < 2 or any(not isinstance(s, (tuple, list)) for s in shapes):
             raise ValueError(
@@ -251,7 +271,7 @@ class TRL(keras.layers.Layer):
                 )
             self._sizes.append(int(np.prod(shape[1:])))
         self._check_batch(names, shapes)
-        pairs = self.pairs
+        pairs: Iterable[tuple[Any, Any]] | None = self.pairs
         if pairs is None:
             pairs = itertools.combinations(names, 2)
         try:
@@ -283,7 +303,7 @@ class TRL(keras.layers.Layer):
         )
         self.built = True
 
-    def _check_batch(self, names, shapes):
+    def _check_batch(self, names: Sequence[Any], shapes: Sequence[Shape]) -> None:
         batches = {name: shape[0] for name, shape in zip(names, shapes)}
         known = {batch for batch in batches.values() if batch is not None}
         if len(known) > 1 or 1 in known:
@@ -292,7 +312,9 @@ class TRL(keras.layers.Layer):
                 f"Received: batch sizes {batches}."
             )
 
-    def call(self, inputs, training=None, present=None):
+    def call(
+        self, inputs: Any, training: bool | None = None, present: Any = None
+    ) -> Tensor:
         if not training:
             return ops.convert_to_tensor(self.similarity)
         names, values = self._sets(inputs)
@@ -305,7 +327,9 @@ class TRL(keras.layers.Layer):
         self.similarity.assign(ops.stop_gradient(similarity))
         return similarity
 
-    def _updated(self, values, present):
+    def _updated(
+        self, values: Sequence[Tensor], present: Sequence[Tensor] | None
+    ) -> Tensor:
         """The moving covariance with that of a batch (Algorithm 1, lines 6 to 13)."""
         moving = ops.convert_to_tensor(self.covariance)
         x, there = self._side_by_side(values, present, moving.dtype)
@@ -324,7 +348,9 @@ class TRL(keras.layers.Layer):
         share = ops.where(count > 1, (1 - self.momentum) * count / size, 0.0)
         return (1 - share) * ops.stop_gradient(moving) + share * covariance
 
-    def _side_by_side(self, values, present, dtype):
+    def _side_by_side(
+        self, values: Sequence[Tensor], present: Sequence[Tensor] | None, dtype: DType
+    ) -> tuple[Tensor, Tensor | None]:
         """All sets as one matrix `(batch, D)`, and which are there, `(batch, sets)`."""
         flat = [ops.reshape(x, (-1, d)) for x, d in zip(values, self._sizes)]
         x = ops.cast(ops.concatenate(flat, axis=-1), dtype)
@@ -334,12 +360,14 @@ class TRL(keras.layers.Layer):
         # What stands in the place of a missing set is not looked at.
         return ops.where(self._by_feature(there, -1) > 0, x, 0.0), there
 
-    def _by_feature(self, by_set, axis):
+    def _by_feature(self, by_set: Tensor, axis: int) -> Tensor:
         """Values of sets along an axis, once for each of their features."""
         owners = np.repeat(range(len(self._sizes)), self._sizes)
         return ops.take(by_set, owners, axis=axis)
 
-    def _batch_covariance(self, x, there, size):
+    def _batch_covariance(
+        self, x: Tensor, there: Tensor | None, size: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`(covariance, count)`, both `(D, D)`: count examples have both of two sets."""
         centred = x - all_reduce_sum(ops.sum(x, axis=0)) / size
         if there is None:
@@ -355,7 +383,7 @@ class TRL(keras.layers.Layer):
         scatter = products - sums * ops.transpose(sums) / ops.maximum(count, 1)
         return scatter / ops.maximum(count - 1, 1), count
 
-    def _similarities(self, covariance):
+    def _similarities(self, covariance: Tensor) -> Tensor:
         """Eq. 11 for all pairs, on blocks that are padded to one size."""
         width, borders = max(self._sizes), np.cumsum([0, *self._sizes])
         blocks = []
@@ -393,12 +421,12 @@ class TRL(keras.layers.Layer):
         # Covariances of different examples may be correlated by more than one.
         return ops.minimum(found, 1.0)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> Shape:
         count = len(input_shape)
         pairs = count * (count - 1) // 2 if self.pairs is None else len(self.pairs)
         return (pairs,)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "pairs": self.pairs,

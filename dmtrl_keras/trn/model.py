@@ -1,12 +1,13 @@
 """A multi-task network and its task relations in one call: the constructor of a TRN."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 
 from dmtrl_keras.conversion.graph import checked_functional
 from dmtrl_keras.training.model import MultiTaskModel
+from dmtrl_keras.trn.layer import Method
 from dmtrl_keras.trn.relation import Pair, Relation
 from dmtrl_keras.trn.term import TaskRelations
 
@@ -62,7 +63,7 @@ class TaskRelationModel(MultiTaskModel):
         label_similarity: Mapping[Pair, float] | None = None,
         momentum: float = 0.99,
         ridge: float = 1e-3,
-        method: str = "cholesky",
+        method: Method = "cholesky",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -97,7 +98,7 @@ class TaskRelationModel(MultiTaskModel):
         """The last estimates, see `TaskRelations.similarities`."""
         return self._relation_term.similarities()
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         term = self._relation_term.get_config()
         del term["name"]
         return {
@@ -109,8 +110,8 @@ class TaskRelationModel(MultiTaskModel):
 
     @classmethod
     def from_config(
-        cls, config: dict, custom_objects: dict | None = None
-    ) -> "TaskRelationModel":
+        cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
         """From the dict of `get_config`."""
         config = dict(config)
         network, name, trainable = (config.pop(k) for k in ("network", "name", "trainable"))

@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.validation import check_number, checked_pairs, clean_name, name_of
 from dmtrl_keras.trn.canonical_correlation import task_similarity, task_similarity_matrix
@@ -61,7 +62,7 @@ class Relation:
         self.groups = _checked_groups(groups, name_of(self))
         self.pairs = checked_pairs(pairs, name_of(self), "tasks or groups")
 
-    def sets(self, tasks):
+    def sets(self, tasks: Sequence[str]) -> tuple[list[Pair], dict[str, tuple[str, ...]]]:
         """The pairs, and the tasks of each set in them, for the tasks of a network.
 
         Args:
@@ -106,7 +107,7 @@ class Relation:
             )
         return pairs, sets
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments, as a dict."""
         return {
             "at": self.at,
@@ -117,12 +118,17 @@ class Relation:
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """From the dict of `get_config`."""
         return cls(**config)
 
 
-def label_similarity(labels, pairs=None, groups=None, ridge=0.0):
+def label_similarity(
+    labels: Mapping[str, ArrayLike],
+    pairs: Sequence[Pair] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    ridge: float = 0.0,
+) -> dict[Pair, float]:
     """The similarity of tasks' labels over a whole data set (TRN Eq. 12).
 
     Args:
@@ -174,7 +180,7 @@ def label_similarity(labels, pairs=None, groups=None, ridge=0.0):
     return found
 
 
-def _vectors(labels):
+def _vectors(labels: ArrayLike) -> np.ndarray:
     """Labels as vectors: classes one-hot."""
     labels = np.asarray(labels)
     if labels.ndim == 1 and labels.dtype.kind in "iub":

@@ -8,7 +8,7 @@ similarity online is `layers.TRL`; similarities of whole arrays are in
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -17,11 +17,12 @@ from keras import ops, tree
 from dmtrl_keras.conversion.graph import form_of_tensor, names_of_tasks
 from dmtrl_keras.ground.backend import share_of_replica
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.training.missing import align, same_shape, split_missing
 from dmtrl_keras.training.terms import LossTerm, Step
-from dmtrl_keras.trn.layer import TRL
+from dmtrl_keras.trn.layer import TRL, Method
 from dmtrl_keras.trn.relation import Pair, Relation
 
 # Of 780 pairs TensorFlow took more than five minutes to optimize the graph of a step.
@@ -46,13 +47,15 @@ class SimilarityTracker(keras.metrics.Metric):
     {'a': 0.5, 'b': 1.0}
     """
 
-    def __init__(self, names, name="similarity", dtype=None):
+    def __init__(
+        self, names: Sequence[str], name: str = "similarity", dtype: DType = None
+    ) -> None:
         super().__init__(name=name, dtype=dtype)
         self.names = list(names)
         self.total = self.add_variable((len(self.names),), "zeros", name="total")
         self.count = self.add_variable((), "zeros", name="count")
 
-    def update_state(self, values, sample_weight=None):
+    def update_state(self, values: Tensor, sample_weight: Tensor | None = None) -> None:
         """Add the similarities of a step.
 
         Args:
@@ -64,12 +67,12 @@ class SimilarityTracker(keras.metrics.Metric):
         self.total.assign_add(ops.cast(values, self.total.dtype))
         self.count.assign_add(ops.ones((), self.count.dtype))
 
-    def result(self):
+    def result(self) -> dict[str, Tensor]:
         """The mean of each similarity, a dict of scalars by name."""
         means = ops.divide_no_nan(self.total, self.count)
         return dict(zip(self.names, ops.unstack(means, len(self.names))))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "names": self.names}
 
 
@@ -130,13 +133,17 @@ class TaskRelations(LossTerm):
         label_similarity: Mapping[Pair, float] | None = None,
         momentum: float = 0.99,
         ridge: float = 1e-3,
-        method: str = "cholesky",
+        method: Method = "cholesky",
         name: str = "task_relations",
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
         self._relations = self._checked_relations(relations)
-        self._settings = {"momentum": momentum, "ridge": ridge, "method": method}
+        self._settings: dict[str, Any] = {
+            "momentum": momentum,
+            "ridge": ridge,
+            "method": method,
+        }
         self._given_similarity = label_similarity
         self._trls: dict[str, TRL] = {}
         self._trackers: dict[str, SimilarityTracker] = {}
@@ -195,7 +202,7 @@ class TaskRelations(LossTerm):
                     )
         return everywhere
 
-    def _add_trl(self, name: str, tensors: Mapping[str, Any]) -> None:
+    def _add_trl(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         trl = TRL(self._pairs[name], **self._settings, name=f"{name}_relation")
         shapes = {}
         for key, tasks in self._sets[name].items():
@@ -254,8 +261,8 @@ class TaskRelations(LossTerm):
         if isinstance(given, dict):
             values = {frozenset(pair): value for pair, value in given.items()}
         absent = [pair for pair in pairs if frozenset(pair) not in values]
-        found = [values.get(frozenset(pair)) for pair in pairs]
-        if absent or not all(np.isscalar(v) and 0 <= v <= 1 for v in found):
+        found: list[Any] = [values.get(frozenset(pair)) for pair in pairs]
+        if absent or not all(bool(np.isscalar(v)) and 0 <= v <= 1 for v in found):
             raise ValueError(
                 f"{name_of(self)}: `label_similarity` must be a dict with a number in "
                 f"[0, 1] for every pair of {pairs}. Received: {given!r}."
@@ -281,7 +288,7 @@ class TaskRelations(LossTerm):
             for name, pairs in self._pairs.items()
         }
 
-    def _estimate(self, name: str) -> Any:
+    def _estimate(self, name: str) -> Tensor:
         if name == "label" and self._label_similarity is not None:
             return ops.convert_to_tensor(self._label_similarity, "float32")
         return ops.convert_to_tensor(self._trls[name].similarity)
@@ -291,7 +298,7 @@ class TaskRelations(LossTerm):
             return [f"{name}_similarity"]
         return [f"{name}_similarity_{i}_{j}" for i, j in pairs]
 
-    def _track(self, name: str, values: Any) -> None:
+    def _track(self, name: str, values: Tensor) -> None:
         values = ops.stop_gradient(values)
         if len(self._pairs[name]) > _MOST_LOGGED:
             values = ops.mean(values, keepdims=True)
@@ -299,7 +306,7 @@ class TaskRelations(LossTerm):
 
     # --- the loss -----------------------------------------------------------------
 
-    def call(self, step: Step, training: bool = False) -> Any:
+    def call(self, step: Step, training: bool = False) -> Tensor:
         """The term of TRN Eq. 13, see `training.terms.LossTerm`."""
         target = self._estimate("label")
         if training and self._label_similarity is None:
@@ -320,7 +327,7 @@ class TaskRelations(LossTerm):
         # Every replica has the whole term, that of the global batch.
         return share_of_replica(total)
 
-    def _joined(self, name: str, by_task: Mapping[str, Any]) -> dict[str, Any]:
+    def _joined(self, name: str, by_task: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sets of features: those of each group's tasks side by side."""
         flat = {
             task: ops.reshape(x, (ops.shape(x)[0], math.prod(x.shape[1:])))
@@ -331,7 +338,7 @@ class TaskRelations(LossTerm):
             for key, tasks in self._sets[name].items()
         }
 
-    def _learned_target(self, step: Step) -> Any:
+    def _learned_target(self, step: Step) -> Tensor:
         """The similarities of the labels, with those of a batch."""
         vectors, present = {}, {}
         for task in dict.fromkeys(itertools.chain(*self._sets["label"].values())):
@@ -350,7 +357,7 @@ class TaskRelations(LossTerm):
         found = self._trls["label"](sets, training=True, present=present)
         return ops.stop_gradient(found)
 
-    def _labels(self, task: str, labels: Any, step: Step) -> tuple[Any, Any]:
+    def _labels(self, task: str, labels: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Labels of a task as `(vectors, present)`."""
         owner, prediction = f"{name_of(self)}, task {task!r}", step.y_pred[task]
         weights = step.sample_weight
@@ -379,8 +386,8 @@ class TaskRelations(LossTerm):
 
     # --- serialization ------------------------------------------------------------
 
-    def get_config(self) -> dict:
-        similarity = self._given_similarity
+    def get_config(self) -> dict[str, Any]:
+        similarity: Any = self._given_similarity
         if similarity is not None:
             # JSON has no pairs as keys.
             similarity = [[*pair, value] for pair, value in similarity.items()]
@@ -395,7 +402,9 @@ class TaskRelations(LossTerm):
         }
 
     @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> LossTerm:
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None
+    ) -> Self:
         """From the dict of `get_config`."""
         config = dict(config)
         config["relations"] = [

@@ -76,8 +76,8 @@ def test_variants_are_one_function(method, rng):
         np.testing.assert_allclose(other, outputs[0], atol=1e-4)
 
 
-def test_command(tmp_path, monkeypatch):
-    """A small run writes both tables, also into a README."""
+def test_command(tmp_path, monkeypatch, few_steps):
+    """A small run writes all tables, also into a page."""
 
     def small(name, size, copy=""):
         layers = [keras.Input((size, size, 3)), keras.layers.Conv2D(4, 3)]
@@ -85,10 +85,12 @@ def test_command(tmp_path, monkeypatch):
         return keras.Sequential(layers, name=f"{name}{copy}")
 
     monkeypatch.setattr(benchmark, "backbone_of", small)
-    readme = tmp_path / "README.md"
+    # The kernels that are factorised are those of a start, after two steps.
+    monkeypatch.setattr(mnist, "FULL_SIZE", 3200)
+    page = tmp_path / "performance.md"
     blocks = ("benchmark", "backbone", "prior", "relation", "similar")
     marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks]
-    readme.write_text("\n".join(marks))
+    page.write_text("\n".join(marks))
     arguments = (
         "--batch-size 2 --fc 4 --repeats 1 --ranks 0.5 --stl-epochs 1 --skip-grouped"
     )
@@ -105,19 +107,22 @@ def test_command(tmp_path, monkeypatch):
             *"--similar-backbone VGG16 --similar-update-every 5".split(),
             "--output",
             str(tmp_path / "out"),
-            "--readme",
-            str(readme),
+            "--page",
+            str(page),
         ]
     )
-    assert len(tables["steps"]) == 3
-    assert list(tables["ranks"]["Rank"]) == ["10% error", "0.5"]
-    last = tables["prior"]["Part"].iloc[-1]
+    steps, ranks = tables["benchmark"]
+    assert len(steps) == 3
+    assert list(ranks["Rank"]) == ["10% error", "0.5"]
+    prior, naive = tables["prior"]
+    assert len(naive) == 4
+    last = prior["Part"].iloc[-1]
     assert last == "together, with an update every 4 steps"
-    assert len(tables["backbone"]) == 5 and "MobileNet, T = 2" in readme.read_text()
-    assert tables["relation"]["Ratio to Cholesky"][1] == "1.0"
-    assert tables["similar"]["Ratio to independent"][0] == "1.00"
-    assert "every 5 steps" in tables["similar"]["Training step"][2]
+    assert len(tables["backbone"][0]) == 5 and "MobileNet, T = 2" in page.read_text()
+    assert tables["relation"][0]["Ratio to Cholesky"][1] == "1.0"
+    assert tables["similar"][0]["Ratio to independent"][0] == "1.00"
+    assert "every 5 steps" in tables["similar"][0]["Training step"][2]
     for name in blocks:
         text = (tmp_path / "out" / f"{name}.md").read_text().strip()
-        assert text in readme.read_text()
-    assert keras.config.backend() in readme.read_text()
+        assert text in page.read_text()
+    assert keras.config.backend() in page.read_text()

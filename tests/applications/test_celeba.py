@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from applications import celeba
-from applications.experiment import Results
+from applications.results import Results
 
 NAMES = ["Bald", "Male", "Smiling"]
 
@@ -52,13 +52,16 @@ def test_command(tmp_path, rng):
     path = write_labels(tmp_path, labels)
     output = tmp_path / "results"
     arguments = ["--similarity", "--data", str(path), "--output", str(output)]
-    frame = celeba.main(arguments)
+    table = celeba.main(arguments)["celeba-pairs"]
+    assert list(table["Similarity"]) == sorted(table["Similarity"], reverse=True)
+    frame = pd.read_csv(output / "similarity.csv", index_col=0)
     np.testing.assert_allclose(frame, np.abs(np.corrcoef(labels.T)), atol=1e-9)
     for name in ("similarity.csv", "similarity.png", "pairs.md"):
         assert (output / name).stat().st_size > 50
     assert "| Bald | Male |" in (output / "pairs.md").read_text().splitlines()[2]
-    two = celeba.main([*arguments, "--attributes", "Smiling", "Bald"])
-    assert list(two) == ["Smiling", "Bald"]
+    celeba.main([*arguments, "--attributes", "Smiling", "Bald"])
+    two = pd.read_csv(output / "similarity.csv", index_col=0)
+    assert list(two) == list(two.index) == ["Smiling", "Bald"]
     with pytest.raises(ValueError, match=r"Received: \['Bald', 'Happy'\]"):
         celeba.main([*arguments, "--attributes", "Bald", "Happy"])
 
@@ -66,9 +69,10 @@ def test_command(tmp_path, rng):
 def test_figure_3(tmp_path, data_dir):
     """The pairs that the paper names are the extremes among 780."""
     path = data_dir / "celeba_attributes.zip"
-    frame = celeba.main(
+    celeba.main(
         ["--similarity", "--data", str(path), "--output", str(tmp_path), "--pairs", "7"]
     )
+    frame = pd.read_csv(tmp_path / "similarity.csv", index_col=0)
     assert frame.shape == (40, 40)
     table = celeba.similarity_table(frame.to_numpy(), list(frame), 40)
     pairs = list(zip(table["Attribute"], table["Other attribute"]))
@@ -177,19 +181,19 @@ def test_images_of_tfds():
     assert images.shape == (3, 16, 16, 3) and labels["Bald"].shape == (3, 1)
 
 
-def test_classification(tmp_path, rng, capsys):
+def test_classification(tmp_path, rng, capsys, few_steps):
     """Both tables; a second call finds all results."""
     names, _ = write_images(tmp_path, rng)
     output = tmp_path / "results"
     arguments = ["--classification", "--data", str(tmp_path), "--output", str(output)]
     tables = celeba.main([*arguments, *SMALL, "--tables", "2"])
-    assert list(tables["table_2"]["Method"]) == ["MTL", "TRN"]
+    assert list(tables["celeba-table-2"]["Method"]) == ["MTL", "TRN"]
     runs = Results(output / "runs.jsonl")._runs.values()
     for run in runs:
         assert set(run["results"]["error"]) == set(run["results"]["precision"]) == {*names}
         mean = 100 * np.mean(list(run["results"]["error"].values()))
         method = run["settings"]["method"].upper()
-        row = tables["table_2"].set_index("Method").loc[method]
+        row = tables["celeba-table-2"].set_index("Method").loc[method]
         assert row["Mean error %"] == f"{mean:.2f}" and row["Runs"] == 1
     before = (output / "runs.jsonl").read_text()
     celeba.main([*arguments, *SMALL, "--tables", "2"])
@@ -206,7 +210,7 @@ def test_table_3(tmp_path, rng):
         ["--classification", "--data", "x", "--tables", "3", "--methods", *celeba.METHODS]
     )
     parts = celeba.load_images(tmp_path, 16)
-    plan = {run.title: run for run in celeba.plan(options, parts, "digest")}
+    plan = {run.title: run for run in celeba.EXPERIMENT.plan(options, parts)}
     assert len(plan) == 9 + 5 + 5
     assert all(run.settings["seed"] == 0 for run in plan.values())
     rows = []

@@ -1,123 +1,152 @@
-"""Results that survive interruptions, and tables."""
+"""What experiments have in common, by one that trains nothing."""
 
-import argparse
-import copy
+import pathlib
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from applications.experiment import (
-    Results,
-    check_names,
-    in_range,
-    markdown_table,
-    mean_and_spread,
-    parse_arguments,
-    rich_table,
-    write_block,
+import applications
+from applications import experiment
+from applications.arguments import in_range
+from applications.experiment import Experiment, Table, held_out
+
+
+class Toy(Experiment):
+    """Three numbers by two methods."""
+
+    name = "toy"
+    description = "Numbers."
+    methods = {"one": "One", "two": "Two"}
+    defaults = {"epochs": 3, "repeats": 2, "optimizer": "sgd"}
+    least = {"epochs": 2}
+    settings = ("seed", "epochs", "scale")
+
+    def __init__(self):
+        self.trained = []
+
+    def add_arguments(self, p):
+        p.add_argument("--scale", type=in_range(float, 0), default=1.0)
+
+    def check(self, p, options):
+        if options.scale > 100:
+            p.error("--scale: too large")
+
+    def load(self, options, console):
+        return options.scale * np.arange(3)
+
+    def plan(self, options, data):
+        for repeat in range(options.repeats):
+            for method in options.methods:
+                seed = options.seed + repeat
+                yield self.planned(
+                    f"seed {seed}",
+                    options,
+                    method,
+                    lambda seed=seed: self.draw(options, data, seed),
+                    seed,
+                    {"repeat": repeat},
+                )
+
+    def draw(self, options, data, seed):
+        return data + seed
+
+    def run(self, options, method, part, seed, tick, callbacks=None):
+        self.trained.append((method, seed))
+        for _ in range(options.epochs):
+            tick()
+        return {"accuracy": {"a": 0.25, "b": 0.75}, "sum": float(part.sum())}
+
+    def describe(self, found):
+        return f"sum {found['sum']:g}"
+
+    def tables(self, options, data, runs):
+        sums = runs.groupby("method")["sum"].mean()
+        frame = pd.DataFrame(
+            {"Method": self.methods[name], "Sum": f"{sums[name]:,.1f}"}
+            for name in sums.index
+        )
+        return {"toy": Table("Sums", frame, "table"), "again": Table("Again", frame)}
+
+    def figures(self, options, data, runs):
+        figure, ((axis,),) = experiment.figure_of(1)
+        axis.plot(data)
+        figure.savefig(options.output / "data.png")
+        return [options.output / "data.png"]
+
+
+def test_command(tmp_path, capsys):
+    """Runs, tables, figures, a page; a second call finds all results."""
+    page = tmp_path / "docs" / "experiments" / "toy.md"
+    page.parent.mkdir(parents=True)
+    blocks = ("toy", "again")
+    page.write_text("\n".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks))
+    output = tmp_path / "results" / "toy"
+    arguments = ["--output", str(output), "--page", str(page), "--scale", "1000e-1"]
+    toy = Toy()
+    tables = toy.main(arguments)
+    assert toy.trained == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+    assert list(tables["toy"]["Sum"]) == ["301.5", "301.5"]
+    printed = capsys.readouterr().out
+    assert "Two, seed 1: sum 303, 0 s" in printed and "Results are in" in printed
+    assert "| One | 301.5 |" in (output / "table.md").read_text()
+    assert page.read_text().count("| Two | 301.5 |") == 2
+    copied = tmp_path / "docs" / "figures" / "toy_data.png"
+    assert copied.read_bytes() == (output / "data.png").read_bytes()
+    assert toy.main(arguments)["again"].equals(tables["again"])
+    assert len(toy.trained) == 4
+    toy.main([*arguments, "--epochs", "2", "--methods", "two", "--repeats", "1"])
+    assert toy.trained[4:] == [("two", 0)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "1"],
+        ["--repeats", "0"],
+        ["--scale", "101"],
+        ["--methods", "three"],
+        ["--batch-size", "4"],
+    ],
 )
+def test_arguments(arguments, capsys):
+    """An experiment has those that it has defaults for; the parser says what is wrong."""
+    with pytest.raises(SystemExit):
+        Toy().parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
 
 
-def test_results_come_back(tmp_path):
-    """A run is found by its settings, in this process and in the next."""
-    path = tmp_path / "deep" / "runs.jsonl"
-    results = Results(path)
-    assert results.get({"method": "stl"}) is None
-    results.add({"method": "stl", "seed": 1}, {"error": 0.5, "ranks": (1, 2)})
-    for found in (results, Results(path)):
-        assert found.get({"seed": 1, "method": "stl"}) == {"error": 0.5, "ranks": [1, 2]}
-        assert found.get({"method": "stl", "seed": 2}) is None
+def test_scores():
+    """The error of each task, and their mean."""
+    found = Toy().scores({"accuracy": {"a": 0.25, "b": 0.75}})
+    assert found == {"error": 0.5, "a_error": 0.75, "b_error": 0.25}
 
 
-def test_interrupted_write(tmp_path):
-    """A line cut off at the end is dropped; the file stays usable."""
-    path = tmp_path / "runs.jsonl"
-    Results(path).add({"n": 1}, {"error": 0.5})
-    with path.open("a") as file:
-        file.write('{"settings": {"n": 2}, "resul')
-    results = Results(path)
-    assert results.get({"n": 2}) is None
-    results.add({"n": 2}, {"error": 0.25})
-    again = Results(path)
-    assert (again.get({"n": 1}), again.get({"n": 2})) == ({"error": 0.5}, {"error": 0.25})
-
-
-def test_foreign_file(tmp_path):
-    """Something else in the file is an error, and is not overwritten."""
-    path = tmp_path / "runs.jsonl"
-    path.write_text("method,error\nstl,0.5\n")
-    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1.*method,error"):
-        Results(path)
-    assert path.read_text() == "method,error\nstl,0.5\n"
-
-
-def test_tables():
-    """Mean and sample standard deviation; Markdown; a table for the terminal."""
-    assert mean_and_spread([1, 2, 3]) == "2.00 ± 1.00"
-    assert mean_and_spread([0.123], digits=1) == "0.1"
-    frame = pd.DataFrame({"Method": ["stl", "tt"], "Error": ["1.0", "2.0"]})
-    expected = "| Method | Error |\n| --- | --- |\n| stl | 1.0 |\n| tt | 2.0 |\n"
-    assert markdown_table(frame) == expected
-    assert rich_table(frame, "MNIST").row_count == 2
-
-
-def test_readme_block(tmp_path):
-    """Only what is between the marks changes; marks must be there."""
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
-    write_block(path, "a", "new\n")
-    write_block(path, "a", "newer\n")
-    expected = "before\n<!-- a:begin -->\nnewer\n<!-- a:end -->\nafter\n"
-    assert path.read_text() == expected
-    with pytest.raises(ValueError, match="b:begin"):
-        write_block(path, "b", "new")
-
-
-def test_settings_from_a_file(tmp_path, capsys):
-    """A JSON file gives arguments, which those of the command line overrule."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--learning-rate", type=in_range(float, 0), default=0.1)
-    parser.add_argument("--methods", nargs="+", choices=("stl", "tt"), default=["stl"])
-    parser.add_argument("--no-bias", action="store_true")
-    parser.add_argument("--epochs", type=int, required=True)
-    path = tmp_path / "best.json"
-    path.write_text(
-        '{"learning_rate": 0.5, "methods": ["stl", "tt"], "no_bias": true, "epochs": 3}'
-    )
-
-    def parse(*arguments):
-        # A parser learns `--config` only once.
-        return parse_arguments(copy.deepcopy(parser), arguments)
-
-    options = parse("--config", str(path), "--epochs", "5")
-    assert options.strategy.num_replicas_in_sync == 1
-    del options.strategy
-    assert vars(options) == {
-        "learning_rate": 0.5,
-        "methods": ["stl", "tt"],
-        "no_bias": True,
-        "epochs": 5,
+def test_every_experiment_is_listed():
+    """Each module with an experiment is one that a search knows, by its name."""
+    folder = pathlib.Path(applications.__file__).parent
+    modules = {
+        path.stem for path in folder.glob("*.py") if "\nEXPERIMENT = " in path.read_text()
     }
-    assert parse("--epochs", "2").learning_rate == 0.1
-    for content, message in (
-        ('{"rate": 1}', "rate"),
-        ("[1]", "object of settings"),
-        ("{", "no JSON file"),
-        ('{"learning_rate": -1}', "more than 0"),
-    ):
-        path.write_text(content)
-        with pytest.raises(SystemExit):
-            parse("--config", str(path), "--epochs", "5")
-        assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse("--config", str(tmp_path / "none.json"), "--epochs", "5")
+    assert modules == set(experiment.EXPERIMENTS)
+    for name in experiment.EXPERIMENTS:
+        assert experiment.experiment_of(name).name == name
 
 
-def test_names_are_checked(capsys):
-    """An error of the command, or of a function; known names pass."""
-    check_names("--loss-weights", ["a"], ["a", "b"])
-    with pytest.raises(ValueError, match=r"--loss-weights: .*'a', 'b'.*\['c'\]"):
-        check_names("--loss-weights", {"c": 1.0}, ["a", "b"])
-    with pytest.raises(SystemExit):
-        check_names("--ranks", ["c"], ["a"], argparse.ArgumentParser())
-    assert "--ranks: expected names from ['a'], received ['c']" in capsys.readouterr().err
+@pytest.mark.parametrize("name", experiment.EXPERIMENTS)
+def test_defaults_are_settings(name):
+    """What results depend on is an argument, and methods are what families stand for."""
+    found = experiment.experiment_of(name)
+    known = {action.dest for action in found.parser()._actions}
+    assert {*found.settings, found.budget, "output", "page", "methods"} <= known
+    assert set(found.families.values()) <= set(found.methods)
+    assert set(found.default_methods or ()) <= set(found.methods)
+
+
+def test_held_out():
+    """The same shares of the classes; any examples where classes are too small."""
+    labels = np.repeat([0, 1], [30, 10])
+    train, valid = held_out(np.arange(40), labels, 0.2, 0)
+    assert np.bincount(labels[valid]).tolist() == [6, 2] and len(train) == 32
+    train, valid = held_out(np.arange(5), np.array([0, 0, 1, 2, 3]), 0.2, 0)
+    assert len(valid) == 1 and len(train) == 4

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from applications import mtal, vgg
-from applications.experiment import Results
+from applications.results import Results
 from dmtrl_keras import task_layers
 from dmtrl_keras.ground.backend import tensorflow
 
@@ -39,16 +39,18 @@ def tasks(tmp_path, rng):
     return ["--group", "own", "--tasks", *sources]
 
 
-def test_command(tasks, tmp_path, monkeypatch):
-    """Tables and figures, also in a README; finished runs are not run again."""
+def test_command(tasks, tmp_path, monkeypatch, few_steps):
+    """Tables and figures, also in a page; finished runs are not run again."""
     methods = ["single", "nddr", "mtal", "mtal_r"]
-    readme = tmp_path / "README.md"
+    page = tmp_path / "docs" / "mtal.md"
+    page.parent.mkdir()
     blocks = ("mtal-own", "mtal-sharing-own")
-    readme.write_text("\n".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks))
-    arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--readme", str(readme)]
+    page.write_text("\n".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks))
+    arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--page", str(page)]
     arguments += ["--related", "letters,digits", "--training-images", "3"]
     arguments += ["--methods", *methods]
-    table = mtal.main(arguments)
+    tables = mtal.main(arguments)
+    table = tables["mtal-own"]
     assert list(table["Method"]) == [mtal.TITLES[method] for method in methods]
     assert {"letters", "objects", "digits", "mean"} < set(table.columns)
     runs = [
@@ -61,16 +63,19 @@ def test_command(tasks, tmp_path, monkeypatch):
     assert layers[0] == "block1_conv1" and layers[-1] == "total" and len(layers) == 9
     for name in ("losses_own", "activations_own_mtal_1", "activations_own_mtal_r_2"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5_000
+        assert (tmp_path / "figures" / f"out_{name}.png").exists()
     for name in blocks:
-        assert (tmp_path / "out" / f"{name}.md").read_text().strip() in readme.read_text()
+        assert (tmp_path / "out" / f"{name}.md").read_text().strip() in page.read_text()
     monkeypatch.setattr(mtal, "train", None)
-    assert mtal.main(arguments).equals(table)
+    again = mtal.main(arguments)
+    assert all(again[name].equals(tables[name]) for name in blocks)
 
 
-def test_sweep(tasks, tmp_path):
+def test_sweep(tasks, tmp_path, few_steps):
     """Figure 9: one run for each threshold; fewer kernels are shared as it grows."""
     arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--sweep"]
-    table = mtal.main([*arguments, "mtal_apart", "--thresholds", "0.0", "1.0"])
+    tables = mtal.main([*arguments, "mtal_apart", "--thresholds", "0.0", "1.0"])
+    table = tables["mtal-apart-sweep-own"]
     assert list(table["Threshold"]) == ["0", "1"]
     shared = [float(entry.split()[0]) for entry in table["Kernels shared (%)"]]
     assert shared[0] == 100 > shared[1]

@@ -19,24 +19,26 @@ def options_of(folder, *arguments):
     return office.parse(["--features", str(folder), *TINY, *arguments])
 
 
-def test_command(tmp_path, rng, monkeypatch):
-    """All methods; the table, the figures, the README; a second call trains nothing."""
+def test_command(tmp_path, rng, monkeypatch, few_steps):
+    """All methods; the table, the figures, a page; a second call trains nothing."""
     write_features(tmp_path, rng)
-    readme = tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- office:begin -->\n<!-- office:end -->\nEnd\n")
+    page = tmp_path / "docs" / "office.md"
+    page.parent.mkdir()
+    page.write_text("# Title\n<!-- office:begin -->\n<!-- office:end -->\nEnd\n")
     output = tmp_path / "results"
     arguments = [
-        *["--features", str(tmp_path), *TINY, "--strengths", "1e-3", "--readme"],
-        *[str(readme), "--output", str(output)],
+        *["--features", str(tmp_path), *TINY, "--strengths", "1e-3", "--page"],
+        *[str(page), "--output", str(output)],
     ]
-    table = office.main(arguments)
+    table = office.main(arguments)["office"]
     assert table["Method"].tolist() == [office.TITLES[m] for m in office.METHODS]
     assert (table["Draws"] == 2).all() and (table["Training"] == "30%").all()
     assert all("±" in cell for cell in table["Average"])
     for name in ("relations.png", "tsne.png", "table.md"):
         assert (output / name).stat().st_size > 100
-    assert readme.read_text().endswith("<!-- office:end -->\nEnd\n")
-    assert "| MRN |" in readme.read_text()
+    assert (tmp_path / "figures" / "results_tsne.png").exists()
+    assert page.read_text().endswith("<!-- office:end -->\nEnd\n")
+    assert "| MRN |" in page.read_text()
     lines = (output / "runs.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     assert len(runs) == 2 * len(office.METHODS)
@@ -54,7 +56,7 @@ def test_command(tmp_path, rng, monkeypatch):
         return train(self, *arguments)
 
     monkeypatch.setattr(office.Trainer, "train", counted)
-    again = office.main(arguments)
+    again = office.main(arguments)["office"]
     assert trained == ["mrn"]
     pd.testing.assert_frame_equal(
         again.drop(columns="Seconds"), table.drop(columns="Seconds")
@@ -141,7 +143,7 @@ def test_cross_validation_is_on_the_training_part(tmp_path, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("tune_from", [None, "norm1"])
-def test_images(tune_from, tmp_path, rng, monkeypatch):
+def test_images(tune_from, tmp_path, rng, monkeypatch, few_steps):
     """A trunk from a file, frozen or fine-tuned; its lower part runs once."""
     folder = write_images(tmp_path / "images", rng, size=(8, 8))
     trunk = keras.Sequential(
@@ -163,10 +165,10 @@ def test_images(tune_from, tmp_path, rng, monkeypatch):
     ]
     if tune_from is not None:
         arguments += ["--tune-from", tune_from]
-    assert len(office.main(arguments)) == 2
+    assert len(office.main(arguments)["office"]) == 2
     monkeypatch.setattr(office.Trunk, "run_lower", None)
     options = office.parse(arguments)
-    domains, _, new_backbone, _ = office.load(options, None)
+    domains, _, new_backbone, _ = office.EXPERIMENT.load(options, None)
     backbone = new_backbone()
     x = domains["amazon"].x
     if tune_from is None:

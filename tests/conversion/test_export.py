@@ -6,19 +6,28 @@ import pytest
 from keras import layers as kl
 from keras import ops
 
-from dmtrl_keras import export_tasks, multitask
+from dmtrl_keras import export_tasks, multitask, task_layers
 from dmtrl_keras.ground.backend import tensorflow
 
 NAMES = ["zeta", "alpha"]
-# How the kernels come to be, and whether the tasks have one input.
+# How the kernels come to be, and whether the tasks have one input: a layer of each kind,
+# and one kind for all layers.
+EACH = {"separable": "laf", "conv": "tucker", "fc": "tt", "hidden": "hard"}
 CASES = [
-    ("independent", True),
-    ("hard", True),
-    pytest.param(("laf", True), marks=pytest.mark.long),
-    pytest.param(("tucker", True), marks=pytest.mark.long),
-    ("tt", True),
-    ("independent", False),
-    ("tucker", False),
+    ("each", True),
+    ("each", False),
+    *(
+        pytest.param((sharing, shared_input), marks=pytest.mark.long)
+        for sharing, shared_input in [
+            ("independent", True),
+            ("hard", True),
+            ("laf", True),
+            ("tucker", True),
+            ("tt", True),
+            ("independent", False),
+            ("tucker", False),
+        ]
+    ),
 ]
 
 
@@ -33,11 +42,11 @@ def network(sharing, shared_input):
     x = kl.Multiply()([x, kl.Conv2D(8, 1, activation="sigmoid", name="gate")(y)])
     x = kl.Concatenate()([x, kl.Conv2D(4, 3, padding="same", name="conv")(x)])
     x = kl.Dense(6, activation="relu", name="fc")(kl.Flatten()(kl.MaxPooling2D(4)(x)))
-    backbone = keras.Model(inputs, x)
+    backbone = keras.Model(inputs, kl.Dense(5, activation="tanh", name="hidden")(x))
     return multitask(
         backbone,
         NAMES,
-        sharing=sharing,
+        sharing=EACH if sharing == "each" else sharing,
         share_until="trunk_bn",
         shared_input=shared_input,
         heads={"zeta": 3, "alpha": 1},
@@ -45,11 +54,16 @@ def network(sharing, shared_input):
     )
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
-def case(request, rng):
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def case(request):
     """`(model, inputs, expected outputs)`, the tasks' weights different."""
     sharing, shared_input = request.param
+    rng = np.random.default_rng(0)
+    keras.utils.set_random_seed(0)
     model = network(sharing, shared_input)
+    if sharing == "each":
+        kinds = {layer.sharing.name for layer in task_layers(model)}
+        assert kinds == {"independent", "hard", "laf", "tucker", "tt"}
     for weight in model.trainable_weights:
         weight.assign(weight + 0.1 * rng.normal(size=weight.shape))
     x = {name: rng.normal(size=(5, 16, 16, 3)).astype("float32") for name in NAMES}

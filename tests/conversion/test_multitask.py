@@ -518,7 +518,13 @@ def test_trains_and_leaves_state_alone(shared_input, rng):
     model = multitask(
         small(), NAMES, sharing="tt", shared_input=shared_input, verbose=False
     )
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    # Once in a graph.
+    model.compile(
+        "adam",
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        run_eagerly=not shared_input,
+    )
     x = rng.normal(size=(16, 8, 8, 3)).astype("float32")
     x = x if shared_input else dict.fromkeys(NAMES, x)
     y = {name: rng.integers(4, size=16) for name in NAMES}
@@ -638,12 +644,38 @@ def test_errors_of_models():
     assert model.output["task_1"].shape == (None, 5)
 
 
-@pytest.mark.parametrize("shared_input", [True, False])
-def test_images_of_any_size(shared_input, rng):
-    """A backbone without a fixed input size gives a network without one."""
-    backbone = keras.applications.MobileNetV2(
+def inverted_residuals():
+    """The layers of MobileNetV2, in few blocks, on images of any size."""
+    inputs = keras.Input((None, None, 3))
+    x = kl.Conv2D(8, 3, strides=2, padding="same", use_bias=False)(inputs)
+    for block, strides in enumerate((2, 1, 2, 1), start=1):
+        start = x
+        x = kl.ReLU(6.0)(kl.BatchNormalization()(kl.Conv2D(24, 1, use_bias=False)(x)))
+        if strides == 2:
+            x = kl.ZeroPadding2D(((0, 1), (0, 1)))(x)
+        padding = "valid" if strides == 2 else "same"
+        x = kl.DepthwiseConv2D(3, strides, padding, use_bias=False)(x)
+        x = kl.ReLU(6.0)(kl.BatchNormalization()(x))
+        x = kl.BatchNormalization()(kl.Conv2D(8, 1, use_bias=False)(x))
+        if strides == 1:
+            x = kl.Add(name=f"block_{block}_add")([start, x])
+    return keras.Model(inputs, kl.GlobalAveragePooling2D()(x))
+
+
+def mobile_net():
+    """The same of keras.applications."""
+    return keras.applications.MobileNetV2(
         include_top=False, weights=None, pooling="avg", alpha=0.35
     )
+
+
+@pytest.mark.parametrize(
+    "make", [inverted_residuals, pytest.param(mobile_net, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("shared_input", [True, False])
+def test_images_of_any_size(shared_input, make, rng):
+    """A backbone without a fixed input size gives a network without one."""
+    backbone = make()
     assert backbone.input_shape == (None, None, None, 3)
     model = multitask(
         backbone, ["a", "b"], share_until="block_2_add", shared_input=shared_input

@@ -90,13 +90,18 @@ def test_totals_are_those_of_keras(capsys):
 @pytest.mark.parametrize("shared_input", [True, False])
 def test_independent_networks_are_the_unit(shared_input):
     """Whatever is shared: "if independent" is T backbones."""
-    backbone = keras.applications.MobileNet(
-        (32, 32, 3), alpha=0.25, include_top=False, weights=None
-    )
+    inputs = keras.Input((16, 16, 3))
+    x = kl.Conv2D(8, 3, strides=2, use_bias=False)(inputs)
+    for size in (8, 12):
+        x = kl.ReLU()(kl.BatchNormalization()(x))
+        x = kl.BatchNormalization()(kl.DepthwiseConv2D(3, use_bias=False)(x))
+        x = kl.ReLU(name=f"relu_{size}")(kl.Conv2D(size, 1)(x))
+    x = kl.Add()([x, kl.SeparableConv2D(12, 3, padding="same")(x)])
+    backbone = keras.Model(inputs, kl.Dense(5)(kl.GlobalAveragePooling2D()(x)))
     for arguments in (
         {},
         {"sharing": "hard"},
-        {"sharing": "tucker", "rank": 0.3, "share_until": "conv_pw_3_relu"},
+        {"sharing": "tucker", "rank": 0.3, "share_until": "relu_8"},
     ):
         model = multitask(
             backbone, 3, shared_input=shared_input, verbose=False, **arguments

@@ -77,11 +77,18 @@ def test_start(cls, rng):
         (NDDR, {"batch_normalization": False, "tasks": 1}),
     ],
 )
-@pytest.mark.parametrize("shape", [(4,), (2, 5, 5)])
+@pytest.mark.parametrize("shape", [pytest.param((4,), marks=pytest.mark.long), (2, 5, 5)])
 def test_promises(cls, arguments, shape, rng):
     """Saving, export, mixed precision, unknown batch size: `check_layer`."""
     x, _ = grouped(rng, shape)
     check_layer(lambda **k: cls(**({"tasks": T} | arguments), **k), x)
+
+
+@pytest.mark.parametrize("cls", [CrossStitch, NDDR])
+def test_promises_of_vectors(cls, rng):
+    """The same for features without an image's axes."""
+    x, _ = grouped(rng, (4,))
+    check_layer(lambda **k: cls(tasks=T, **k), x)
 
 
 @pytest.mark.parametrize("cls", [CrossStitch, NDDR])

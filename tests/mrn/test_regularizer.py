@@ -401,39 +401,6 @@ def test_mixed_precision_learns_in_full(rng):
     )
 
 
-REPLICAS = """
-import keras
-import numpy as np
-from dmtrl_keras import relationship_network, task_covariance
-
-rng = np.random.default_rng(0)
-x = {name: rng.normal(size=(32, 6)).astype("float32") for name in "abc"}
-y = {name: rng.integers(4, size=32) for name in "abc"}
-found = []
-mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-for strategy in (tf.distribute.get_strategy(), mirrored):
-    keras.utils.set_random_seed(0)
-    with strategy.scope():
-        model = relationship_network((6,), list("abc"), 4, 5, prior="mrn", strength=0.1)
-        model.compile("sgd", "sparse_categorical_crossentropy")
-    model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
-    found.append(task_covariance(model))
-for layer, matrix in found[0].items():
-    assert np.abs(matrix - np.eye(3)).max() > 0.1
-    np.testing.assert_allclose(matrix, found[1][layer], atol=1e-5)
-    for covariance in model.get_layer(layer).prior.modes.values():
-        first, second = (copy.numpy() for copy in covariance.covariance.value.values)
-        np.testing.assert_array_equal(first, second)
-"""
-
-
-def test_same_on_all_replicas(on_two_devices):
-    """Two devices learn what one learns, and hold equal covariances."""
-    if keras.config.backend() != "tensorflow":
-        pytest.skip("MirroredStrategy is TensorFlow's")
-    on_two_devices(REPLICAS)
-
-
 def test_compiled_by_xla():
     """The same covariances, update included."""
     if keras.config.backend() != "tensorflow":

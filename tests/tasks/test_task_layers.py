@@ -176,11 +176,22 @@ def test_gradients_of_factors(name, shared, rng):
 
 # One case of each class for all parameterizations, and all cases for one that is applied
 # in two ways.
+CLASSES = ("dense", "conv1d", "conv2d", "conv3d", "depthwise")
+# Dense and convolutional layers with these have names of their own (`TuckerConv2D`,
+# `SimilarKernelConv1D`, ...), and are checked under these names, in tests/dmtrl and
+# tests/mtal.
+NAMED = ("laf", "tucker", "tt", "similar")
 PROMISES = [
-    (case, name)
+    pytest.param(case, name, marks=[pytest.mark.long] if repeated else [])
     for case in CASES
     for name in parameterizations.names()
-    if case in ("dense", "conv1d", "conv2d", "conv3d", "depthwise") or name == "tucker"
+    if case in CLASSES or name == "tucker"
+    for repeated in [
+        case in CLASSES
+        and case != "depthwise"
+        and name in NAMED
+        and (case, name) != ("dense", "similar")
+    ]
 ]
 
 
@@ -190,7 +201,7 @@ def test_promises(case, name, rng):
     _, x = inputs_of(case, rng, shared=False)
     cls = CASES[case][0]
     # One export for each class and parameterization is enough.
-    export = case in ("dense", "conv1d", "conv2d", "conv3d", "depthwise")
+    export = case in CLASSES
     check_layer(
         lambda **kwargs: make(case, sharing=sharing_of(name), **kwargs), x, export=export
     )
@@ -333,7 +344,7 @@ def test_constraint_of_the_stacked_kernel(name, rng):
         kernel_regularizer="l2",
     )
     model = keras.Sequential([keras.Input((12,)), layer])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)
     model.fit(rng.normal(size=(8, 12)), 9 * np.ones((8, 15)), epochs=3, verbose=0)
     for t in range(T):
         norms = np.linalg.norm(ops.convert_to_numpy(layer.task_kernel(t)), axis=0)

@@ -117,7 +117,7 @@ def test_label_errors(method, names, message, data):
     """Labels of tasks that there aren't, labels that are missing, lists."""
     x, y = data
     model = network()
-    model.compile("sgd", LOSS)
+    model.compile("sgd", LOSS, run_eagerly=method != "fit")
     labels = [y["zeta"], y["alpha"]]
     if names is not None:
         labels = dict.fromkeys(names, y["zeta"])

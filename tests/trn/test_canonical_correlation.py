@@ -123,9 +123,10 @@ def test_chunks(rng):
 def test_speed(rng):
     """200,000 examples of 40 tasks in seconds."""
     labels = rng.integers(2, size=(200_000, 40)).astype("int8")
-    start = time.perf_counter()
+    # Of the processor, whatever else runs beside.
+    start = time.process_time()
     matrix = task_similarity_matrix(labels)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     off = matrix[~np.eye(40, dtype=bool)]
     assert matrix.shape == (40, 40) and off.max() < 0.02
 

@@ -1,11 +1,9 @@
 """The command, on two small tasks of a user's own."""
 
 import json
-import os
+import multiprocessing
 import pathlib
-import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -15,7 +13,7 @@ import pandas as pd
 import pytest
 from keras_tuner import Objective
 
-from tuning import search, studies
+from tuning import own, search
 
 pytestmark = pytest.mark.skipif(
     keras.config.backend() != "tensorflow", reason="searches run on TensorFlow"
@@ -99,19 +97,19 @@ TUCKER = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", "ran
 LIMITED = ["--model", "users_own:limited", "--method", "own", "--tune", "sharing"]
 
 
-def test_command(users, tmp_path, monkeypatch, capsys):
+def test_command(users, tmp_path, monkeypatch, capsys, few_steps):
     """Tables, settings, logs, a model; resumed; the test part is used once, at the end."""
-    learn, calls = studies.Own.learn, []
+    learn, calls = own.Own.learn, []
 
     def spied(self, options, validation, *rest):
         calls.append(validation)
         return learn(self, options, validation, *rest)
 
-    monkeypatch.setattr(studies.Own, "learn", spied)
-    readme = tmp_path / "README.md"
+    monkeypatch.setattr(own.Own, "learn", spied)
+    page = tmp_path / "page.md"
     block = "search-own-tucker"
-    readme.write_text(f"<!-- {block}:begin -->\n<!-- {block}:end -->")
-    written = ["--readme", str(readme)]
+    page.write_text(f"<!-- {block}:begin -->\n<!-- {block}:end -->")
+    written = ["--page", str(page)]
     found = search.main([*TUCKER, *users, "--max-trials", "3", *written])
     assert calls == [True, True, True, False]
     assert sorted(found["table"].trial) == ["0", "1", "2"]
@@ -131,11 +129,11 @@ def test_command(users, tmp_path, monkeypatch, capsys):
         assert files and b"_hparams_" in files[0].read_bytes()
     # The model that was trained on all training data, and tested.
     model = keras.saving.load_model(folder / "best.keras")
-    x, y = studies._function("users_own:data")()["test"]
+    x, y = own._function("users_own:data")()["test"]
     again = model.evaluate(x, y, batch_size=20, verbose=0, return_dict=True)
     assert again["a_loss"] == pytest.approx(found["test"]["val_a_loss"], rel=1e-4)
     assert "used here for the first time" in " ".join(capsys.readouterr().out.split())
-    text = readme.read_text()
+    text = page.read_text()
     assert (folder / "trials.md").read_text().strip() in text
     assert "on the test part: task_loss" in text
     # The same command: nothing is trained again.
@@ -150,7 +148,7 @@ def test_command(users, tmp_path, monkeypatch, capsys):
     assert "other ['repeats']" in capsys.readouterr().err
 
 
-def test_several_objectives(users, tmp_path):
+def test_several_objectives(users, tmp_path, few_steps):
     """The Pareto front, printed, drawn, and each of its settings in a file."""
     arguments = ["--objective", "task_loss", "val_a_accuracy", "parameters", "--repeats"]
     arguments += ["2", "--per-layer", "--patience", "1"]
@@ -165,7 +163,7 @@ def test_several_objectives(users, tmp_path):
     assert written == set(table.trial[table.pareto])
 
 
-def test_failures(users, tmp_path, capsys):
+def test_failures(users, tmp_path, capsys, few_steps):
     """What can't be trained is recorded with its reason, and the search goes on."""
     found = search.main([*LIMITED, *users, "--max-trials", "4", "--tuner", "grid"])
     assert sorted(found["table"].units) == [1, 2]
@@ -176,7 +174,7 @@ def test_failures(users, tmp_path, capsys):
     assert "failed: ValueError: 3 units are too many" in printed
 
 
-def test_all_fail(users, capsys):
+def test_all_fail(users, capsys, few_steps):
     """Not in silence: an error, with each trial's reason."""
     users[1] = "users_own:missing"
     with pytest.raises(SystemExit, match="All 2 trials failed"):
@@ -194,8 +192,8 @@ def test_tuners(users, tuner, monkeypatch):
         rate = options.values["learning_rate"]
         return {"task_loss": (np.log10(rate) + 2.5) ** 2 + 1 / options.epochs}
 
-    monkeypatch.setattr(studies.Own, "learn", learn)
-    monkeypatch.setattr(studies.Own, "keep", lambda self, folder: None)
+    monkeypatch.setattr(own.Own, "learn", learn)
+    monkeypatch.setattr(own.Own, "keep", lambda self, folder: None)
     users[3] = "9"
     arguments = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", tuner]
     found = search.main([*arguments, *users, "--max-trials", "8"])
@@ -229,7 +227,7 @@ def test_nothing_to_tune(users, capsys):
     assert "nothing to search for" in capsys.readouterr().err
 
 
-def test_unknown_objective(users):
+def test_unknown_objective(users, few_steps):
     """A result that there isn't ends the search at once: no trial would have it."""
     with pytest.raises(SystemExit, match=r"val_a_accuracy.*Received: 'val_c_accuracy'"):
         search.main([*TUCKER, *users, "--objective", "val_c_accuracy", "--max-trials", "9"])
@@ -256,20 +254,38 @@ def test_a_trial_that_kills_the_process(tmp_path):
     assert not (tmp_path / "starts.txt").exists()
 
 
-def process(arguments, tmp_path, **variables):
-    """The command in a process of its own."""
-    root = pathlib.Path(search.__file__).parents[1]
-    path = os.pathsep.join([str(root), str(tmp_path)])
-    own = {**os.environ, "PYTHONPATH": path, "TRAININGS": str(tmp_path / "trainings")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tuning.search", *arguments],
-        cwd=root,
-        env={**own, "PYTHONUNBUFFERED": "1", **variables},
-        stdout=(tmp_path / f"log_{variables.get('KERASTUNER_TUNER_ID', 'alone')}").open(
-            "a"
-        ),
-        stderr=subprocess.STDOUT,
+# Processes are forked from one that has imported all, and has run nothing of TensorFlow.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tuning.search", "tensorboard.plugins.hparams.api"])
+
+SCRIPT = """
+import os, sys
+os.environ.update({variables!r})
+log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(log, 1), os.dup2(log, 2)
+sys.stdout = sys.stderr = open(1, "w", buffering=1)
+sys.path[:0] = {path!r}
+"""
+
+
+def process(script, tmp_path, **variables):
+    """A script in a process of its own."""
+    name = variables.get("KERASTUNER_TUNER_ID", "alone")
+    start = SCRIPT.format(
+        variables={"TRAININGS": str(tmp_path / "trainings"), **variables},
+        log=str(tmp_path / f"log_{name}"),
+        path=[str(pathlib.Path(search.__file__).parents[1]), str(tmp_path)],
     )
+    started = processes.Process(target=exec, args=(start + script, {}))
+    started.start()
+    return started
+
+
+def ended(started, tmp_path):
+    """Wait for a process, which must end well."""
+    started.join(180)
+    logs = {path.name: path.read_text() for path in tmp_path.glob("log_*")}
+    assert started.exitcode == 0, logs
 
 
 def trainings(tmp_path, count=None, seconds=180):
@@ -288,6 +304,7 @@ def trainings(tmp_path, count=None, seconds=180):
         time.sleep(0.2)
 
 
+SEARCH = "from tuning import search; search.main("
 SLOW = ["--model", "users_own:slow", "--method", "own", "--tune", "sharing"]
 
 
@@ -295,11 +312,11 @@ def test_killed_and_resumed(users, tmp_path, monkeypatch):
     """The trial that was running is run again; finished ones are not."""
     arguments = [*SLOW, *users, "--tuner", "random", "--max-trials", "3"]
     (tmp_path / "pause").touch()
-    running = process(arguments, tmp_path)
+    running = process(f"{SEARCH}{arguments!r})", tmp_path)
     # The declaration of the space, the first trial, and the second, which waits.
     begun = trainings(tmp_path, 3)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running.kill()
+    running.join()
     (tmp_path / "pause").unlink()
     monkeypatch.setenv("TRAININGS", str(tmp_path / "trainings"))
     found = search.main(arguments)
@@ -320,7 +337,8 @@ def test_chief_and_workers(users, tmp_path):
     (tmp_path / "pause").touch()
 
     def start(name):
-        return process(arguments, tmp_path, KERASTUNER_TUNER_ID=name, **cluster)
+        script = f"{SEARCH}{arguments!r})"
+        return process(script, tmp_path, KERASTUNER_TUNER_ID=name, **cluster)
 
     chief = start("chief")
     workers = {name: start(name) for name in ("worker1", "worker2")}
@@ -328,10 +346,10 @@ def test_chief_and_workers(users, tmp_path):
     begun = trainings(tmp_path, 6)
     waiting = {who: scale for who, scale in begun if scale != "0.500000"}
     assert set(waiting) == set(workers)
-    workers["worker1"].send_signal(signal.SIGKILL)
+    workers["worker1"].kill()
     (tmp_path / "pause").unlink()
-    assert workers["worker2"].wait(180) == 0
-    assert chief.wait(180) == 0
+    ended(workers["worker2"], tmp_path)
+    ended(chief, tmp_path)
     log = (tmp_path / "log_chief").read_text()
     table = pd.read_csv(tmp_path / "search" / "trials.csv")
     assert len(table) == 5, log
@@ -344,22 +362,23 @@ def test_chief_and_workers(users, tmp_path):
 
 
 TWO = """
-import pathlib, tempfile
+import tensorflow as tf
 from applications import mnist
 from tuning import search
 
-folder = tempfile.mkdtemp()
 two = ["--strategy", "cpu", "--replicas", "2"]
-small = ["--epochs", "2", "--fraction", "0.0011", "--batch-size", "8", "--fc", "4"]
-table = mnist.main([*two, *small, "--methods", "tucker", "--output", folder + "/mnist"])
-assert list(table.Method) == ["DMTRL-Tucker"], table
-found = search.main([*SEARCH, "--max-trials", "1", *two, "--batch-size", "6"])
+small = ["--epochs", "2", "--fraction", "0.0011", "--batch-size", "32", "--fc", "4"]
+command = [*two, *small, "--padding", "valid", "--methods", "ud-mtl"]
+table = mnist.main([*command, "--output", OUTPUT])["mnist"]
+assert list(table.Method) == ["UD-MTL (N = 3)"], table
+found = search.main([*ARGUMENTS, "--max-trials", "1", *two, "--batch-size", "6"])
 assert len(found["table"]) == 1
 assert tf.config.list_logical_devices("CPU")[1:], "one device"
 """
 
 
-def test_replicas(users, tmp_path, on_two_devices):
+def test_replicas(users, tmp_path):
     """An experiment and a search on two devices; 66 and 30 examples, uneven batches."""
-    script = f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, '.']\n"
-    on_two_devices(f"{script}SEARCH = {[*TUCKER, *users]!r}\n{TWO}")
+    given = {"ARGUMENTS": [*TUCKER, *users], "OUTPUT": str(tmp_path / "mnist")}
+    script = "".join(f"{name} = {value!r}\n" for name, value in given.items())
+    ended(process(script + TWO, tmp_path), tmp_path)

@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import keras
 import keras_tuner as kt
 import numpy as np
 import pandas as pd
@@ -22,15 +21,20 @@ NUMBERS = np.arange(120)
 # examples it is given. Returns the arguments, that list, and the size of the training part.
 
 
+def replace(monkeypatch, module, data, run):
+    monkeypatch.setattr(module.EXPERIMENT, "load", lambda options, console: data)
+    monkeypatch.setattr(module.EXPERIMENT, "run", run)
+
+
 def mnist_case(monkeypatch):
     labels = np.arange(120) % 10
     images = np.broadcast_to(NUMBERS[:, None, None, None], (120, 28, 28, 1)).astype("uint8")
     tests = images[:20] + 200, labels[:20]
     small = digits.Digits("own", images, labels, *tests)
-    monkeypatch.setattr(digits, "load_digits", lambda data: small)
 
-    def run(trainer, options, digits, method):
-        seen.append((trainer.images[:, 0, 0, 0], digits.test_images[:, 0, 0, 0], options))
+    def run(options, method, part, seed, tick, callbacks):
+        numbers = (x[:, 0, 0, 0] for x in (part.train_images, part.test_images))
+        seen.append((*numbers, options))
         return {
             "multiclass_error": 0.3,
             "binary_error": 0.1,
@@ -39,7 +43,7 @@ def mnist_case(monkeypatch):
         }
 
     seen = []
-    monkeypatch.setattr(mnist, "run", run)
+    replace(monkeypatch, mnist, small, run)
     return ["--fraction", "0.001", "--epochs", "4"], seen, 60
 
 
@@ -52,9 +56,9 @@ def mtal_case(monkeypatch):
         )
         for name, classes in (("mnist", 10), ("coil20", 4), ("amazon", 3))
     }
-    monkeypatch.setattr(mtal, "load", lambda options: tasks)
 
-    def run(options, method, tasks, parts, seed, tick, watch=None):
+    def run(options, method, part, seed, tick, callbacks):
+        tasks, parts = part
         train, test = parts["coil20"]
         numbers = tasks["coil20"].images[:, 0, 0, 0]
         # The test part is what the experiment itself would test on.
@@ -64,7 +68,7 @@ def mtal_case(monkeypatch):
         return {"accuracy": accuracy, "parameters": 10, "seconds": 1.0}
 
     seen = []
-    monkeypatch.setattr(mtal, "run", run)
+    replace(monkeypatch, mtal, tasks, run)
     return ["--group", "unrelated", "--network", "vgg11"], seen, 84
 
 
@@ -77,16 +81,16 @@ def faces(count, offset):
 
 def mtfl_case(monkeypatch):
     parts = (faces(100, 0), faces(20, 200), "digest")
-    monkeypatch.setattr(mtfl, "load", lambda options: parts)
     # Mirroring would change the poses, which are numbers here.
     monkeypatch.setattr(mtfl, "cut_out", lambda faces, extent, rng: faces)
 
-    def run(options, method, training, testing, seed, tick, callbacks=None):
+    def run(options, method, part, seed, tick, callbacks):
+        training, testing = part
         seen.append((training.pose // 10, testing.pose // 10, options))
         return {"error": 0.2, "accuracy": 0.6, "weights": 10, "seconds": 1.0}
 
     seen = []
-    monkeypatch.setattr(mtfl, "run", run)
+    replace(monkeypatch, mtfl, parts, run)
     return ["--data", "x"], seen, 100
 
 
@@ -96,18 +100,17 @@ def office_case(monkeypatch):
     }
     classes = [str(number) for number in range(10)]
     loaded = (own, classes, lambda: (1,), {"data": "own"})
-    monkeypatch.setattr(office, "load", lambda options, console: loaded)
 
-    def run(trainer, options, method, parts, seed):
+    def run(options, method, part, seed, tick, callbacks):
+        _, parts = part
         train, test = parts["a"]
         whole = domains.draw(own, options.fractions[0], seed, options.stratified)
         held = np.isin(test, whole["a"][1])
         seen.append((train, test + 200 * held.all(), options))
-        found = {"accuracy": {"a": 0.5, "b": 0.7}, "parameters": 10, "seconds": 1.0}
-        return found, None
+        return {"accuracy": {"a": 0.5, "b": 0.7}, "parameters": 10, "seconds": 1.0}
 
     seen = []
-    monkeypatch.setattr(office, "run", run)
+    replace(monkeypatch, office, loaded, run)
     return ["--features", "x", "--fractions", "0.5"], seen, 60
 
 
@@ -123,15 +126,15 @@ def celeba_case(monkeypatch):
         "validation": part(range(100, 120)),
         "test": part(range(200, 220)),
     }
-    monkeypatch.setattr(celeba, "load_images", lambda data, size, limit: parts)
 
-    def run(options, method, names, parts, seed, tick, callbacks=None):
+    def run(options, method, part, seed, tick, callbacks):
+        parts, names = part
         seen.append((parts["train"].labels.Bald, parts["test"].labels.Bald, options))
         each = {name: 0.25 for name in names}
         return {"error": each, "precision": each, "parameters": 10, "seconds": 1.0}
 
     seen = []
-    monkeypatch.setattr(celeba, "run", run)
+    replace(monkeypatch, celeba, parts, run)
     return ["--data", "x"], seen, 100
 
 
@@ -147,9 +150,14 @@ CASES = {
 def make(name, monkeypatch, method=None, per_layer=True):
     case, own = CASES[name]
     arguments, seen, size = case(monkeypatch)
-    kind = studies.EXPERIMENTS[name]
-    study = kind(method or own, arguments, TUNABLE, per_layer, 0.25)
+    study = studies.ExperimentStudy(
+        name, method or own, arguments, TUNABLE, per_layer, 0.25
+    )
     return study, seen, size
+
+
+def test_every_experiment_is_here():
+    assert set(CASES) == set(studies.EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -185,7 +193,7 @@ def test_settings(name, monkeypatch, tmp_path):
     for key, value in settings.items():
         default = getattr(study.options, key)
         if key == "loss_weights":
-            assert value == dict.fromkeys(study.tasks, 1.0)
+            assert value == dict.fromkeys(study.tasks(), 1.0)
         elif key in ("strengths", "learning_rates"):
             assert value[0] in default
         else:
@@ -196,8 +204,7 @@ def test_settings(name, monkeypatch, tmp_path):
     settings = study.settings(hp)
     path = tmp_path / "best.json"
     path.write_text(json.dumps(study.config(settings)))
-    module = studies.application(name)
-    options = module.parse(["--config", str(path)])
+    options = study.experiment.parse(["--config", str(path)])
     assert options.methods == [study.method]
     for key, value in settings.items():
         assert getattr(options, key) == value, key
@@ -210,19 +217,19 @@ def test_settings(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_method_has_a_space(name, monkeypatch):
-    for method in studies.EXPERIMENTS[name].methods:
+    for method in studies.families_of(name):
         study, *_ = make(name, monkeypatch, method, per_layer=False)
         hp = kt.HyperParameters()
         study.settings(hp)
-        assert {"optimizer", f"loss_weight/{study.tasks[0]}"} <= set(hp.values)
+        assert {"optimizer", f"loss_weight/{study.tasks()[0]}"} <= set(hp.values)
 
 
 def test_budget():
     """Hyperband's rounds, but never less than an experiment can train."""
-    study = studies.Mnist("tucker", [], TUNABLE, False, 0.25)
+    study = studies.ExperimentStudy("mnist", "tucker", [], TUNABLE, False, 0.25)
     assert study.with_settings({}, 5).epochs == 5
     assert study.with_settings({}, 1).epochs == 2
-    assert study.options.epochs == 12
+    assert study.options.epochs == 20
 
 
 def test_early_stopping_sees_the_validation_part(tmp_path, rng):
@@ -237,88 +244,12 @@ def test_early_stopping_sees_the_validation_part(tmp_path, rng):
     arguments = ["--group", "own", "--tasks", *tasks, "--network", "vgg11", "--width", "1"]
     arguments += ["--size", "8", "--epochs", "6", "--batch-size", "4"]
     arguments += ["--learning-rate", "1e-12"]
-    study = studies.Mtal("similar", arguments, TUNABLE, False, 0.25)
+    study = studies.ExperimentStudy("mtal", "similar", arguments, TUNABLE, False, 0.25)
     epochs = []
     found = study.learn(study.options, True, 0, lambda: epochs.append(0), study.stopping(1))
     assert len(epochs) < 6 and 0 <= found["one_error"] <= 1
 
 
-def part(count, per_task=False):
-    x = np.arange(count)[:, None] * np.ones(3)
-    y = {"a": np.arange(count)[:, None] * 1.0, "b": np.arange(count)[:, None] * 1.0}
-    if per_task:
-        return {"a": x, "b": x[:8]}, {"a": y["a"], "b": y["b"][:8]}
-    return x, y
-
-
-def data(per_task=False, **others):
-    found = {"train": part(20, per_task), "test": part(12, per_task)}
-    return found | {"losses": {"a": "mse", "b": "mse"}, "heads": 1} | others
-
-
-def backbone():
-    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="fc")])
-
-
-def own(monkeypatch, found, method="independent", *arguments):
-    functions = {"m:backbone": backbone, "m:data": lambda: found}
-    monkeypatch.setattr(studies, "_function", lambda name: functions[name])
-    arguments = ["--data", "m:data", "--epochs", "1", "--batch-size", "4", *arguments]
-    return studies.Own(method, arguments, TUNABLE, False, 0.25, "m:backbone")
-
-
-@pytest.mark.parametrize("per_task", [False, True])
-def test_own_data(monkeypatch, per_task):
-    """Common inputs, or inputs of each task; with a validation part, or without."""
-    study = own(monkeypatch, data(per_task))
-    (x, y), (_, valid) = study._parts(True, 0)
-    assert len(y["a"]) == 15 and len(valid["a"]) == 5
-    assert not set(y["a"].ravel()) & set(valid["a"].ravel())
-    if per_task:
-        assert len(y["b"]) == 6 and len(valid["b"]) == 2
-        np.testing.assert_array_equal(x["b"][:, :1], y["b"])
-    else:
-        np.testing.assert_array_equal(x[:, :1], y["b"])
-    assert study._parts(False, 0)[1] is study._data["test"]
-    given = own(monkeypatch, data(per_task, validation=part(4, per_task)))
-    assert len(given._parts(True, 0)[1][1]["a"]) == 4
-    hp = kt.HyperParameters()
-    options = study.with_settings(study.settings(hp))
-    found = study.learn(options, True, 0, lambda: None, study.stopping(1))
-    expected = (found["val_a_loss"] + found["val_b_loss"]) / 2
-    assert found["task_loss"] == pytest.approx(expected, rel=1e-5)
-    x, y = study._parts(True, 0)[1]
-    own_x = x["a"] if per_task else x
-    outputs = study._trained.predict({"a": own_x, "b": own_x} if per_task else x, verbose=0)
-    error = np.mean((outputs["a"] - y["a"]) ** 2)
-    assert found["val_a_loss"] == pytest.approx(error, rel=1e-4)
-    assert set(study.objectives) <= set(found)
-
-
-@pytest.mark.parametrize(
-    "found, message",
-    [
-        ({"train": part(4)}, r"expected a dict with \['losses', 'test', 'train'\]"),
-        (data(extra=1), "expected a dict"),
-        (data(losses={"a": "mse"}), r"must have labels .* for \['a'\]"),
-        (data(train=(np.zeros((3, 3)), part(4)[1])), "as many labels as inputs"),
-    ],
-    ids=["absent", "unknown", "tasks", "lengths"],
-)
-def test_malformed_data(monkeypatch, found, message):
-    with pytest.raises(ValueError, match=message):
-        own(monkeypatch, found)
-
-
-def test_held_out():
-    """The same shares of the classes; any examples where classes are too small."""
-    labels = np.repeat([0, 1], [30, 10])
-    train, valid = studies._held_out(np.arange(40), labels, 0.2, 0)
-    assert np.bincount(labels[valid]).tolist() == [6, 2] and len(train) == 32
-    train, valid = studies._held_out(np.arange(5), np.array([0, 0, 1, 2, 3]), 0.2, 0)
-    assert len(valid) == 1 and len(train) == 4
-
-
 def test_plain():
     options = argparse.Namespace(a=(1, 2.5), b={"c": True})
-    assert studies._plain(vars(options)) == {"a": [1, 2.5], "b": {"c": True}}
+    assert studies.plain(vars(options)) == {"a": [1, 2.5], "b": {"c": True}}

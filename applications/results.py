@@ -1,0 +1,162 @@
+"""Runs whose results survive an interruption, and the tables made of them."""
+
+import json
+import pathlib
+import time
+import typing
+
+import pandas as pd
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Results:
+    """Finished runs in a JSON lines file, written as they come.
+
+    A run is named by its settings; asked for again with the same settings it is found,
+    so that an interrupted call resumes.
+
+    Args:
+        path: path of the file; its folder is made.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._runs = {}
+        if self.path.exists():
+            self._read()
+
+    def _read(self):
+        lines = self.path.read_text().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                run = json.loads(line)
+                self._runs[self._key(run["settings"])] = run
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                if number == len(lines) and not line.endswith("\n"):
+                    # The last write was cut off; that run is done again.
+                    self.path.write_text("".join(lines[:-1]))
+                    return
+                raise ValueError(
+                    f"{self.path}, line {number}: expected a JSON object with "
+                    f"'settings' and 'results'. Received: {line[:80]!r}."
+                ) from error
+
+    @staticmethod
+    def _key(settings):
+        return json.dumps(settings, sort_keys=True)
+
+    def get(self, settings):
+        """The results of a finished run, or None."""
+        run = self._runs.get(self._key(settings))
+        return None if run is None else run["results"]
+
+    def add(self, settings, results):
+        """Write a finished run to the file."""
+        run = {"settings": settings, "results": results}
+        with self.path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        # As a later call would read it.
+        self._runs[self._key(settings)] = json.loads(json.dumps(run))
+
+
+def mean_and_spread(values, digits=2):
+    """`"5.31 ± 0.20"`: mean and sample standard deviation; the mean alone for one value.
+
+    Example:
+
+    >>> mean_and_spread([1.0, 3.0])
+    '2.00 ± 1.41'
+    """
+    values = pd.Series(values, dtype="float64")
+    if len(values) < 2:
+        return f"{values.mean():.{digits}f}"
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+
+def progress_bars(console):
+    """Progress bars that say what is done, how much of it, and the time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+class Run(typing.NamedTuple):
+    """One run of an experiment.
+
+    Attributes:
+        title: str, how it is called on the screen.
+        settings: dict that JSON takes, by which its results are found again.
+        steps: int, how often it calls `tick`.
+        function: function of `tick`, itself a function without arguments, that returns the
+            results: a dict that JSON takes.
+    """
+
+    title: str
+    settings: dict
+    steps: int
+    function: typing.Callable
+
+
+def run_all(results, runs, console, describe, strategy):
+    """Run what has no results yet, one after the other.
+
+    Args:
+        results: `Results`.
+        runs: list of `Run`.
+        console: `rich.console.Console`.
+        describe: function from the results of a run to a str for the screen.
+        strategy: `tf.distribute.Strategy`, in whose scope they run.
+
+    Returns:
+        A data frame with a row for each run, its settings and its results.
+    """
+    rows = []
+    with progress_bars(console) as progress:
+        bar = progress.add_task("runs", total=len(runs))
+        inner = progress.add_task("this run", total=1)
+        for run in runs:
+            progress.update(bar, description=run.title)
+            progress.reset(inner, total=run.steps)
+            if results.get(run.settings) is None:
+                started = time.perf_counter()
+                with strategy.scope():
+                    found = run.function(lambda: progress.advance(inner))
+                results.add(run.settings, found)
+                seconds = time.perf_counter() - started
+                console.print(f"{run.title}: {describe(found)}, {seconds:.0f} s")
+            rows.append(run.settings | results.get(run.settings))
+            progress.advance(bar)
+    return pd.DataFrame(rows)
+
+
+def markdown_table(frame):
+    """A data frame of strings as a Markdown table."""
+    rows = [list(frame.columns), ["---"] * len(frame.columns)]
+    rows += [list(map(str, row)) for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def write_block(path, name, text):
+    """Replace what stands between a file's marks `<!-- name:begin -->` and `:end`.
+
+    Args:
+        path: path of a text file.
+        name: str.
+        text: what to put there.
+
+    Raises:
+        ValueError: if the file lacks the marks.
+    """
+    path = pathlib.Path(path)
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    content = path.read_text()
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ValueError(f"{path}: expected the marks {begin} and {end}, once each.")
+    head, rest = content.split(begin)
+    _, tail = rest.split(end)
+    path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")

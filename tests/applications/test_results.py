@@ -1,0 +1,60 @@
+"""Results that survive interruptions, tables, blocks of a page."""
+
+import pandas as pd
+import pytest
+
+from applications.results import Results, markdown_table, mean_and_spread, write_block
+
+
+def test_results_come_back(tmp_path):
+    """A run is found by its settings, in this process and in the next."""
+    path = tmp_path / "deep" / "runs.jsonl"
+    results = Results(path)
+    assert results.get({"method": "stl"}) is None
+    results.add({"method": "stl", "seed": 1}, {"error": 0.5, "ranks": (1, 2)})
+    for found in (results, Results(path)):
+        assert found.get({"seed": 1, "method": "stl"}) == {"error": 0.5, "ranks": [1, 2]}
+        assert found.get({"method": "stl", "seed": 2}) is None
+
+
+def test_interrupted_write(tmp_path):
+    """A line cut off at the end is dropped; the file stays usable."""
+    path = tmp_path / "runs.jsonl"
+    Results(path).add({"n": 1}, {"error": 0.5})
+    with path.open("a") as file:
+        file.write('{"settings": {"n": 2}, "resul')
+    results = Results(path)
+    assert results.get({"n": 2}) is None
+    results.add({"n": 2}, {"error": 0.25})
+    again = Results(path)
+    assert (again.get({"n": 1}), again.get({"n": 2})) == ({"error": 0.5}, {"error": 0.25})
+
+
+def test_foreign_file(tmp_path):
+    """Something else in the file is an error, and is not overwritten."""
+    path = tmp_path / "runs.jsonl"
+    path.write_text("method,error\nstl,0.5\n")
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1.*method,error"):
+        Results(path)
+    assert path.read_text() == "method,error\nstl,0.5\n"
+
+
+def test_tables():
+    """Mean and sample standard deviation; Markdown."""
+    assert mean_and_spread([1, 2, 3]) == "2.00 ± 1.00"
+    assert mean_and_spread([0.123], digits=1) == "0.1"
+    frame = pd.DataFrame({"Method": ["stl", "tt"], "Error": ["1.0", "2.0"]})
+    expected = "| Method | Error |\n| --- | --- |\n| stl | 1.0 |\n| tt | 2.0 |\n"
+    assert markdown_table(frame) == expected
+
+
+def test_block_of_a_page(tmp_path):
+    """Only what is between the marks changes; marks must be there."""
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
+    write_block(path, "a", "new\n")
+    write_block(path, "a", "newer\n")
+    expected = "before\n<!-- a:begin -->\nnewer\n<!-- a:end -->\nafter\n"
+    assert path.read_text() == expected
+    with pytest.raises(ValueError, match="b:begin"):
+        write_block(path, "b", "new")

@@ -1,0 +1,17 @@
+"""Fixtures of the searches' tests."""
+
+import pytest
+
+from dmtrl_keras.ground.backend import tensorflow
+
+
+@pytest.fixture(params=["eager", pytest.param("traced", marks=pytest.mark.long)])
+def few_steps(request):
+    """For commands that train for a few steps: tracing them would take longer than these.
+
+    With `-m long` the same test runs as users run it, traced.
+    """
+    config = tensorflow().config
+    config.run_functions_eagerly(request.param == "eager")
+    yield
+    config.run_functions_eagerly(False)

@@ -1,0 +1,76 @@
+"""A user's own data and backbone, as a search sees them."""
+
+import keras
+import keras_tuner as kt
+import numpy as np
+import pytest
+
+from tuning import own as users
+from tuning.hypermodels import TUNABLE
+
+
+def part(count, per_task=False):
+    x = np.arange(count)[:, None] * np.ones(3)
+    y = {"a": np.arange(count)[:, None] * 1.0, "b": np.arange(count)[:, None] * 1.0}
+    if per_task:
+        return {"a": x, "b": x[:8]}, {"a": y["a"], "b": y["b"][:8]}
+    return x, y
+
+
+def data(per_task=False, **others):
+    found = {"train": part(20, per_task), "test": part(12, per_task)}
+    return found | {"losses": {"a": "mse", "b": "mse"}, "heads": 1} | others
+
+
+def backbone():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="fc")])
+
+
+def own(monkeypatch, found, method="independent", *arguments):
+    functions = {"m:backbone": backbone, "m:data": lambda: found}
+    monkeypatch.setattr(users, "_function", lambda name: functions[name])
+    arguments = ["--data", "m:data", "--epochs", "1", "--batch-size", "4", *arguments]
+    return users.Own(method, arguments, TUNABLE, False, 0.25, "m:backbone")
+
+
+@pytest.mark.parametrize("per_task", [False, True])
+def test_own_data(monkeypatch, per_task, few_steps):
+    """Common inputs, or inputs of each task; with a validation part, or without."""
+    study = own(monkeypatch, data(per_task))
+    (x, y), (_, valid) = study._parts(True, 0)
+    assert len(y["a"]) == 15 and len(valid["a"]) == 5
+    assert not set(y["a"].ravel()) & set(valid["a"].ravel())
+    if per_task:
+        assert len(y["b"]) == 6 and len(valid["b"]) == 2
+        np.testing.assert_array_equal(x["b"][:, :1], y["b"])
+    else:
+        np.testing.assert_array_equal(x[:, :1], y["b"])
+    assert study._parts(False, 0)[1] is study._data["test"]
+    given = own(monkeypatch, data(per_task, validation=part(4, per_task)))
+    assert len(given._parts(True, 0)[1][1]["a"]) == 4
+    hp = kt.HyperParameters()
+    options = study.with_settings(study.settings(hp))
+    found = study.learn(options, True, 0, lambda: None, study.stopping(1))
+    expected = (found["val_a_loss"] + found["val_b_loss"]) / 2
+    assert found["task_loss"] == pytest.approx(expected, rel=1e-5)
+    x, y = study._parts(True, 0)[1]
+    own_x = x["a"] if per_task else x
+    outputs = study._trained.predict({"a": own_x, "b": own_x} if per_task else x, verbose=0)
+    error = np.mean((outputs["a"] - y["a"]) ** 2)
+    assert found["val_a_loss"] == pytest.approx(error, rel=1e-4)
+    assert set(study.objectives) <= set(found)
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        ({"train": part(4)}, r"expected a dict with \['losses', 'test', 'train'\]"),
+        (data(extra=1), "expected a dict"),
+        (data(losses={"a": "mse"}), r"must have labels .* for \['a'\]"),
+        (data(train=(np.zeros((3, 3)), part(4)[1])), "as many labels as inputs"),
+    ],
+    ids=["absent", "unknown", "tasks", "lengths"],
+)
+def test_malformed_data(monkeypatch, found, message):
+    with pytest.raises(ValueError, match=message):
+        own(monkeypatch, found)

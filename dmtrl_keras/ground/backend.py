@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from dmtrl_keras.ground.keras_private import torch_scope
-from dmtrl_keras.ground.types import Strategy, Tensor
+from dmtrl_keras.ground.types import Tensor
 
 
 def tensorflow() -> Any:
@@ -158,15 +158,3 @@ def check_replicas(examples: Tensor, owner: str) -> None:
             "every batch, also the last one, must have as many examples at least: use "
             "batch(n, drop_remainder=True), or see distribution.divisible.",
         )
-
-
-def local_part(values: Any, strategy: Strategy) -> Any:
-    """Of values that a strategy has distributed, those of the first replica here."""
-    distributed = tensorflow().distribute.DistributedValues
-
-    def first(value: Any) -> Any:
-        if isinstance(value, distributed):
-            return strategy.experimental_local_results(value)[0]
-        return value
-
-    return keras.tree.map_structure(first, values)

@@ -10,15 +10,16 @@ from keras import tree
 
 from dmtrl_keras.ground.backend import (
     check_replicas,
-    local_part,
     replicas_in_sync,
     teach_tf2onnx,
 )
 from dmtrl_keras.ground.keras_private import (
+    ModelOfReplicas,
     aggregated_loss,
     attach,
     attached,
     functional_constructor,
+    has_losses,
     losses_by_output,
     sharing_scope,
 )
@@ -31,7 +32,7 @@ _FEATURES = "_dmtrl_keras_features"
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class MultiTaskModel(keras.Model):
+class MultiTaskModel(ModelOfReplicas):
     """A functional Keras model with one output for each task, in a dict by task name.
 
     It trains, saves and exports like any functional model. What is more: everything that
@@ -94,13 +95,13 @@ class MultiTaskModel(keras.Model):
             self._terms = list(terms)
             features = [term.connect(self) for term in self._terms]
             self._training_graph = _Untracked(
-                keras.Model(self.input, (self._outputs_struct, features))
+                keras.Model(self.input, (self.output, features))
             )
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """The names of the tasks, a tuple of T strings."""
-        return tuple(self._outputs_struct)
+        return tuple(self.output)
 
     @property
     def tasks(self) -> int:
@@ -118,7 +119,7 @@ class MultiTaskModel(keras.Model):
             return self
         if self._network is None:
             # Not tracked: its layers are this model's own.
-            network = MultiTaskModel(self.input, self._outputs_struct, name=self.name)
+            network = MultiTaskModel(self.input, self.output, name=self.name)
             self._network = _Untracked(network)
         return self._network.value
 
@@ -234,7 +235,7 @@ class MultiTaskModel(keras.Model):
             ]
         return cls(
             model.input,
-            model._outputs_struct,
+            model.output,
             terms=terms,
             name=model.name,
             trainable=model.trainable,
@@ -344,7 +345,7 @@ class MultiTaskModel(keras.Model):
         if training and y is not None:
             check_replicas(tree.flatten(y)[0], name_of(self))
         parts = []
-        if self._compile_loss is not None and y is not None:
+        if has_losses(self) and y is not None:
             losses, weights = self.task_losses(y, y_pred, sample_weight)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
@@ -374,16 +375,6 @@ class MultiTaskModel(keras.Model):
             step = Step(own, labels, y_pred, sample_weight, losses)
             values.append(term(step=step, training=training))
         return values
-
-    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # Keras 3.15 takes the mean of the replicas' batches to know their shapes, which
-        # fails where they differ, and where other machines have some of them.
-        if iterator is not None and self._distribute_strategy is not None:
-            for _, _, batches in iterator:
-                data_batch = local_part(next(batches), self.distribute_strategy)
-                break
-            iterator = None
-        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def export(
         self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any

@@ -80,6 +80,20 @@ class KernelState(keras.layers.Layer):
         raise NotImplementedError
 
 
+class StatePenalty(keras.regularizers.Regularizer):
+    """The penalty of a state as the regularizer of a variable, which Keras 3.13 asks for.
+
+    Args:
+        state: the state.
+    """
+
+    def __init__(self, state: KernelState) -> None:
+        self._state = state
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._state.penalty(x)
+
+
 class StatefulRegularizer(keras.regularizers.Regularizer):
     """A penalty on a kernel that depends on state which learns with it.
 

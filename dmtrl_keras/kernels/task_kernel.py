@@ -17,7 +17,12 @@ from dmtrl_keras.ground.backend import eager_scope, full_precision
 from dmtrl_keras.ground.types import Factors, Tensor
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
-from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer, mode_names
+from dmtrl_keras.kernels.state import (
+    KernelState,
+    StatefulRegularizer,
+    StatePenalty,
+    mode_names,
+)
 
 
 def draw_stacked_kernel(
@@ -186,7 +191,7 @@ class TaskKernel(keras.layers.Layer):
             full_precision(self.variable_dtype),
         )
         self.prior.build()
-        return self.prior.penalty
+        return StatePenalty(self.prior)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(v.shape) for name, v in self._factors.items()}

@@ -9,7 +9,7 @@ from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.backend import full_precision
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import name_of
-from dmtrl_keras.kernels.state import mode_names
+from dmtrl_keras.kernels.state import StatePenalty, mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 
 
@@ -110,7 +110,7 @@ class TensorNormalPrior(keras.layers.Wrapper):
             full_precision(self.layer.variable_dtype),
         )
         self.prior.build()
-        kernel.regularizer = self.prior.penalty
+        kernel.regularizer = StatePenalty(self.prior)
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """Fixtures of the searches' tests."""
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 from dmtrl_keras.ground.backend import tensorflow
 
@@ -13,5 +14,7 @@ def few_steps(request):
     """
     config = tensorflow().config
     config.run_functions_eagerly(request.param == "eager")
-    yield
+    # On small arrays several threads only wait for each other.
+    with threadpool_limits(1):
+        yield
     config.run_functions_eagerly(False)

@@ -342,36 +342,44 @@ class MultiTaskModel(ModelOfReplicas):
                     f"{name_of(self)}: expected labels for every task with a loss, also "
                     f"for {absent}. Received: labels for {sorted(y)}."
                 )
+        # What rides on the outputs, before they are others.
+        features = self._features_of(y_pred) if training else None
         if training and y is not None:
-            check_replicas(tree.flatten(y)[0], name_of(self))
+            y_pred, features = tree.map_structure(
+                lambda x: check_replicas(x, name_of(self)), (y_pred, features)
+            )
         parts = []
         if has_losses(self) and y is not None:
             losses, weights = self.task_losses(y, y_pred, sample_weight)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
-        parts += self._values_of_terms(y, y_pred, sample_weight, training)
+        parts += self._values_of_terms(y, y_pred, sample_weight, features)
         if not parts:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
 
-    def _values_of_terms(
-        self, y: Any, y_pred: Any, sample_weight: Any, training: bool
-    ) -> list[Tensor]:
+    def _features_of(self, y_pred: Mapping[str, Tensor]) -> list[Any]:
+        """What the terms asked for, of the batch that gave these outputs."""
         if not self._terms:
             return []
-        features = [None] * len(self._terms)
-        if training:
-            features = attached(next(iter(y_pred.values())), _FEATURES)
-            if features is None:
-                raise ValueError(
-                    f"{name_of(self)}: the terms of the loss need the features of the "
-                    "batch. Call the model with `training=True` before `compute_loss`, "
-                    "and give it the outputs as they are."
-                )
+        features = attached(next(iter(y_pred.values())), _FEATURES)
+        if features is None:
+            raise ValueError(
+                f"{name_of(self)}: the terms of the loss need the features of the "
+                "batch. Call the model with `training=True` before `compute_loss`, "
+                "and give it the outputs as they are."
+            )
+        return features
+
+    def _values_of_terms(
+        self, y: Any, y_pred: Any, sample_weight: Any, features: list[Any] | None
+    ) -> list[Tensor]:
+        """The terms; without features, those of inference."""
         labels = y if isinstance(y, Mapping) else {}
         losses = dict(self._losses_given)
+        training = features is not None
         values = []
-        for term, own in zip(self._terms, features):
+        for term, own in zip(self._terms, features or [None] * len(self._terms)):
             step = Step(own, labels, y_pred, sample_weight, losses)
             values.append(term(step=step, training=training))
         return values

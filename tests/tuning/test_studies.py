@@ -94,7 +94,7 @@ def test_budget():
 
 
 def test_early_stopping_sees_the_validation_part(tmp_path, rng):
-    """One experiment in earnest: a network that can't improve is stopped."""
+    """One experiment in earnest: a network that gets worse and worse is stopped."""
     for label in range(2):
         for index in range(8):
             folder = tmp_path / f"{label}"
@@ -104,7 +104,7 @@ def test_early_stopping_sees_the_validation_part(tmp_path, rng):
     tasks = [f"one=folder:{tmp_path}", f"two=folder:{tmp_path}"]
     arguments = ["--group", "own", "--tasks", *tasks, "--network", "vgg11", "--width", "1"]
     arguments += ["--size", "8", "--epochs", "6", "--batch-size", "4"]
-    arguments += ["--learning-rate", "1e-12"]
+    arguments += ["--learning-rate", "1"]
     study = studies.ExperimentStudy("mtal", "similar", arguments, TUNABLE, False, 0.25)
     epochs = []
     found = study.learn(study.options, True, 0, lambda: epochs.append(0), study.stopping(1))

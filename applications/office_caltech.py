@@ -35,6 +35,7 @@ from dmtrl_keras import (
     task_correlation,
     zip_tasks,
 )
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
@@ -101,7 +102,7 @@ class Trunk:
             model = copy
         else:
             model = self._application(name, size, feature_layer, weights)
-        for layer in model._flatten_layers(include_self=False):
+        for layer in flatten_layers(model):
             if isinstance(layer, keras.layers.BatchNormalization):
                 # A few images of a few domains say little about the statistics.
                 layer.trainable = False

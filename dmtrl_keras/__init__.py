@@ -1,5 +1,7 @@
 """Multi-task layers for Keras 3: one network runs T related tasks at once."""
 
+# First: it decides whether TensorFlow starts with its messages.
+from dmtrl_keras import _commands  # noqa: F401, I001
 from dmtrl_keras import (
     canonical_correlation,
     conversion,

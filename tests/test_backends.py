@@ -60,7 +60,7 @@ class A:
     strategy = tensorflow()
     def method(self):
         return backend.tensorflow()
-from dmtrl_keras.backend import tensorflow
+from dmtrl_keras.ground.backend import tensorflow
 """
     found = [
         node.lineno for node in run_at_import(ast.parse(source)) if needs_tensorflow(node)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from keras import ops, tree
 
+# Files are loaded by who has imported the library.
+import dmtrl_keras  # noqa: F401
+
 DATA = pathlib.Path(__file__).parent / "data"
 FILES = sorted(DATA.glob("v*/*.keras"))
 

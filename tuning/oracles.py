@@ -8,6 +8,7 @@ import time
 
 import keras_tuner as kt
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 # Knowles (2006) takes 0.05 for the sum beside the maximum.
 _SUM = 0.05
@@ -177,6 +178,12 @@ class RandomOracle(SearchOracle, kt.oracles.RandomSearchOracle):
 
 class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
     """Bayesian optimization with a Gaussian process."""
+
+    def populate_space(self, trial_id):
+        """Values of a new trial."""
+        # The matrices are small: several threads would do nothing but wait for each other.
+        with threadpool_limits(1, "blas"):
+            return super().populate_space(trial_id)
 
 
 class GridOracle(SearchOracle, kt.oracles.GridSearchOracle):

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from dmtrl_keras.ground.keras_private import torch_scope
-from dmtrl_keras.ground.types import Strategy, Tensor
+from dmtrl_keras.ground.types import Tensor
 
 
 def tensorflow() -> Any:
@@ -76,6 +76,34 @@ def assert_true(condition: Tensor, message: str) -> None:
         return
     if failed:
         raise ValueError(message)
+
+
+def checked(value: Tensor, condition: Tensor, message: str) -> Tensor:
+    """A value that is used only after a check, by the gradients that depend on it too.
+
+    TensorFlow runs operations in any order that their inputs allow: what would fail by
+    itself, or abort the process, must depend on the check.
+
+    Args:
+        value: tensor.
+        condition: boolean scalar tensor.
+        message: str.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: as `assert_true`.
+    """
+    if keras.backend.backend() != "tensorflow":
+        assert_true(condition, message)
+        return value
+    tf = tensorflow()
+    check = tf.debugging.Assert(condition, [message])
+    if check is None:
+        return value
+    with tf.control_dependencies([check]):
+        return tf.identity(value)
 
 
 def full_precision(dtype: str) -> str:
@@ -144,29 +172,25 @@ def share_of_replica(x: Tensor) -> Tensor:
     return x / replicas_in_sync()
 
 
-def check_replicas(examples: Tensor, owner: str) -> None:
-    """Raise if this replica has no example: statistics of none of them are NaN.
+def check_replicas(outputs: Tensor, owner: str) -> Tensor:
+    """Outputs of a replica that has examples: statistics of none of them are NaN.
 
     Args:
-        examples: tensor, whose first axis are the examples of this replica.
+        outputs: tensor, whose first axis are the examples of this replica.
         owner: str, for the message.
+
+    Returns:
+        The outputs, to compute the loss from.
+
+    Raises:
+        tf.errors.InvalidArgumentError: if there are none.
     """
-    if replicas_in_sync() > 1:
-        assert_true(
-            keras.ops.shape(examples)[0] > 0,
-            f"{owner}: a replica got no example. With {replicas_in_sync()} replicas "
-            "every batch, also the last one, must have as many examples at least: use "
-            "batch(n, drop_remainder=True), or see distribution.divisible.",
-        )
-
-
-def local_part(values: Any, strategy: Strategy) -> Any:
-    """Of values that a strategy has distributed, those of the first replica here."""
-    distributed = tensorflow().distribute.DistributedValues
-
-    def first(value: Any) -> Any:
-        if isinstance(value, distributed):
-            return strategy.experimental_local_results(value)[0]
-        return value
-
-    return keras.tree.map_structure(first, values)
+    if replicas_in_sync() == 1:
+        return outputs
+    return checked(
+        outputs,
+        keras.ops.shape(outputs)[0] > 0,
+        f"{owner}: a replica got no example. With {replicas_in_sync()} replicas "
+        "every batch, also the last one, must have as many examples at least: use "
+        "batch(n, drop_remainder=True), or see distribution.divisible.",
+    )

@@ -100,6 +100,34 @@ def symbolic_build(model: keras.Model, batch: Any) -> None:
     model._maybe_symbolic_build(data_batch=batch)
 
 
+class ModelOfReplicas(keras.Model):
+    """A model whose first batch need not divide among the replicas.
+
+    Keras 3.15 takes the mean of the replicas' batches to know their shapes, which fails
+    where they differ, and where other machines have some of them.
+    """
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        if iterator is not None and self._distribute_strategy is not None:
+            for _, _, batches in iterator:
+                data_batch = local_part(next(batches), self.distribute_strategy)
+                break
+            iterator = None
+        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+
+def local_part(values: Any, strategy: Any) -> Any:
+    """Of values that a strategy may have distributed, those of the first replica here."""
+    return tree.map_structure(
+        lambda value: strategy.experimental_local_results(value)[0], values
+    )
+
+
+def has_losses(model: keras.Model) -> bool:
+    """Whether a model was compiled with losses."""
+    return model._compile_loss is not None
+
+
 def unscaled_loss(value: Any) -> Any:
     """A loss without the factor that Keras gives it for several replicas."""
     from keras.src.losses import loss as loss_module

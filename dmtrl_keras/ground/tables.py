@@ -63,17 +63,16 @@ def print_table(
         longest = max(needed)
         least.append(min(longest, _LONGEST_TEXT) if number < texts else longest)
         most.append(whole)
-    bands = _bands(least, keys, console.width)
-    for number, band in enumerate(bands):
-        table = _table(
-            columns, cells, band, _widths(band, least, most, console.width), texts, totals
-        )
-        if number == 0:
-            table.title = title
-        else:
+    from rich.text import Text
+
+    console.print(Text(title, "bold"))
+    for index, band in enumerate(_bands(least, keys, console.width)):
+        if index:
             console.print()
-        table.caption = caption if number == len(bands) - 1 else None
-        console.print(table)
+        widths = _widths(band, least, most, console.width)
+        console.print(_table(columns, cells, band, widths, texts, totals))
+    if caption is not None:
+        console.print(Text(caption, "dim"))
 
 
 def _longest_word(text: str) -> int:
@@ -122,8 +121,6 @@ def _table(
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        title_justify="left",
-        caption_justify="left",
     )
     for number, width in zip(band, widths):
         table.add_column(

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import keras
 
-from dmtrl_keras.ground.backend import local_part, tensorflow
-from dmtrl_keras.ground.keras_private import symbolic_build
+from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.ground.keras_private import local_part, symbolic_build
 from dmtrl_keras.ground.types import Dataset, Strategy
 from dmtrl_keras.ground.validation import check_positive
 

@@ -10,15 +10,16 @@ from keras import tree
 
 from dmtrl_keras.ground.backend import (
     check_replicas,
-    local_part,
     replicas_in_sync,
     teach_tf2onnx,
 )
 from dmtrl_keras.ground.keras_private import (
+    ModelOfReplicas,
     aggregated_loss,
     attach,
     attached,
     functional_constructor,
+    has_losses,
     losses_by_output,
     sharing_scope,
 )
@@ -31,7 +32,7 @@ _FEATURES = "_dmtrl_keras_features"
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class MultiTaskModel(keras.Model):
+class MultiTaskModel(ModelOfReplicas):
     """A functional Keras model with one output for each task, in a dict by task name.
 
     It trains, saves and exports like any functional model. What is more: everything that
@@ -94,13 +95,13 @@ class MultiTaskModel(keras.Model):
             self._terms = list(terms)
             features = [term.connect(self) for term in self._terms]
             self._training_graph = _Untracked(
-                keras.Model(self.input, (self._outputs_struct, features))
+                keras.Model(self.input, (self.output, features))
             )
 
     @property
     def task_names(self) -> tuple[str, ...]:
         """The names of the tasks, a tuple of T strings."""
-        return tuple(self._outputs_struct)
+        return tuple(self.output)
 
     @property
     def tasks(self) -> int:
@@ -118,7 +119,7 @@ class MultiTaskModel(keras.Model):
             return self
         if self._network is None:
             # Not tracked: its layers are this model's own.
-            network = MultiTaskModel(self.input, self._outputs_struct, name=self.name)
+            network = MultiTaskModel(self.input, self.output, name=self.name)
             self._network = _Untracked(network)
         return self._network.value
 
@@ -234,7 +235,7 @@ class MultiTaskModel(keras.Model):
             ]
         return cls(
             model.input,
-            model._outputs_struct,
+            model.output,
             terms=terms,
             name=model.name,
             trainable=model.trainable,
@@ -341,49 +342,47 @@ class MultiTaskModel(keras.Model):
                     f"{name_of(self)}: expected labels for every task with a loss, also "
                     f"for {absent}. Received: labels for {sorted(y)}."
                 )
+        # What rides on the outputs, before they are others.
+        features = self._features_of(y_pred) if training else None
         if training and y is not None:
-            check_replicas(tree.flatten(y)[0], name_of(self))
+            y_pred, features = tree.map_structure(
+                lambda x: check_replicas(x, name_of(self)), (y_pred, features)
+            )
         parts = []
-        if self._compile_loss is not None and y is not None:
+        if has_losses(self) and y is not None:
             losses, weights = self.task_losses(y, y_pred, sample_weight)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
-        parts += self._values_of_terms(y, y_pred, sample_weight, training)
+        parts += self._values_of_terms(y, y_pred, sample_weight, features)
         if not parts:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
 
-    def _values_of_terms(
-        self, y: Any, y_pred: Any, sample_weight: Any, training: bool
-    ) -> list[Tensor]:
+    def _features_of(self, y_pred: Mapping[str, Tensor]) -> list[Any]:
+        """What the terms asked for, of the batch that gave these outputs."""
         if not self._terms:
             return []
-        features = [None] * len(self._terms)
-        if training:
-            features = attached(next(iter(y_pred.values())), _FEATURES)
-            if features is None:
-                raise ValueError(
-                    f"{name_of(self)}: the terms of the loss need the features of the "
-                    "batch. Call the model with `training=True` before `compute_loss`, "
-                    "and give it the outputs as they are."
-                )
+        features = attached(next(iter(y_pred.values())), _FEATURES)
+        if features is None:
+            raise ValueError(
+                f"{name_of(self)}: the terms of the loss need the features of the "
+                "batch. Call the model with `training=True` before `compute_loss`, "
+                "and give it the outputs as they are."
+            )
+        return features
+
+    def _values_of_terms(
+        self, y: Any, y_pred: Any, sample_weight: Any, features: list[Any] | None
+    ) -> list[Tensor]:
+        """The terms; without features, those of inference."""
         labels = y if isinstance(y, Mapping) else {}
         losses = dict(self._losses_given)
+        training = features is not None
         values = []
-        for term, own in zip(self._terms, features):
+        for term, own in zip(self._terms, features or [None] * len(self._terms)):
             step = Step(own, labels, y_pred, sample_weight, losses)
             values.append(term(step=step, training=training))
         return values
-
-    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # Keras 3.15 takes the mean of the replicas' batches to know their shapes, which
-        # fails where they differ, and where other machines have some of them.
-        if iterator is not None and self._distribute_strategy is not None:
-            for _, _, batches in iterator:
-                data_batch = local_part(next(batches), self.distribute_strategy)
-                break
-            iterator = None
-        super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def export(
         self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any

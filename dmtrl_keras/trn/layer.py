@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, full_precision
+from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, checked, full_precision
 from dmtrl_keras.ground.linalg import whitener
 from dmtrl_keras.ground.types import DType, Shape, Tensor
 from dmtrl_keras.ground.validation import check_number, checked_pairs, name_of
@@ -333,7 +333,8 @@ class TRL(keras.layers.Layer):
         """The moving covariance with that of a batch (Algorithm 1, lines 6 to 13)."""
         moving = ops.convert_to_tensor(self.covariance)
         x, there = self._side_by_side(values, present, moving.dtype)
-        assert_true(
+        x = checked(
+            x,
             ops.all(ops.isfinite(x)),
             f"{name_of(self)}: features have values that are not finite (NaN or infinite).",
         )

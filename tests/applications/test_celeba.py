@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from searching import Case, replace
 
 from applications import celeba
 from applications.results import Results
@@ -223,3 +224,28 @@ def test_table_3(tmp_path, rng):
     assert first["AP 1 STL %"] == f"{titles.index('STL, Wearing_Hat, seed 0'):.2f}"
     assert first["AP 2 TRN %"] == f"{titles.index('TRN, Wearing_Hat, Bald, seed 0'):.2f}"
     assert table["AP 1 STL %"][2] == table["AP 1 STL %"][3] != table["AP 1 STL %"][0]
+
+
+def search_case(monkeypatch):
+    """For `tests/tuning`."""
+    names = ["Bald", "Hat"]
+
+    def part(numbers):
+        labels = pd.DataFrame({name: np.array(numbers) for name in names})
+        return celeba.Images(None, labels, np.zeros((len(labels), 8, 8, 3), "uint8"))
+
+    parts = {
+        "train": part(range(100)),
+        "validation": part(range(100, 120)),
+        "test": part(range(200, 220)),
+    }
+
+    def run(options, method, part, seed, tick, callbacks):
+        parts, names = part
+        seen.append((parts["train"].labels.Bald, parts["test"].labels.Bald, options))
+        each = {name: 0.25 for name in names}
+        return {"error": each, "precision": each, "parameters": 10, "seconds": 1.0}
+
+    seen = []
+    replace(monkeypatch, celeba.EXPERIMENT, parts, run)
+    return Case("trn", ["--data", "x"], seen, 100, 0.25, True)

@@ -6,9 +6,10 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
+from searching import NUMBERS, Case, replace
 from test_digits import write_folder
 
-from applications import mnist
+from applications import digits, mnist
 from dmtrl_keras import task_layers
 
 TINY = ["--epochs", "2", "--fraction", "0.0005", "--fc", "8", "--padding", "valid"]
@@ -188,3 +189,25 @@ def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         mnist.parse(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def search_case(monkeypatch):
+    """For `tests/tuning`."""
+    labels = np.arange(120) % 10
+    images = np.broadcast_to(NUMBERS[:, None, None, None], (120, 28, 28, 1)).astype("uint8")
+    tests = images[:20] + 200, labels[:20]
+    small = digits.Digits("own", images, labels, *tests)
+
+    def run(options, method, part, seed, tick, callbacks):
+        numbers = (x[:, 0, 0, 0] for x in (part.train_images, part.test_images))
+        seen.append((*numbers, options))
+        return {
+            "multiclass_error": 0.3,
+            "binary_error": 0.1,
+            "parameters": 10,
+            "seconds": 1.0,
+        }
+
+    seen = []
+    replace(monkeypatch, mnist.EXPERIMENT, small, run)
+    return Case("tucker", ["--fraction", "0.001", "--epochs", "4"], seen, 60, 0.1)

@@ -6,8 +6,9 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from searching import NUMBERS, Case, replace
 
-from applications import mtal, vgg
+from applications import image_tasks, mtal, vgg
 from applications.results import Results
 from dmtrl_keras import task_layers
 from dmtrl_keras.ground.backend import tensorflow
@@ -178,3 +179,29 @@ def test_docstrings():
     """The examples run."""
     assert doctest.testmod(mtal).failed == 0
     assert doctest.testmod(vgg).failed == 0
+
+
+def search_case(monkeypatch):
+    """For `tests/tuning`."""
+    tasks = {
+        name: image_tasks.ImageTask(
+            np.broadcast_to(NUMBERS[:, None, None, None], (120, 8, 8, 1)).astype("uint8"),
+            NUMBERS % classes,
+            [str(number) for number in range(classes)],
+        )
+        for name, classes in (("mnist", 10), ("coil20", 4), ("amazon", 3))
+    }
+
+    def run(options, method, part, seed, tick, callbacks):
+        tasks, parts = part
+        train, test = parts["coil20"]
+        numbers = tasks["coil20"].images[:, 0, 0, 0]
+        # The test part is what the experiment itself would test on.
+        held = np.isin(test, mtal.split(tasks, options, seed)["coil20"][1])
+        seen.append((numbers[train], numbers[test] + 200 * held.all(), options))
+        accuracy = {name: 0.75 for name in tasks}
+        return {"accuracy": accuracy, "parameters": 10, "seconds": 1.0}
+
+    seen = []
+    replace(monkeypatch, mtal.EXPERIMENT, tasks, run)
+    return Case("similar", ["--group", "unrelated", "--network", "vgg11"], seen, 84, 0.25)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from searching import Case, replace
 from sklearn import preprocessing
 
 from applications import mtfl
@@ -227,3 +228,26 @@ def test_online_estimates_converge_on_real_labels(data_dir, momentum, sizes):
         )
         assert late.mean() == pytest.approx(offline.mean(), abs=0.01)
         assert late.std() < 0.03
+
+
+def numbered_faces(count, offset):
+    numbers = np.arange(count) + offset
+    landmarks = np.tile([0.3, 0.7, 0.5, 0.35, 0.65, 0.3, 0.3, 0.5, 0.7, 0.7], (count, 1))
+    images = np.zeros((count, 8, 8, 3), "uint8")
+    return mtfl.Faces(images, landmarks.astype("float32"), numbers % 5 + 10 * numbers)
+
+
+def search_case(monkeypatch):
+    """For `tests/tuning`."""
+    parts = (numbered_faces(100, 0), numbered_faces(20, 200), "digest")
+    # Mirroring would change the poses, which are numbers here.
+    monkeypatch.setattr(mtfl, "cut_out", lambda faces, extent, rng: faces)
+
+    def run(options, method, part, seed, tick, callbacks):
+        training, testing = part
+        seen.append((training.pose // 10, testing.pose // 10, options))
+        return {"error": 0.2, "accuracy": 0.6, "weights": 10, "seconds": 1.0}
+
+    seen = []
+    replace(monkeypatch, mtfl.EXPERIMENT, parts, run)
+    return Case("trn", ["--data", "x"], seen, 100, 0.3)

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from searching import NUMBERS, Case, replace
 from test_domains import write_features, write_images
 
+from applications import domains as data
 from applications import office_caltech as office
 from dmtrl_keras import task_correlation
 
@@ -227,3 +229,22 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         office.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def search_case(monkeypatch):
+    """For `tests/tuning`."""
+    own = {name: data.Domain(NUMBERS[:, None] * 1.0, NUMBERS % 10) for name in ("a", "b")}
+    classes = [str(number) for number in range(10)]
+    loaded = (own, classes, lambda: (1,), {"data": "own"})
+
+    def run(options, method, part, seed, tick, callbacks):
+        _, parts = part
+        train, test = parts["a"]
+        whole = data.draw(own, options.fractions[0], seed, options.stratified)
+        held = np.isin(test, whole["a"][1])
+        seen.append((train, test + 200 * held.all(), options))
+        return {"accuracy": {"a": 0.5, "b": 0.7}, "parameters": 10, "seconds": 1.0}
+
+    seen = []
+    replace(monkeypatch, office.EXPERIMENT, loaded, run)
+    return Case("mrn", ["--features", "x", "--fractions", "0.5"], seen, 60, 0.4)

@@ -558,15 +558,14 @@ def test_bad_batches(rng):
     x, y = make_data(rng)
     with pytest.raises(Exception, match=r"(two examples|examples, two) at least"):
         make_model().fit(x, y, batch_size=1, verbose=0)
-    bad = x.copy()
-    bad[5] = np.nan
-    # Found in the graph.
-    model = make_model(eager=False)
-    with pytest.raises(Exception, match="not finite"):
-        model.fit(bad, y, verbose=0)
     # The last batch of an epoch may have one example.
+    model = make_model(eager=False)
     history = model.fit(x[:33], {t: v[:33] for t, v in y.items()}, verbose=0)
     assert np.isfinite(history.history["loss"][0])
+    bad = x.copy()
+    bad[5] = np.nan
+    with pytest.raises(Exception, match="not finite"):
+        model.fit(bad, y, verbose=0)
     model = make_model(losses={"landmarks": "mse"})
     with pytest.raises(ValueError, match="expected labels of task 'pose'"):
         model.fit(x, {"landmarks": y["landmarks"]}, verbose=0)

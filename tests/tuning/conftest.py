@@ -1,8 +1,16 @@
 """Fixtures of the searches' tests."""
 
 import pytest
+from threadpoolctl import threadpool_limits
 
 from dmtrl_keras.ground.backend import tensorflow
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """On small arrays several threads of NumPy only wait for each other."""
+    with threadpool_limits(1):
+        yield
 
 
 @pytest.fixture(params=["eager", pytest.param("traced", marks=pytest.mark.long)])

@@ -141,7 +141,8 @@ def test_terms_outlive_other_layers(rng):
     x, y = data(rng)
     model.fit(x, y, verbose=0)
     new = factorize(model, "laf", rank=2, verbose=False)
-    assert new.terms[0].similarities() == model.similarities()
+    assert type(new) is TaskRelationModel
+    assert new.similarities() == model.similarities()
     new.compile("sgd", "mse")
     new.fit(x, y, verbose=0)
     assert new.terms[0].similarities() != model.similarities()
@@ -191,6 +192,17 @@ def test_losses_as_keras_adds_them(rng):
         logs.append(model.evaluate(x, y, verbose=0, return_dict=True))
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
     assert set(logs[0]) == {"loss", "a_loss", "b_loss", "c_loss"}
+    # Several losses of a task with weights of their own; tasks without a loss or labels.
+    losses = {"a": ["mse", "mae"], "b": "mse", "c": None}
+    weights = {"a": [1.0, 0.1], "b": 2.0, "c": 1.0}
+    totals = []
+    for model in (network, plain):
+        model.compile("sgd", losses, loss_weights=weights)
+        totals.append(model.evaluate(x, y, verbose=0, return_dict=True)["loss"])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    del y["c"]
+    network.compile("sgd", {"a": "mse", "b": "mse", "c": None})
+    assert np.isfinite(network.evaluate(x, y, verbose=0, return_dict=True)["loss"])
 
 
 def test_no_paper_is_named():
@@ -254,7 +266,7 @@ def test_several_kernels_in_one_layer(sharing, tmp_path, rng):
     model.compile("sgd", "mse")
     model.fit(x, np.ones((8, 6)), verbose=0)
     layer = model.layers[1]
-    query, key = (ops.convert_to_numpy(k.stacked()) for k in (layer.query, layer.key))
+    query, key = (ops.convert_to_numpy(k.value()) for k in (layer.query, layer.key))
     for task in range(2):
         own = x[:, 3 * task : 3 * task + 3]
         expected = (own @ query[..., task]) * (own @ key[..., task])
@@ -320,6 +332,25 @@ def test_deprecated_arguments():
         multitask(backbone(), TASKS, rank=2)
 
 
+IDLE = [
+    ({"prior": {"flat": TensorNormalRegularizer()}}, "fits none"),
+    ({"sharing": "hard", "prior": TensorNormalRegularizer()}, "`prior` .* does nothing"),
+    (
+        {"share_until": "conv", "prior": {"conv": TensorNormalRegularizer()}},
+        r"`prior` for layers \['conv'\] does nothing",
+    ),
+    ({"share_until": "conv", "sharing": {"conv": "tucker"}}, r"for the layers \['fc'\]"),
+    ({"sharing": {"conv": "tucker"}, "rank": {"fc": 2}}, r"`rank` for layers \['fc'\]"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), IDLE, ids=str)
+def test_what_does_nothing_is_refused(arguments, message):
+    """Layers that are named, and have no kernels for what was given."""
+    with pytest.raises(ValueError, match=message):
+        multitask(backbone(), TASKS, verbose=False, **arguments)
+
+
 def test_names_of_relations(rng, tmp_path):
     """A name that TensorFlow would not take is cleaned, and exports."""
     relation = Relation("output", name="age and gender!")
@@ -343,5 +374,17 @@ def test_bad_terms(rng):
     x, y = data(rng)
     with pytest.raises(ValueError, match="with `training=True` before `compute_loss`"):
         model.compute_loss(x, y, model(x), training=True)
+    for terms, message in [
+        (Relation("fc"), "a list of LossTerm"),
+        ([Relation("fc")], "a list of LossTerm"),
+        ([TaskRelations(Relation("fc")), TaskRelations(Relation())], "different names"),
+        (list(model.terms), "belongs to another model"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            MultiTaskModel(network.input, network.output, terms=terms)
+    with pytest.raises(ValueError, match=r"also for \['b', 'c'\]"):
+        model.task_losses({"a": y["a"]}, model(x))
+    with pytest.raises(ValueError, match="give `compile` a `loss`"):
+        network.task_losses(y, network(x))
     outputs = model(x, training=True)
     assert math.isfinite(float(model.compute_loss(x, y, outputs, training=True)))

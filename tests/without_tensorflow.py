@@ -17,7 +17,7 @@ from dmtrl_keras import TensorNormalRegularizer, multitask, single_task, task_su
 # Kernels alone, with state beside them, and from factors.
 CASES = {
     "independent": {"prior": TensorNormalRegularizer(1e-3, modes="task")},
-    "similar": {"threshold": 0.4},
+    "similar": {},
     "tucker": {"rank": 0.5},
 }
 

@@ -138,6 +138,7 @@ def multitask(
     options = {"rank": rank, "tolerance": tolerance}
     options |= _deprecated(implementation=implementation, threshold=threshold)
     choose = _sharing_of(sharing, surveyed.with_weights, names, options)
+    given = {"sharing": sharing, "prior": prior, **options}
     heads = checked_heads(heads, names)
     prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
     fusion_of = _fusion_of(between, surveyed)
@@ -145,6 +146,7 @@ def multitask(
     inputs = _inputs(backbone, names, shared_input)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
+    _check_effects(given, builder)
     outputs = outputs_by_task(outputs, heads, names, builder.new_name)
     name = name or clean_name(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
@@ -257,6 +259,26 @@ def _check_prior(prior: Any) -> StatefulRegularizer | None:
     return prior
 
 
+def _check_effects(given: Mapping[str, Any], builder: "_Builder") -> None:
+    """Refuse what was given for layers, by their full names, where it did nothing."""
+    for argument, value in given.items():
+        reached = builder.reached["sharing" if argument == "sharing" else "kernels"]
+        if argument not in ("sharing", "prior"):
+            reached = builder.taking(argument)
+        idle: list[str] = []
+        if isinstance(value, Mapping):
+            # A pattern may also fit layers that it is not for.
+            exact = [name for name in value if not set("*?[") & set(name)]
+            idle = [name for name in exact if name not in reached]
+        elif argument == "prior" and value is not None and not reached:
+            idle = ["*"]
+        if idle:
+            raise ValueError(
+                f"multitask: `{argument}` for layers {idle} does nothing: there are no "
+                f"kernels of the tasks' own for it. It is for the layers {sorted(reached)}."
+            )
+
+
 # --- building -----------------------------------------------------------------------
 
 
@@ -293,6 +315,16 @@ class _Builder:
         self._fusion_of = fusion_of
         self._made: dict[tuple[int, str], Any] = {}
         self._taken: set[str] = set()
+        # Names of layers of which `sharing`, and what is said of kernels, made something.
+        self.reached: dict[str, set[str]] = {"sharing": set(), "kernels": set()}
+
+    def taking(self, option: str) -> set[str]:
+        """Names of the layers whose parameterization takes an option, such as a rank."""
+        return {
+            name
+            for name in self.reached["kernels"]
+            if option in type(self._choose(name, True)).short_forms
+        }
 
     def new_name(self, name: str, path: tuple[str, ...] = ()) -> str:
         """A name that no other layer of the network has, from one and where it was."""
@@ -381,7 +413,10 @@ class _Builder:
             return False
         if not rule.has_weights or id(operation) in self._survey.shared:
             return True
-        return self._choose(operation.name, True).name == "hard"
+        hard = self._choose(operation.name, True).name == "hard"
+        if hard:
+            self.reached["sharing"].add(operation.name)
+        return hard
 
     def _plain(self, call: "_Call", form: Form) -> Any:
         """The backbone's own layer, in a form in which it can serve all tasks."""
@@ -430,6 +465,8 @@ class _Builder:
     ) -> TaskLayer:
         """The layer with T kernels that starts from one kernel."""
         sharing = self._choose(operation, issubclass(part.cls, TaskConv))
+        for kind in self.reached.values():
+            kind.add(operation)
         prior = self._prior_of(operation)
         name = self.new_name(part.config["name"], path)
         config = {**part.config, "name": name}

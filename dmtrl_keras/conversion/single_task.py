@@ -161,6 +161,12 @@ class _Taker:
         values = values_in(_One, args, kwargs)
         form = form_of(operation, [value.form for value in values])
         if any(value.lost for value in values):
+            # What comes from a lost layer may be one that can't be had either.
+            if rule is not None and not isinstance(operation, TaskLayer):
+                try:
+                    rule.single(operation, self._tasks, self._index)
+                except ValueError as error:
+                    self._add_problem(operation, path, error)
             lost = _One(None, form, lost=True)
             split = isinstance(operation, TaskSplit)
             return dict.fromkeys(operation.task_names, lost) if split else lost
@@ -177,8 +183,7 @@ class _Taker:
         try:
             layer = self._layer(operation, values)
         except ValueError as error:
-            place = "/".join((*path, operation.name))
-            self.problems[id(operation)] = f"{type(operation).__name__} {place!r}: {error}"
+            self._add_problem(operation, path, error)
             return _One(None, form, lost=True)
         args, kwargs = replaced(_One, args, kwargs, lambda one: one.tensor)
         fresh = not getattr(layer, "built", True)
@@ -187,6 +192,10 @@ class _Taker:
         if fresh and layer.weights:
             rules.load_weights(layer, self._weights(operation, form))
         return tree.map_structure(lambda x: _One(x, form), outputs)
+
+    def _add_problem(self, operation: Any, path: tuple[str, ...], error: Exception) -> None:
+        place = "/".join((*path, operation.name))
+        self.problems[id(operation)] = f"{type(operation).__name__} {place!r}: {error}"
 
     def _layer(self, operation: Any, values: Sequence[_One]) -> Any:
         """The layer of one task; a ValueError says why there is none."""

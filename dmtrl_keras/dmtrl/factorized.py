@@ -88,6 +88,8 @@ class FactorizedParameterization(Parameterization):
         matrix, cosines of increasing frequency, are orthogonal with norm `sqrt(T)`
         as always. Thus every task starts from `kernel`, and gradients reach them all.
         """
+        # First, so that what is wrong with the ranks is said of those that were given.
+        latents = self._latents(kernel, tasks)
         one = self._rank
         if isinstance(one, tuple):
             one = (*one[:-1], 1)
@@ -97,7 +99,6 @@ class FactorizedParameterization(Parameterization):
         factors = single.decompose(kernel[..., None])
         latent, matrix, axis = self._task_axis(list(factors))
         start = factors[latent]
-        latents = self._latents(kernel, tasks)
         if latents > math.prod(start.shape[:-1]):
             # One kernel alone, say with a single output, needs ranks too small for so
             # many latent kernels to differ. What the wider ranks add is zero at first.

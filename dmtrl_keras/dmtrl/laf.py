@@ -66,7 +66,7 @@ class LAF(FactorizedParameterization):
 
         return [
             [
-                Stage("shared", inputs, latent * outputs, latent_kernels, spatial=True),
+                Stage("common", inputs, latent * outputs, latent_kernels, spatial=True),
                 Stage("mix", latent, outputs, lambda factors: factors["task_matrix"]),
             ]
         ]

@@ -89,7 +89,7 @@ class TT(FactorizedParameterization):
             return ops.reshape(kernel, (rank, latent * outputs))
 
         first = Stage(
-            "shared",
+            "common",
             inputs,
             rank,
             lambda factors: _chain(factors, 1, modes - 2),
@@ -101,7 +101,7 @@ class TT(FactorizedParameterization):
             [first, Stage("stacked", rank, outputs, _task_heads, flops=flops)],
             [
                 first,
-                Stage("shared", rank, latent * outputs, latent_heads),
+                Stage("common", rank, latent * outputs, latent_heads),
                 Stage("mix", latent, outputs, lambda f: f[f"core_{modes}"]),
             ],
         ]

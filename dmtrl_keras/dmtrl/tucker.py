@@ -107,10 +107,10 @@ def _plan(shapes: FactorShapes, outside: Collection[int]) -> list[Stage]:
     plan = []
     if into in outside:
         rows = shapes[f"factor_{into}"][0]
-        plan.append(Stage("shared", rows, inputs, lambda f: f[f"factor_{into}"]))
+        plan.append(Stage("common", rows, inputs, lambda f: f[f"factor_{into}"]))
     if task in outside:
         plan += [
-            Stage("shared", inputs, latent * outputs, latent_kernels, True, flops),
+            Stage("common", inputs, latent * outputs, latent_kernels, True, flops),
             Stage("mix", latent, outputs, lambda f: ops.transpose(f[f"factor_{task}"])),
         ]
     else:
@@ -118,7 +118,7 @@ def _plan(shapes: FactorShapes, outside: Collection[int]) -> list[Stage]:
     if out_of in outside:
         rows = shapes[f"factor_{out_of}"][0]
         plan.append(
-            Stage("shared", outputs, rows, lambda f: ops.transpose(f[f"factor_{out_of}"]))
+            Stage("common", outputs, rows, lambda f: ops.transpose(f[f"factor_{out_of}"]))
         )
     return plan
 

@@ -3,6 +3,7 @@
 Where Keras renames something, this file changes and no other. Versions from 3.13 on.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -67,6 +68,16 @@ def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers(include_self=False))
 
 
+def track_layers(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> None:
+    """Make layers part of a functional model that are not in its graph.
+
+    Keras before 3.15 forgets layers that a functional model gets as attributes.
+    """
+    for layer in layers:
+        if not any(known is layer for known in model._layers):
+            model._layers.append(layer)
+
+
 def is_keras_operation(operation: Any) -> bool:
     """Whether an operation is one of `keras.ops`."""
     return type(operation).__module__.startswith("keras.src.ops")
@@ -93,6 +104,11 @@ def attached(tensor: Any, name: str) -> Any:
 
 
 # --- training ---------------------------------------------------------------------
+
+
+def initial_epoch(model: keras.Model) -> int:
+    """The epoch at which `BackupAndRestore` lets a training go on, 0 without one."""
+    return model._initial_epoch or 0
 
 
 def symbolic_build(model: keras.Model, batch: Any) -> None:
@@ -151,7 +167,7 @@ def losses_by_output(
 
     Returns:
         `(losses, weights)`: dicts by output, of scalars and of floats; an output with
-        several losses has their sum.
+        several losses has their weighted sum, with weight 1.
     """
     compiled = model._compile_loss
     if not compiled.built:
@@ -161,14 +177,18 @@ def losses_by_output(
     metrics = compiled.metrics or [None] * len(compiled._flat_losses)
     values: dict[str, Any] = {}
     weights: dict[str, Any] = {}
+    several = collections.Counter(entry[0][0] for entry in compiled._flat_losses)
     for (path, loss, weight, _), metric in zip(compiled._flat_losses, metrics):
         name = path[0]
         own = sample_weight[name] if tree.is_nested(sample_weight) else sample_weight
         value = keras.ops.cast(loss(y[name], y_pred[name], own), compiled.dtype)
         if metric is not None:
             metric.update_state(unscaled_loss(value), sample_weight=y_pred[name].shape[0])
+        weight = 1.0 if weight is None else weight
+        if several[name] > 1:
+            value, weight = value * weight, 1.0
         values[name] = values[name] + value if name in values else value
-        weights[name] = 1.0 if weight is None else weight
+        weights[name] = weight
     return values, weights
 
 
@@ -191,6 +211,11 @@ def step_methods(
     yield "update_step", lambda variable: [variable]
     if hasattr(optimizer, "_parallel_update_step"):
         yield "_parallel_update_step", lambda variables: variables
+
+
+def own_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
+    """The variables that an optimizer itself tracks."""
+    return optimizer._variables
 
 
 def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:

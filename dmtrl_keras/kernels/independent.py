@@ -62,7 +62,7 @@ class Hard(Parameterization):
         return [
             [
                 Stage(
-                    "shared",
+                    "common",
                     inputs,
                     outputs,
                     lambda factors: ops.squeeze(factors["kernel"], axis=-1),

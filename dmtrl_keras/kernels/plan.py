@@ -29,7 +29,7 @@ class Stage:
     """One linear stage.
 
     Attributes:
-        kind: `"shared"`, one kernel `(*window, inputs, outputs)` for all tasks;
+        kind: `"common"`, one kernel `(*window, inputs, outputs)` for all tasks;
             `"stacked"`, one kernel for each task, `(T, *window, inputs, outputs)`;
             `"mix"`, `K` latent outputs of `outputs` channels each, combined to
             one output for each task by the task matrix `(K, T)`.

@@ -184,7 +184,7 @@ class TaskKernel(keras.layers.Layer):
         if not isinstance(self.regularizer, StatefulRegularizer):
             return self.regularizer
         self.prior = self.regularizer.new_state(
-            lambda: self.stacked(),
+            lambda: self.value(),
             self.shape,
             mode_names(len(self.shape), task_axis=True),
             self.owner,
@@ -269,7 +269,7 @@ class TaskKernel(keras.layers.Layer):
         kernel = self.constraint(ops.moveaxis(kernel, 0, -1))
         return ops.moveaxis(kernel, -1, 0)
 
-    def stacked(self) -> Tensor:
+    def value(self) -> Tensor:
         """The effective stacked kernel, `(*window, in, out, T)`.
 
         A variable where the tasks' kernels are independent, else the tensor that the
@@ -342,7 +342,7 @@ class _OfComposed(keras.regularizers.Regularizer):
         self._kernel = kernel
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._penalty(self._kernel.stacked())
+        return self._penalty(self._kernel.value())
 
 
 def _constant(value: np.ndarray) -> Callable[..., Any]:

@@ -233,7 +233,7 @@ class TaskLayer(keras.layers.Layer):
         factors compose to.
         """
         self._check_built("kernel")
-        return self.stacked.stacked()
+        return self.stacked.value()
 
     def task_kernel(self, task: int) -> Tensor:
         """The kernel of one task, as the Keras twin would hold it.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import keras
 
 from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.ground.keras_private import initial_epoch as restored_epoch
 from dmtrl_keras.ground.keras_private import local_part, symbolic_build
 from dmtrl_keras.ground.types import Dataset, Strategy
 from dmtrl_keras.ground.validation import check_positive
@@ -212,7 +213,7 @@ def train(
     every.on_train_begin()
     logs = {}
     # Set by `BackupAndRestore`, as for `fit`.
-    for epoch in range(model._initial_epoch or initial_epoch, epochs):
+    for epoch in range(restored_epoch(model) or initial_epoch, epochs):
         every.on_epoch_begin(epoch)
         logs = run(train_step, batches)
         if validation_data is not None:

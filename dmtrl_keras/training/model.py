@@ -1,6 +1,7 @@
 """The functional model whose outputs are a dict by task name."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,11 @@ from dmtrl_keras.ground.keras_private import (
     has_losses,
     losses_by_output,
     sharing_scope,
+    track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
-from dmtrl_keras.training.terms import LossTerm, Step
+from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 
 # By this name the features of a training step ride on its outputs.
 _FEATURES = "_dmtrl_keras_features"
@@ -91,8 +93,10 @@ class MultiTaskModel(ModelOfReplicas):
                 f"output tensor. Received: outputs={outputs!r}."
             )
         super().__init__(inputs, outputs, name=name, **kwargs)
+        terms = checked_terms(terms, name_of(self))
         if terms:
-            self._terms = list(terms)
+            self._terms = terms
+            track_layers(self, terms)
             features = [term.connect(self) for term in self._terms]
             self._training_graph = _Untracked(
                 keras.Model(self.input, (self.output, features))
@@ -188,7 +192,9 @@ class MultiTaskModel(ModelOfReplicas):
             weighted_metrics=self._metrics_by_task("weighted_metrics", weighted_metrics),
             **kwargs,
         )
-        self._tasks_with_loss = set(loss) if isinstance(loss, dict) else None
+        self._tasks_with_loss = None
+        if isinstance(loss, dict):
+            self._tasks_with_loss = {task for task, own in loss.items() if own is not None}
         by_task = loss if isinstance(loss, dict) else dict.fromkeys(self.task_names, loss)
         # Not a dict: Keras would track the losses in it.
         self._losses_given = tuple(by_task.items())
@@ -305,8 +311,12 @@ class MultiTaskModel(ModelOfReplicas):
             total is the sum of their products, of the penalties and of the terms.
 
         Raises:
-            ValueError: on labels that are no dict by task.
+            ValueError: on labels that are no dict by task, of unknown tasks, or missing for
+                a task with a loss; if the model has no losses.
         """
+        if not has_losses(self):
+            raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
+        self._check_labels(y, sample_weight)
         if not isinstance(y, Mapping):
             if self.tasks > 1:
                 raise ValueError(
@@ -315,6 +325,20 @@ class MultiTaskModel(ModelOfReplicas):
                 )
             y = {self.task_names[0]: y}
         return losses_by_output(self, y, y_pred, sample_weight)
+
+    def _check_labels(self, y: Any, sample_weight: Any) -> None:
+        for argument, value in (("y", y), ("sample_weight", sample_weight)):
+            self._check_tasks(argument, value)
+        if not isinstance(y, Mapping):
+            return
+        expected = self._tasks_with_loss
+        expected = set(self.task_names) if expected is None else expected
+        absent = sorted(expected - set(y))
+        if absent:
+            raise ValueError(
+                f"{name_of(self)}: expected labels for every task with a loss, also "
+                f"for {absent}. Received: labels for {sorted(y)}."
+            )
 
     def compute_loss(
         self,
@@ -331,17 +355,7 @@ class MultiTaskModel(ModelOfReplicas):
                 task that has a loss and no labels.
             tf.errors.InvalidArgumentError: in training, if a replica has no example.
         """
-        for argument, value in (("y", y), ("sample_weight", sample_weight)):
-            self._check_tasks(argument, value)
-        if isinstance(y, dict):
-            expected = self._tasks_with_loss
-            expected = set(self.task_names) if expected is None else expected
-            absent = sorted(expected - set(y))
-            if absent:
-                raise ValueError(
-                    f"{name_of(self)}: expected labels for every task with a loss, also "
-                    f"for {absent}. Received: labels for {sorted(y)}."
-                )
+        self._check_labels(y, sample_weight)
         # What rides on the outputs, before they are others.
         features = self._features_of(y_pred) if training else None
         if training and y is not None:
@@ -397,6 +411,8 @@ class MultiTaskModel(ModelOfReplicas):
             format: `"tf_saved_model"`, `"litert"`, `"onnx"`, or another of Keras's.
             **kwargs: as in Keras.
         """
+        # Keras before 3.15 takes no `pathlib.Path` for some formats.
+        filepath = os.fspath(filepath)
         if self._terms:
             return self.inference_network().export(filepath, format=format, **kwargs)
         if format != "onnx":

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import keras
 
-from dmtrl_keras.ground.keras_private import step_methods, variable_index
+from dmtrl_keras.ground.keras_private import own_variables, step_methods, variable_index
 from dmtrl_keras.ground.types import Tensor
 
 
@@ -36,7 +36,7 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
 
     >>> import keras
 
-    from dmtrl_keras.ground.keras_private import step_methods, variable_index
+    from dmtrl_keras.ground.keras_private import own_variables, step_methods, variable_index
     >>> from dmtrl_keras.optimizers import LearningRateMultiplier
     >>> sgd = keras.optimizers.SGD(1e-3, momentum=0.9)
     >>> optimizer = LearningRateMultiplier(sgd, {"bottleneck": 10, "classifier": 10})
@@ -122,7 +122,7 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[keras.Variable]:
-        return self._variables + self.inner_optimizer.variables
+        return own_variables(self) + self.inner_optimizer.variables
 
     def apply(
         self,
@@ -139,7 +139,7 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
         grads: Sequence[Tensor],
         trainable_variables: Sequence[Tensor],
     ) -> tuple[Any, list[Tensor]]:
-        own = len(self._variables)
+        own = len(own_variables(self))
         trained, inner = self.inner_optimizer.stateless_apply(
             optimizer_variables[own:], grads, trainable_variables
         )

@@ -29,6 +29,31 @@ class Step:
     losses: Mapping[str, Any]
 
 
+def checked_terms(terms: Any, owner: str) -> list["LossTerm"]:
+    """Terms for a model, none of which belongs to another.
+
+    Raises:
+        ValueError: if they are no list of `LossTerm` objects, have one name, or are in use.
+    """
+    fine = isinstance(terms, (list, tuple)) and all(isinstance(t, LossTerm) for t in terms)
+    if not fine:
+        raise ValueError(
+            f"{owner}: `terms` must be a list of LossTerm objects, such as "
+            f"[TaskRelations([Relation(...)])]. Received: terms={terms!r}."
+        )
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{owner}: terms need different names. Received: {names}.")
+    for term in terms:
+        if term.connected:
+            raise ValueError(
+                f"{owner}: the term {term.name!r} belongs to another model. Make one anew, "
+                "such as type(term).from_config(term.get_config())."
+            )
+        term.connected = True
+    return list(terms)
+
+
 class LossTerm(keras.layers.Layer):
     """A term of the total loss, with state and metrics of its own (not for direct use).
 
@@ -40,7 +65,12 @@ class LossTerm(keras.layers.Layer):
 
     Args:
         **kwargs: `name`, `dtype`.
+
+    Attributes:
+        connected: bool, whether a model has it.
     """
+
+    connected = False
 
     def __init__(self, **kwargs: Any) -> None:
         # Labels, say, are not to be rounded to half precision on the way in.

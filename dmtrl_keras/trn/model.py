@@ -76,7 +76,7 @@ class TaskRelationModel(MultiTaskModel):
             name=name or network.name,
             **kwargs,
         )
-        for key, trl in term._trls.items():
+        for key, trl in term.trls.items():
             # Where files have the state. Not tracked once more: the term has it.
             object.__setattr__(self, f"_{key}_trl", trl)
 
@@ -97,6 +97,15 @@ class TaskRelationModel(MultiTaskModel):
     def similarities(self) -> dict[str, dict[Pair, float]]:
         """The last estimates, see `TaskRelations.similarities`."""
         return self._relation_term.similarities()
+
+    def like(self, network: keras.Model) -> "TaskRelationModel":
+        """Another network of the same tasks, with copies of the relations as they are."""
+        term = self._relation_term
+        new = type(self)(
+            network, term.relations, term.label_similarity, **term.settings, name=self.name
+        )
+        new._relation_term.set_weights(term.get_weights())
+        return new
 
     def get_config(self) -> dict[str, Any]:
         term = self._relation_term.get_config()
@@ -120,8 +129,8 @@ class TaskRelationModel(MultiTaskModel):
         return cls(
             network,
             term.relations,
-            term._given_similarity,
-            **term._settings,
+            term.label_similarity,
+            **term.settings,
             name=name,
             trainable=trainable,
         )

@@ -139,13 +139,13 @@ class TaskRelations(LossTerm):
     ) -> None:
         super().__init__(name=name, **kwargs)
         self._relations = self._checked_relations(relations)
-        self._settings: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             "momentum": momentum,
             "ridge": ridge,
             "method": method,
         }
-        self._given_similarity = label_similarity
-        self._trls: dict[str, TRL] = {}
+        self.label_similarity = label_similarity
+        self.trls: dict[str, TRL] = {}
         self._trackers: dict[str, SimilarityTracker] = {}
 
     def _checked_relations(self, relations: Any) -> list[Relation]:
@@ -180,7 +180,7 @@ class TaskRelations(LossTerm):
         self._pairs["label"] = list(
             {frozenset(p): p for ps in self._pairs.values() for p in ps}.values()
         )
-        self._label_similarity = self._checked_similarity(self._given_similarity)
+        self._label_similarity = self._checked_similarity(self.label_similarity)
         for relation in self._relations:
             self._add_trl(relation.name, features[relation.name])
         if self._label_similarity is None:
@@ -203,7 +203,7 @@ class TaskRelations(LossTerm):
         return everywhere
 
     def _add_trl(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        trl = TRL(self._pairs[name], **self._settings, name=f"{name}_relation")
+        trl = TRL(self._pairs[name], **self.settings, name=f"{name}_relation")
         shapes = {}
         for key, tasks in self._sets[name].items():
             sizes = [tensors[task].shape[1:] for task in tasks]
@@ -214,7 +214,7 @@ class TaskRelations(LossTerm):
                 )
             shapes[key] = (None, sum(math.prod(size) for size in sizes))
         trl.build(shapes)
-        self._trls[name] = trl
+        self.trls[name] = trl
 
     def _features(
         self, network: keras.Model, relation: Relation, tasks: tuple[str, ...]
@@ -291,7 +291,7 @@ class TaskRelations(LossTerm):
     def _estimate(self, name: str) -> Tensor:
         if name == "label" and self._label_similarity is not None:
             return ops.convert_to_tensor(self._label_similarity, "float32")
-        return ops.convert_to_tensor(self._trls[name].similarity)
+        return ops.convert_to_tensor(self.trls[name].similarity)
 
     def _logged(self, name: str, pairs: Sequence[Pair]) -> list[str]:
         if len(pairs) > _MOST_LOGGED:
@@ -319,7 +319,7 @@ class TaskRelations(LossTerm):
             found = self._estimate(name)
             if training:
                 sets = self._joined(name, step.features[name])
-                found = self._trls[name](sets, training=True)
+                found = self.trls[name](sets, training=True)
             self._track(name, found)
             order = [place[frozenset(pair)] for pair in self._pairs[name]]
             term = ops.sum(ops.abs(found - ops.take(target, order)))
@@ -354,7 +354,7 @@ class TaskRelations(LossTerm):
             for key, tasks in self._sets["label"].items()
         }
         sets = self._joined("label", vectors)
-        found = self._trls["label"](sets, training=True, present=present)
+        found = self.trls["label"](sets, training=True, present=present)
         return ops.stop_gradient(found)
 
     def _labels(self, task: str, labels: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -387,7 +387,7 @@ class TaskRelations(LossTerm):
     # --- serialization ------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        similarity: Any = self._given_similarity
+        similarity: Any = self.label_similarity
         if similarity is not None:
             # JSON has no pairs as keys.
             similarity = [[*pair, value] for pair, value in similarity.items()]
@@ -397,7 +397,7 @@ class TaskRelations(LossTerm):
                 for relation in self._relations
             ],
             "label_similarity": similarity,
-            **self._settings,
+            **self.settings,
             "name": self.name,
         }
 

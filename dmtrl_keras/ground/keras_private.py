@@ -56,6 +56,15 @@ def functional_constructor(init: _Init) -> _Init:
     return cast(_Init, constructor)
 
 
+def track(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> None:
+    """Let a functional model know of layers that are its attributes, not in its graph.
+
+    Keras 3.13 forgets them: their variables and metrics would not be the model's.
+    """
+    known = {id(layer) for layer in model._layers}
+    model._layers.extend(layer for layer in layers if id(layer) not in known)
+
+
 def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[Any]]:
     """The operation that made a symbolic tensor, and the tensors that it took."""
     operation, node, _ = tensor._keras_history

@@ -1,6 +1,7 @@
 """The functional model whose outputs are a dict by task name."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from dmtrl_keras.ground.keras_private import (
     has_losses,
     losses_by_output,
     sharing_scope,
+    track,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
@@ -93,6 +95,7 @@ class MultiTaskModel(ModelOfReplicas):
         super().__init__(inputs, outputs, name=name, **kwargs)
         if terms:
             self._terms = list(terms)
+            track(self, self._terms)
             features = [term.connect(self) for term in self._terms]
             self._training_graph = _Untracked(
                 keras.Model(self.input, (self.output, features))
@@ -397,6 +400,8 @@ class MultiTaskModel(ModelOfReplicas):
             format: `"tf_saved_model"`, `"litert"`, `"onnx"`, or another of Keras's.
             **kwargs: as in Keras.
         """
+        # Keras 3.13 takes no `pathlib.Path` for LiteRT.
+        filepath = os.fspath(filepath)
         if self._terms:
             return self.inference_network().export(filepath, format=format, **kwargs)
         if format != "onnx":

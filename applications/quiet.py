@@ -5,14 +5,16 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 
 # What TensorFlow says of itself: its libraries' lines of information and warnings, and that
 # there is no GPU. What else is written, such as errors, comes through.
 _MESSAGES = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog\(\) is called"
     rb"|[IW]\d{4} \d\d:"
-    rb"|E\d{4} \d\d:.*(failed call to cuInit|Unable to register cu|already registered)"
     rb"|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IW] "
+    rb"|(E\d{4} \d\d:|\d{4}-\d\d-\d\d [\d:.]+ E )"
+    rb".*(failed call to cuInit|Unable to register cu|already registered)"
     rb"|To enable the following instructions: "
 )
 
@@ -26,7 +28,9 @@ def start_quietly():
     if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    with _filtered_stderr():
+    with _filtered_stderr(), warnings.catch_warnings():
+        # Keras 3.13.0 asks NumPy for a name that it may have one day.
+        warnings.simplefilter("ignore", FutureWarning)
         import keras
 
         if keras.config.backend() == "tensorflow":

@@ -13,12 +13,13 @@ import numpy as np
 
 import dmtrl_keras
 from dmtrl_keras import TensorNormalRegularizer, multitask, single_task, task_summary
+from dmtrl_keras.parameterizations import SimilarKernels, Tucker
 
 # Kernels alone, with state beside them, and from factors.
 CASES = {
     "independent": {"prior": TensorNormalRegularizer(1e-3, modes="task")},
-    "similar": {},
-    "tucker": {"rank": 0.5},
+    "similar": {"sharing": SimilarKernels(0.4)},
+    "tucker": {"sharing": Tucker(0.5)},
 }
 
 
@@ -36,9 +37,7 @@ def backbone():
 
 def check(sharing, images, labels, folder):
     """Train a network of one family, and compare it with itself after loading."""
-    model = multitask(
-        backbone(), list(labels), sharing, heads=3, verbose=False, **CASES[sharing]
-    )
+    model = multitask(backbone(), list(labels), heads=3, verbose=False, **CASES[sharing])
     assert {row.sharing for row in task_summary(model, verbose=False)} >= {sharing}
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(images, labels, epochs=3, verbose=0).history

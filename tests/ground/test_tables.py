@@ -74,11 +74,11 @@ def test_long_names_are_folded():
 def test_totals_and_captions():
     """Totals are set apart; a caption stands below."""
     lines = printed(80, ["a", "b"], [["x", 1], ["all", 2]], totals=1, caption="a caption")
-    assert [line.strip() for line in lines[3:]] == [
-        "x    1",
-        "",
-        "all  2",
-        "a caption",
+    assert [line.split() for line in lines[3:]] == [
+        ["x", "1"],
+        [],
+        ["all", "2"],
+        ["a", "caption"],
     ]
     assert printed(80, ["a", "b"], [])
 

@@ -144,6 +144,11 @@ def has_losses(model: keras.Model) -> bool:
     return model._compile_loss is not None
 
 
+def function_of(wrapper: Any) -> Callable | None:
+    """The function that a Keras loss or metric wraps, or None."""
+    return getattr(wrapper, "fn", None) or getattr(wrapper, "_fn", None)
+
+
 def unscaled_loss(value: Any) -> Any:
     """A loss without the factor that Keras gives it for several replicas."""
     from keras.src.losses import loss as loss_module

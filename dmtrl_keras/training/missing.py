@@ -7,6 +7,7 @@ from typing import Any, Self
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.keras_private import function_of
 from dmtrl_keras.ground.types import Shape, Tensor
 
 # Losses and metrics whose value is a mean over the last axis of one value for each
@@ -45,7 +46,7 @@ _ELEMENTWISE_METRICS = (
 
 def is_elementwise(wrapped: Any) -> bool:
     """Whether a Keras loss or metric is known to take each label for itself."""
-    function = getattr(wrapped, "fn", None) or getattr(wrapped, "_fn", None)
+    function = function_of(wrapped)
     if isinstance(wrapped, _ELEMENTWISE_METRICS) or function in _ELEMENTWISE_FUNCTIONS:
         return True
     return bool(getattr(wrapped, "elementwise", False))

@@ -144,7 +144,7 @@ def has_losses(model: keras.Model) -> bool:
     return model._compile_loss is not None
 
 
-def function_of(wrapper: Any) -> Callable | None:
+def function_of(wrapper: Any) -> Callable[..., Any] | None:
     """The function that a Keras loss or metric wraps, or None."""
     return getattr(wrapper, "fn", None) or getattr(wrapper, "_fn", None)
 

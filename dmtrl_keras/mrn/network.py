@@ -111,18 +111,14 @@ def relationship_network(
             f"task's own layer is its own too. Received: layers={layers!r}."
         )
     inputs, features = _trunk(backbone, names, "trunk" in layers, shared_input)
-    for layer, units in (("bottleneck", bottleneck), ("classifier", classes)):
-        last = layer == "classifier"
-        if last and dropout:
-            features = features.through(keras.layers.Dropout(dropout))
-        if units is None:
-            continue
-        activation = None if last else "relu"
-        if layer not in layers:
-            features = features.through(keras.layers.Dense(units, activation, name=layer))
-            continue
-        each = "class" if binary and last else None
-        features = features.through_kernels(
+
+    def through(
+        name: str, units: int, activation: str | None, each: str | None = None
+    ) -> Features:
+        """The features after a dense layer, the tasks' own or one that they share."""
+        if name not in layers:
+            return features.through(keras.layers.Dense(units, activation, name=name))
+        return features.through_kernels(
             TaskDense(
                 units,
                 len(names),
@@ -130,9 +126,15 @@ def relationship_network(
                 shared_input=features.form == Form.SHARED,
                 kernel_regularizer=_prior(prior, strength, each),
                 common_draw=common_draw,
-                name=layer,
+                name=name,
             )
         )
+
+    if bottleneck is not None:
+        features = through("bottleneck", bottleneck, "relu")
+    if dropout:
+        features = features.through(keras.layers.Dropout(dropout))
+    features = through("classifier", classes, None, "class" if binary else None)
     activation = "sigmoid" if binary else "softmax"
     outputs = {
         # Probabilities in full precision, whatever the network computes in.

@@ -2,8 +2,8 @@
 
     python -m docs.pictures
 
-writes them into `docs/figures`. Curves of experiments are not among them: the experiments'
-commands write those.
+writes them into `docs/figures`. Of the experiments it draws what their pages' tables have;
+curves that are in no table are written by the experiments' commands.
 """
 
 import pathlib
@@ -285,21 +285,32 @@ def hinton():
     save(plot_hinton(panels, tasks), "hinton")
 
 
-def sharing_by_layer():
-    """The table of MTAL's shared kernels of related tasks, as bars."""
-    page = (DOCS / "experiments" / "mtal.md").read_text()
-    mark = "mtal-sharing-related"
-    rows = page.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
-    cells = [
+def table(page, mark):
+    """The table between a page's marks: its header, and rows of cells, lists of strings."""
+    text = (DOCS / "experiments" / f"{page}.md").read_text()
+    rows = text.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
+    header, _, *body = (
         [cell.strip() for cell in row.strip("|").split("|")]
         for row in rows.strip().splitlines()
-    ]
-    header, body = cells[0], [row for row in cells[2:] if row[0].startswith("block")]
+    )
+    return header, body
+
+
+def number(cell):
+    """The mean and the spread that a cell has."""
+    mean, _, spread = cell.partition("±")
+    return float(mean.strip(" %")), float(spread or 0)
+
+
+def sharing_by_layer():
+    """The table of MTAL's shared kernels of related tasks, as bars."""
+    header, body = table("mtal", "mtal-sharing-related")
+    body = [row for row in body if row[0].startswith("block")]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.add_subplot()
     height = 0.8 / (len(header) - 1)
     for column, (name, colour) in enumerate(zip(header[1:], TASKS)):
-        values = [float(row[1 + column].split("±")[0]) for row in body]
+        values = [number(row[1 + column])[0] for row in body]
         places = np.arange(len(body)) + (column - 1) * height
         axes.bar(places, values, height, label=name, color=colour)
     labels = [row[0].replace("_conv", "\nconv") for row in body]
@@ -309,11 +320,77 @@ def sharing_by_layer():
     save(figure, "sharing-by-layer")
 
 
+def accuracy_by_fraction():
+    """Office-Caltech's tables, as curves over the share of examples for training."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    marks = {"on features": "office", "on images": "office-images"}
+    for axes, (title, mark) in zip(both, marks.items()):
+        header, body = table("office-caltech", mark)
+        share, name, average = map(header.index, ("Training", "Method", "Average"))
+        methods = list(dict.fromkeys(row[name] for row in body))
+        for place, method in enumerate(methods):
+            rows = [row for row in body if row[name] == method]
+            # Side by side, so that the spreads can be seen.
+            offset = 0.16 * (place - (len(methods) - 1) / 2)
+            fractions = [number(row[share])[0] + offset for row in rows]
+            means, spreads = zip(*(number(row[average]) for row in rows))
+            axes.errorbar(fractions, means, spreads, label=method, lw=1, capsize=2)
+        axes.set(title=title, xticks=(5, 10, 20), xlabel="examples for training, %")
+        axes.title.set_fontsize(9)
+    both[0].set_ylabel("average accuracy, %")
+    both[1].legend(loc="lower right", fontsize=7, frameon=False)
+    save(figure, "accuracy-by-fraction")
+
+
+def online_and_offline():
+    """MTFL's table of the online similarity, over the examples that are remembered."""
+    header, body = table("mtfl", "mtfl-convergence")
+    features, online, count, same, every = map(
+        header.index,
+        (
+            "Features",
+            "Online",
+            "Examples remembered",
+            "Offline on as many",
+            "Offline on all",
+        ),
+    )
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    names = list(dict.fromkeys(row[features] for row in body))
+    for axes, name in zip(figure.subplots(1, len(names)), names):
+        rows = [row for row in body if row[features] == name]
+        rows.sort(key=lambda row: int(row[count]))
+        examples = [int(row[count]) for row in rows]
+        for column, label in ((online, "online"), (same, "offline, on as many")):
+            means, spreads = zip(*(number(row[column]) for row in rows))
+            axes.errorbar(examples, means, spreads, label=label, lw=1, capsize=2)
+        axes.axhline(number(rows[0][every])[0], color="0.6", lw=1, label="offline, on all")
+        axes.set(title=name, xscale="log", xlabel="examples remembered")
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("τ")
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    save(figure, "online-and-offline")
+
+
+DRAWINGS = (
+    overview,
+    layout,
+    decompositions,
+    hinton,
+    sharing_by_layer,
+    accuracy_by_fraction,
+    online_and_offline,
+)
+
+
 def main():
     """Draw all of them."""
     FIGURES.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        for draw in (overview, layout, decompositions, hinton, sharing_by_layer):
+        for draw in DRAWINGS:
             draw()
 
 

@@ -344,7 +344,9 @@ IDLE = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), IDLE, ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "message"), IDLE, ids=["flat", "hard", "shared", "factors", "rank"]
+)
 def test_what_does_nothing_is_refused(arguments, message):
     """Layers that are named, and have no kernels for what was given."""
     with pytest.raises(ValueError, match=message):

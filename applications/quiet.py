@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 
 # What TensorFlow says of itself: its libraries' lines of information and warnings, and that
 # there is no GPU. What else is written, such as errors, comes through.
@@ -26,7 +27,10 @@ def start_quietly():
     if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    with _filtered_stderr():
+    with _filtered_stderr(), warnings.catch_warnings():
+        # Keras 3.13 asks NumPy for `np.object`.
+        message = "In the future `np.object` will be defined"
+        warnings.filterwarnings("ignore", message, FutureWarning)
         import keras
 
         if keras.config.backend() == "tensorflow":

@@ -406,8 +406,8 @@ class Experiment:
         absent = [m for m in methods if hasattr(getattr(type(self), m), "is_missing")]
         if not absent:
             return None
-        absent = ", ".join(f"`{name}`" for name in absent)
-        return f"The experiment {self.name!r} ({type(self).__name__}) does not define {absent}."
+        absent, own = ", ".join(f"`{name}`" for name in absent), type(self).__name__
+        return f"The experiment {self.name!r} ({own}) does not define {absent}."
 
     # --- the command ------------------------------------------------------------------
 

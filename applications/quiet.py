@@ -12,8 +12,10 @@ import warnings
 _MESSAGES = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog\(\) is called"
     rb"|[IW]\d{4} \d\d:"
-    rb"|E\d{4} \d\d:.*(failed call to cuInit|Unable to register cu|already registered)"
     rb"|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IW] "
+    # Those of errors, too; TensorFlow 2.20 begins them with the date.
+    rb"|(E\d{4}|\d{4}-\d\d-\d\d) \d\d:.*"
+    rb"(failed call to cuInit|Unable to register cu|already registered)"
     rb"|To enable the following instructions: "
 )
 

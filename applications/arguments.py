@@ -10,6 +10,8 @@ import keras
 
 from dmtrl_keras.distribution import STRATEGIES, divisible, make_strategy
 
+from .results import check_marks
+
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
     "adamw": keras.optimizers.AdamW,
@@ -19,7 +21,7 @@ OPTIMIZERS = {
 }
 
 
-def parse_arguments(parser, arguments=None):
+def parse_arguments(parser, arguments=None, training=True):
     """Parse a command's arguments, of which a JSON file may hold some.
 
     With `--config FILE`, the file's settings come first, so that what is given on the
@@ -32,6 +34,7 @@ def parse_arguments(parser, arguments=None):
     Args:
         parser: `argparse.ArgumentParser`.
         arguments: list of strings; None: those of the process.
+        training: bool, whether there is a strategy.
 
     Returns:
         The parsed arguments, without `config` and `replicas`; `strategy` is a
@@ -46,7 +49,8 @@ def parse_arguments(parser, arguments=None):
         type=pathlib.Path,
         help="JSON file of settings, such as a search's best ones",
     )
-    add_strategy(parser)
+    if training:
+        add_strategy(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     alone.add_argument("--config", type=pathlib.Path)
@@ -54,7 +58,8 @@ def parse_arguments(parser, arguments=None):
     first = [] if path is None else _arguments_of(path, parser)
     options = parser.parse_args([*first, *given])
     del options.config
-    set_strategy(parser, options)
+    if training:
+        set_strategy(parser, options)
     return options
 
 
@@ -123,10 +128,33 @@ def add_page(parser):
         type=pathlib.Path,
         help="also write the tables between this file's marks, such as "
         "<!-- mnist:begin --> and <!-- mnist:end -->, and the figures into the folder "
-        "`figures` beside its folder",
+        "`figures` beside its folder, or else beside the file",
     )
     # As it was called at first.
     parser.add_argument("--readme", dest="page", type=pathlib.Path, help=argparse.SUPPRESS)
+
+
+def check_page(parser, options, blocks):
+    """Refuse a page that lacks the marks of some blocks."""
+    if options.page is not None:
+        try:
+            check_marks(options.page, blocks)
+        except (OSError, ValueError) as error:
+            parser.error(f"--page: {error}")
+
+
+def add_images(parser, size, first="stage"):
+    """Add the arguments of images, which are scaled, and of the network that sees them.
+
+    Args:
+        parser: `argparse.ArgumentParser`, or a group of its arguments.
+        size: int, the default.
+        first: str, what the network's first part is called.
+    """
+    side = in_range(int, 7)
+    parser.add_argument("--size", type=side, default=size, help="side of the images")
+    width = in_range(int, 0)
+    parser.add_argument("--width", type=width, default=64, help=f"of the first {first}")
 
 
 def add_training(parser, optimizer):

@@ -45,7 +45,7 @@ from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 from dmtrl_keras.parameterizations import SimilarKernels
 
-from .arguments import add_page
+from .arguments import add_page, check_page, in_range, parse_arguments
 from .experiment import Table, publish
 from .mnist import FACTORIZATIONS, Trainer, draw_part, lenet
 from .mnist import parse as parse_mnist
@@ -487,6 +487,26 @@ def factorized_variants(source, method, rank, tolerance):
     return models, after / sum(entry.parameters_before for entry in report)
 
 
+# Arguments that are whole numbers: their defaults, and their helps.
+COUNTS = {
+    "batch-size": (64, "of LeNet"),
+    "fc": (512, "units of LeNet's fully connected layer"),
+    "repeats": (5, "steps of each kind"),
+    "stl-epochs": (8, "of STL before 10%% error is measured"),
+    "backbone-tasks": (4, "of the backbone"),
+    "backbone-batch": (16, "of the backbone"),
+    "image-size": (64, "of the backbone"),
+    "prior-update-every": (20, "steps"),
+    "prior-batch": (32, "of the backbone beside it"),
+    "prior-image-size": (224, "of the backbone beside it"),
+    "relation-features": (512, "of each of two tasks"),
+    "relation-batch": (128, "of the ResNet-18"),
+    "relation-image-size": (64, "of the ResNet-18"),
+    "relation-width": (64, "of the ResNet-18"),
+    "similar-update-every": (20, "steps"),
+}
+
+
 def parser():
     """The command's arguments."""
     p = argparse.ArgumentParser(
@@ -494,46 +514,44 @@ def parser():
         description="Training steps of LeNet with T tasks, as ratios to T plain networks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--batch-size", type=int, default=64)
+    count = in_range(int, 0)
+    for name, (default, text) in COUNTS.items():
+        p.add_argument(f"--{name}", type=count, default=default, help=text)
     p.add_argument("--padding", choices=("same", "valid"), default="valid")
-    p.add_argument("--fc", type=int, default=512)
-    p.add_argument("--repeats", type=int, default=5, help="steps of each kind")
     p.add_argument(
         "--ranks",
         nargs="+",
-        type=float,
+        type=in_range(float, 0, 1),
         default=[0.2, 0.5, 0.8],
         help="fractions of the largest ranks",
-    )
-    p.add_argument(
-        "--stl-epochs", type=int, default=8, help="of STL before 10%% error is measured"
     )
     p.add_argument("--methods", nargs="+", choices=FACTORIZATIONS, default=FACTORIZATIONS)
     p.add_argument("--skip-grouped", action="store_true", help="leave out (b)")
     p.add_argument("--backbone", default="ResNet50", help="of keras.applications")
-    p.add_argument("--backbone-tasks", type=int, default=4)
-    p.add_argument("--backbone-batch", type=int, default=16)
-    p.add_argument("--image-size", type=int, default=64, help="of the backbone")
+    p.add_argument("--similar-backbone", default="VGG16", help="of keras.applications")
     p.add_argument(
         "--prior-kernel",
         nargs=3,
-        type=int,
+        type=count,
         default=[2048, 256, 4],
         metavar=("FEATURES", "UNITS", "TASKS"),
     )
-    p.add_argument("--prior-update-every", type=int, default=20)
-    p.add_argument("--prior-batch", type=int, default=32, help="of the backbone beside it")
-    p.add_argument("--prior-image-size", type=int, default=224)
-    p.add_argument("--relation-features", type=int, default=512)
-    p.add_argument("--relation-batch", type=int, default=128)
-    p.add_argument("--relation-image-size", type=int, default=64)
-    p.add_argument("--relation-width", type=int, default=64, help="of the ResNet-18")
-    p.add_argument("--similar-backbone", default="VGG16", help="of keras.applications")
-    p.add_argument("--similar-update-every", type=int, default=20)
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")
     add_page(p)
     return p
+
+
+def parse(arguments=None):
+    """The parsed arguments, as `Experiment.parse` has them, but for the devices."""
+    p = parser()
+    options = parse_arguments(p, arguments, training=False)
+    for name in ("backbone", "similar_backbone"):
+        if not hasattr(keras.applications, getattr(options, name)):
+            flag = f"--{name.replace('_', '-')}"
+            p.error(f"{flag}: keras.applications has no {getattr(options, name)!r}")
+    check_page(p, options, [PARTS[part][0] for part in options.parts])
+    return options
 
 
 def lenet_tables(options, console):
@@ -615,10 +633,7 @@ PARTS = {
 
 def main(arguments=None):
     """Run the benchmark; returns its tables, a dict of lists of data frames."""
-    p = parser()
-    options = p.parse_args(arguments)
-    if not hasattr(keras.applications, options.backbone):
-        p.error(f"--backbone: keras.applications has no {options.backbone!r}")
+    options = parse(arguments)
     console = make_console()
     options.output.mkdir(parents=True, exist_ok=True)
     found = {}

@@ -12,10 +12,7 @@ with a common trunk (`mtl`), and with the outputs held to the similarity of the 
 """
 
 import functools
-import hashlib
-import itertools
 import pathlib
-import time
 import typing
 import zipfile
 
@@ -35,8 +32,16 @@ from dmtrl_keras import (
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskSplit
 
-from .arguments import check_names, in_range, whole_batches
-from .experiment import Experiment, Table, decaying, ticking, trainable_parameters
+from .arguments import add_images, in_range, whole_batches
+from .experiment import (
+    Experiment,
+    Table,
+    decaying,
+    digest_of,
+    ticking,
+    timed,
+    trainable_parameters,
+)
 from .resnet import resnet18
 from .results import mean_and_spread
 
@@ -273,31 +278,29 @@ def train_and_test(options, method, names, parts, seed, tick, callbacks=None):
         A dict of the error and the average precision of each attribute on the test
         part, the number of weights, and the seconds of training.
     """
-    started = time.perf_counter()
-    keras.utils.set_random_seed(seed)
-    model = make_network(names, options.size, options.width)
-    if method == "trn":
-        # Two attributes are two tasks, more are the paper's two groups.
-        half = len(names) // 2
-        groups = {"first": names[:half], "second": names[half:]}
-        relation = Relation("output", options.weight, groups=groups)
-        model = TaskRelationModel(model, relation, momentum=options.momentum)
-    count = whole_batches(options, len(parts["train"].labels))
-    train = stream(parts["train"], names, options.size, options.batch_size, seed, count)
-    loss = keras.losses.BinaryCrossentropy(from_logits=True)
-    weights = {name: options.loss_weights.get(name, 1.0) for name in names}
-    optimizer = decaying(options, len(train) * options.epochs)
-    model.compile(optimizer, loss, loss_weights=weights)
-    testing = stream(parts["test"], names, options.size, 256)
-    model.fit(
-        train,
-        validation_data=None if callbacks is None else testing,
-        epochs=options.epochs,
-        verbose=0,
-        shuffle=False,
-        callbacks=ticking(tick, callbacks),
-    )
-    seconds = time.perf_counter() - started
+    with timed(seed) as took:
+        model = make_network(names, options.size, options.width)
+        if method == "trn":
+            # Two attributes are two tasks, more are the paper's two groups.
+            half = len(names) // 2
+            groups = {"first": names[:half], "second": names[half:]}
+            relation = Relation("output", options.weight, groups=groups)
+            model = TaskRelationModel(model, relation, momentum=options.momentum)
+        count = whole_batches(options, len(parts["train"].labels))
+        train = stream(parts["train"], names, options.size, options.batch_size, seed, count)
+        loss = keras.losses.BinaryCrossentropy(from_logits=True)
+        weights = {name: options.loss_weights.get(name, 1.0) for name in names}
+        optimizer = decaying(options, len(train) * options.epochs)
+        model.compile(optimizer, loss, loss_weights=weights)
+        testing = stream(parts["test"], names, options.size, 256)
+        model.fit(
+            train,
+            validation_data=None if callbacks is None else testing,
+            epochs=options.epochs,
+            verbose=0,
+            shuffle=False,
+            callbacks=ticking(tick, callbacks),
+        )
     logits = model.predict(testing, verbose=0)
     labels = parts["test"].labels
     return {
@@ -309,7 +312,7 @@ def train_and_test(options, method, names, parts, seed, tick, callbacks=None):
             for name in names
         },
         "parameters": trainable_parameters(model),
-        "seconds": seconds,
+        "seconds": took.seconds,
     }
 
 
@@ -379,6 +382,11 @@ class Celeba(Experiment):
     settings += ("optimizer", "loss_weights")
     families = {"hard": "mtl"}
     objectives = Experiment.objectives | {"precision": "max"}
+    data_argument = {
+        "required": True,
+        "help": f"{LABELS}, or a folder or zip file that has it; for classification a "
+        "folder that has the images too, or 'tfds'",
+    }
 
     def add_arguments(self, p):
         what = p.add_mutually_exclusive_group(required=True)
@@ -392,12 +400,6 @@ class Celeba(Experiment):
             action="store_true",
             help="STL, MTL and TRN on the images: the paper's Tables 2 and 3",
         )
-        p.add_argument(
-            "--data",
-            required=True,
-            help=f"{LABELS}, or a folder or zip file that has it; for classification a "
-            "folder that has the images too, or 'tfds'",
-        )
         p.add_argument("--attributes", nargs="+", help="those to compare; all by default")
         p.add_argument("--pairs", type=in_range(int, 0), default=10, help="to print")
         c = p.add_argument_group("classification")
@@ -405,12 +407,7 @@ class Celeba(Experiment):
         c.add_argument(
             "--images", type=in_range(int, 1), help="of each part; all by default"
         )
-        c.add_argument(
-            "--size", type=in_range(int, 7), default=64, help="side of the images"
-        )
-        c.add_argument(
-            "--width", type=in_range(int, 0), default=64, help="of the first stage"
-        )
+        add_images(c, 64)
         c.add_argument("--weight", type=in_range(float, -1e-9), default=0.01, help="λ")
         c.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
 
@@ -422,26 +419,25 @@ class Celeba(Experiment):
         parts = load_images(options.data, options.size, options.images)
         labels = parts["train"].labels
         _checked(options.attributes, labels)
-        check_names("--loss-weights", options.loss_weights, labels)
         absent = {name for pair in PAIRS for name in pair} - set(labels)
         if 3 in options.tables and absent:
             raise ValueError(f"Table 3 needs the attributes {sorted(absent)} too.")
         return parts
 
-    def tasks(self, options, data):
-        return options.attributes or list(data()["train"].labels)
+    def tasks(self, options, data=None):
+        return options.attributes or self.weighted(options, data)
+
+    def weighted(self, options, data=None):
+        return None if data is None else list(data()["train"].labels)
 
     def plan(self, options, parts):
         """All attributes together (Table 2), and pairs (Table 3)."""
         every = list(parts["train"].labels)
         groups = [options.attributes or every] if 2 in options.tables else []
         groups += PAIRS if 3 in options.tables else []
-        digest = digest_of(parts)
+        digest = digest_of(part.labels for part in parts.values())
         runs = {}
-        for repeat, names, method in itertools.product(
-            range(options.repeats), groups, options.methods
-        ):
-            seed = options.seed + repeat
+        for _, seed, names, method in self.by_seed(options, groups, options.methods):
             for group in [[name] for name in names] if method == "stl" else [list(names)]:
                 own = {"attributes": group, "data": digest, "seed": seed}
                 if method == "trn":
@@ -492,6 +488,9 @@ class Celeba(Experiment):
         weights, momentum = space.relation({"output": options.weight}, options.momentum)
         return {"weight": weights["output"], "momentum": momentum}
 
+    def blocks(self, options):
+        return [f"celeba-table-{number}" for number in options.tables]
+
     def tables(self, options, parts, runs):
         labels = parts["train"].labels
         found = {}
@@ -505,6 +504,12 @@ class Celeba(Experiment):
 
 class Similarity(Celeba):
     """The labels of the attributes, compared pair by pair."""
+
+    def weighted(self, options, data=None):
+        """Nothing is trained."""
+
+    def blocks(self, options):
+        return ["celeba-pairs"]
 
     def load(self, options, console):
         """A data frame of labels."""
@@ -537,12 +542,6 @@ def _checked(attributes, labels):
             f"--attributes: expected two at least of {list(labels)}. "
             f"Received: {attributes}."
         )
-
-
-def digest_of(parts):
-    """A str that names the data."""
-    labels = (part.labels.to_numpy().tobytes() for part in parts.values())
-    return hashlib.sha256(b"".join(labels)).hexdigest()[:16]
 
 
 EXPERIMENT = Celeba()

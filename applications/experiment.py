@@ -5,10 +5,16 @@ object, `EXPERIMENT`, and its name in `EXPERIMENTS` below.
 """
 
 import argparse
+import contextlib
+import functools
+import hashlib
 import importlib
+import itertools
 import math
 import pathlib
 import shutil
+import time
+import types
 import typing
 
 import keras
@@ -19,7 +25,15 @@ from sklearn.model_selection import train_test_split
 
 from dmtrl_keras.ground.tables import make_console, print_table
 
-from .arguments import OPTIMIZERS, add_page, add_training, in_range, parse_arguments
+from .arguments import (
+    OPTIMIZERS,
+    add_page,
+    add_training,
+    check_names,
+    check_page,
+    in_range,
+    parse_arguments,
+)
 from .results import Results, Run, markdown_table, run_all, write_block
 
 # All experiments that a search knows, by the names of their modules.
@@ -68,8 +82,8 @@ def publish(tables, options, console, figures=()):
         tables: dict from the name of a page's block to `Table`, or to a list of them.
         options: parsed arguments: `output`, a folder that exists, and `page`.
         console: `rich.console.Console`.
-        figures: paths of figures; with a page, copied to the folder `figures` beside the
-            folder that the page is in, where their names begin with that of `output`.
+        figures: paths of figures; with a page, copied to its folder of figures, where
+            their names begin with that of `output`.
     """
     texts = {}
     for name, several in tables.items():
@@ -83,10 +97,22 @@ def publish(tables, options, console, figures=()):
         return
     for name, text in texts.items():
         write_block(options.page, name, text)
-    folder = options.page.absolute().parent.parent / "figures"
+    folder = figures_of(options.page)
     for path in figures:
         folder.mkdir(exist_ok=True)
         shutil.copy(path, folder / f"{options.output.name}_{path.name}")
+
+
+def figures_of(page):
+    """The folder of a page's figures, which need not be there.
+
+    It is the folder `figures` beside the folder that the page is in, where there is one;
+    else the one beside the page. The page of a repository's top has its figures there.
+    """
+    own = page.absolute().parent
+    beside = own.parent / "figures"
+    inside = beside.is_dir() and not (own / ".git").exists()
+    return beside if inside else own / "figures"
 
 
 def figure_of(columns, rows=1, size=(4, 3), **options):
@@ -135,6 +161,33 @@ def held_out_by_task(parts, tasks, share, seed):
     }
 
 
+def digest_of(pieces):
+    """A str that names data.
+
+    Args:
+        pieces: iterable of bytes and arrays.
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece if isinstance(piece, bytes) else np.asarray(piece).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def timed(seed=None):
+    """Measure a block of a `with` statement, which has the time it took as `.seconds`.
+
+    Args:
+        seed: int, with which all random numbers begin; None: they go on.
+    """
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
+    took = types.SimpleNamespace(seconds=None)
+    started = time.perf_counter()
+    yield took
+    took.seconds = time.perf_counter() - started
+
+
 def trainable_parameters(model):
     """The number of weights that are trained."""
     return sum(math.prod(v.shape) for v in model.trainable_variables)
@@ -168,6 +221,17 @@ def ticking(tick, callbacks):
     return [each, *(callbacks or ())]
 
 
+def _needed(method):
+    """A method without which an experiment can't do something; the error says which."""
+
+    @functools.wraps(method)
+    def missing(self, *arguments, **options):
+        raise NotImplementedError(self.lack(method.__name__))
+
+    missing.is_missing = True
+    return missing
+
+
 class Experiment:
     """One experiment.
 
@@ -190,7 +254,9 @@ class Experiment:
         objectives: dict from the name of a score to its direction.
         budget: the option that says how long is trained.
         early_stopping: bool, whether training has epochs after which it may stop.
+        repeats: the option that says how often is drawn.
         draw_step: int, how far apart the seeds of two draws are.
+        data_argument: dict of the options of the argument `--data`; None: there is none.
     """
 
     name = None
@@ -206,7 +272,9 @@ class Experiment:
     objectives = {"error": "min", "parameters": "min", "seconds": "min"}
     budget = "epochs"
     early_stopping = True
+    repeats = "repeats"
     draw_step = 1
+    data_argument = None
 
     # --- what an experiment defines ---------------------------------------------------
 
@@ -225,18 +293,25 @@ class Experiment:
         """The experiment that some options ask for instead of this one."""
         return self
 
+    def blocks(self, options):
+        """The names of the tables, which are those of a page's blocks."""
+        return [self.name.replace("_", "-")]
+
+    @_needed
     def load(self, options, console):
         """Load the data."""
-        raise NotImplementedError
 
     def plan(self, options, data):
-        """The runs, an iterable of `Run`."""
-        raise NotImplementedError
+        """The runs, an iterable of `Run`; by default each method with each seed."""
+        for _, seed, method in self.by_seed(options, options.methods):
+            part = functools.partial(self.draw, options, data, seed)
+            yield self.planned(f"seed {seed}", options, method, part, seed, {"seed": seed})
 
+    @_needed
     def draw(self, options, data, seed):
         """The part of a run by its seed."""
-        raise NotImplementedError
 
+    @_needed
     def run(self, options, method, part, seed, tick, callbacks=None):
         """Train and test one method.
 
@@ -252,15 +327,14 @@ class Experiment:
         Returns:
             A dict that JSON takes.
         """
-        raise NotImplementedError
 
     def describe(self, found):
-        """The results of a run in a few words."""
-        raise NotImplementedError
+        """The results of a run in a few words; by default the tasks' mean accuracy."""
+        return f"accuracy {np.mean(list(found['accuracy'].values())):.1%}"
 
+    @_needed
     def tables(self, options, data, runs):
         """The tables, a dict from the name of a page's block to `Table`."""
-        raise NotImplementedError
 
     def figures(self, options, data, runs):
         """Draw figures into `options.output`; returns their paths."""
@@ -272,13 +346,19 @@ class Experiment:
         """The arguments, with those that a search needs."""
         return list(arguments)
 
-    def tasks(self, options, data):
-        """The names of the tasks, of which `data()` may tell, which loads it."""
-        raise NotImplementedError
+    @_needed
+    def tasks(self, options, data=None):
+        """The names of the tasks.
 
+        Args:
+            options: parsed arguments.
+            data: function that loads the data, which may tell; or None, then the names are
+                None if only the data tells.
+        """
+
+    @_needed
     def hold_out(self, part, options, share, seed):
         """A part that is tested on a share of its training data."""
-        raise NotImplementedError
 
     def space(self, method, options, space):
         """The method's own hyperparameters.
@@ -321,6 +401,14 @@ class Experiment:
         """Parameters and seconds, from a run's results."""
         return {"parameters": found["parameters"], "seconds": found["seconds"]}
 
+    def lack(self, *methods):
+        """Which of these methods it does not define, in words; None if it has them."""
+        absent = [m for m in methods if hasattr(getattr(type(self), m), "is_missing")]
+        if not absent:
+            return None
+        absent, own = ", ".join(f"`{name}`" for name in absent), type(self).__name__
+        return f"The experiment {self.name!r} ({own}) does not define {absent}."
+
     # --- the command ------------------------------------------------------------------
 
     def parser(self):
@@ -330,6 +418,8 @@ class Experiment:
             description=self.description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+        if self.data_argument is not None:
+            p.add_argument("--data", **self.data_argument)
         self.add_arguments(p)
         p.add_argument(
             "--methods",
@@ -369,8 +459,45 @@ class Experiment:
         """
         p = self.parser()
         options = parse_arguments(p, arguments)
-        self.check(p, options)
+        self.complete(p, options)
+        check_page(p, options, self.mode(options).blocks(options))
         return options
+
+    def complete(self, p, options):
+        """Check the parsed arguments, as `check` does, and the weights of the tasks."""
+        self.check(p, options)
+        self.check_weights(options, None, p)
+
+    def weighted(self, options, data=None):
+        """The names that weights may be given for, or None, as those of the tasks."""
+        return self.tasks(options, data)
+
+    def check_weights(self, options, data=None, p=None):
+        """Refuse weights of the losses of tasks that there are not."""
+        if options.loss_weights:
+            known = self.weighted(options, data)
+            if known is not None:
+                check_names("--loss-weights", options.loss_weights, known, p)
+
+    def loaded(self, options, console):
+        """The data, after a check of what only it tells."""
+        data = self.load(options, console)
+        self.check_weights(options, lambda: data)
+        return data
+
+    def by_seed(self, options, *others):
+        """Numbers of the draws and their seeds, and products of other lists.
+
+        Args:
+            options: parsed arguments.
+            *others: iterables, the last of which changes most often.
+
+        Yields:
+            `(number, seed, ...)`.
+        """
+        numbers = range(getattr(options, self.repeats))
+        for number, *chosen in itertools.product(numbers, *others):
+            yield number, options.seed + self.draw_step * number, *chosen
 
     def settings_of(self, options, **own):
         """What names a run: the settings, and others that are its own."""
@@ -414,7 +541,7 @@ class Experiment:
 
     def report(self, options, console):
         """Load, run, and write down."""
-        data = self.load(options, console)
+        data = self.loaded(options, console)
         options.output.mkdir(parents=True, exist_ok=True)
         runs = self.find(options, data, console)
         tables = self.tables(options, data, runs)

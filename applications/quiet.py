@@ -13,8 +13,9 @@ _MESSAGES = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog\(\) is called"
     rb"|[IW]\d{4} \d\d:"
     rb"|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+: [IW] "
-    rb"|(E\d{4} \d\d:|\d{4}-\d\d-\d\d [\d:.]+ E )"
-    rb".*(failed call to cuInit|Unable to register cu|already registered)"
+    # Those of errors, too; TensorFlow 2.20 begins them with the date.
+    rb"|(E\d{4}|\d{4}-\d\d-\d\d) \d\d:.*"
+    rb"(failed call to cuInit|Unable to register cu|already registered)"
     rb"|To enable the following instructions: "
 )
 
@@ -29,8 +30,9 @@ def start_quietly():
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     with _filtered_stderr(), warnings.catch_warnings():
-        # Keras 3.13.0 asks NumPy for a name that it may have one day.
-        warnings.simplefilter("ignore", FutureWarning)
+        # Keras 3.13 asks NumPy for `np.object`.
+        message = "In the future `np.object` will be defined"
+        warnings.filterwarnings("ignore", message, FutureWarning)
         import keras
 
         if keras.config.backend() == "tensorflow":

@@ -141,6 +141,29 @@ def markdown_table(frame):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def _marks(name):
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def check_marks(path, names):
+    """Refuse a file that lacks the marks of a block, or has them in another order.
+
+    Args:
+        path: path of a text file.
+        names: list of str, of the blocks.
+
+    Raises:
+        OSError: if the file can't be read.
+        ValueError: if the file lacks marks.
+    """
+    content = pathlib.Path(path).read_text()
+    for name in names:
+        begin, end = _marks(name)
+        once = content.count(begin) == content.count(end) == 1
+        if not once or content.index(begin) > content.index(end):
+            raise ValueError(f"{path}: expected the marks {begin} and {end}, once each.")
+
+
 def write_block(path, name, text):
     """Replace what stands between a file's marks `<!-- name:begin -->` and `:end`.
 
@@ -153,10 +176,9 @@ def write_block(path, name, text):
         ValueError: if the file lacks the marks.
     """
     path = pathlib.Path(path)
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    check_marks(path, [name])
+    begin, end = _marks(name)
     content = path.read_text()
-    if content.count(begin) != 1 or content.count(end) != 1:
-        raise ValueError(f"{path}: expected the marks {begin} and {end}, once each.")
     head, rest = content.split(begin)
     _, tail = rest.split(end)
     path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")

@@ -62,8 +62,38 @@ def test_library(tmp_path):
     run("\n".join([*library, CHECKS]), tmp_path)
 
 
+SEARCH = """
+import sys
+import keras_tuner
+from tuning import studies
+from tuning.hypermodels import TUNABLE
+
+sys.modules["applications.two_circles"] = sys.modules["__main__"]
+given = ["--epochs", "3", "--loss-weights", "left=2"]
+study = studies.ExperimentStudy("two_circles", "tucker", given, TUNABLE, False, 0.25)
+settings = study.settings(keras_tuner.HyperParameters())
+assert set(settings["loss_weights"]) == set(TASKS)
+options, ticks, seen = study.with_settings(settings), [], []
+watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda n, logs: seen.append(logs))
+found = study.learn(options, True, 0, lambda: ticks.append(1), [watch])
+assert set(study.objectives) <= set(found) and 0 < found["error"] < 1
+assert len(ticks) == study.ticks(options) == 3 and "val_loss" in seen[0]
+part = EXPERIMENT.draw(options, study.data, 0)
+train, valid, _ = EXPERIMENT.hold_out(part, options, 0.25, 0)
+assert sorted([*train, *valid]) == sorted(part[0]) and len(valid) == 100
+
+del TwoCircles.hold_out
+try:
+    studies.ExperimentStudy("two_circles", "tucker", given, TUNABLE, False, 0.25)
+except NotImplementedError as error:
+    assert "'two_circles' (TwoCircles) does not define `hold_out`" in str(error)
+else:
+    raise AssertionError
+"""
+
+
 def test_experiment(tmp_path):
-    """The experiment prints its table."""
+    """The experiment prints its table, and is searched."""
     *_, script = scripts().values()
-    output = run(script, tmp_path, "--epochs", "1", "--repeats", "1")
+    output = run(script + SEARCH, tmp_path, "--epochs", "1", "--repeats", "1")
     assert re.search(r"DMTRL-Tucker +0\.\d+ +0\.\d+", output)

@@ -14,6 +14,7 @@ from dmtrl_keras import (
     multitask,
     parameterizations,
 )
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.parameterizations import SimilarKernels
 
@@ -162,8 +163,7 @@ _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 def _names(backbone, fits):
     """Names of the layers of a backbone, also of nested models, that fit."""
-    layers = backbone._flatten_layers(include_self=False)
-    return [layer.name for layer in layers if fits(layer)]
+    return [layer.name for layer in flatten_layers(backbone) if fits(layer)]
 
 
 class HardSharing(MultiTask):

@@ -128,6 +128,9 @@ class ExperimentStudy(Study):
     def __init__(self, name, family, given, tune, per_layer, validation_share):
         super().__init__(family, tune, validation_share)
         self.experiment = found = experiment.experiment_of(name)
+        lack = found.lack("draw", "hold_out", "load", "run", "tasks")
+        if lack is not None:
+            raise NotImplementedError(f"{lack} A search needs it.")
         self.name = name
         self.method = families_of(name)[family]
         self.per_layer = per_layer
@@ -137,13 +140,13 @@ class ExperimentStudy(Study):
         self.objectives = found.objectives
         parser = found.parser()
         self.options = self.parse(parser, found.search_arguments(given))
-        found.check(parser, self.options)
+        found.complete(parser, self.options)
         self._standard = {a.dest: a.default for a in parser._actions}
 
     @functools.cached_property
     def data(self):
         """The experiment's data, loaded when it is needed."""
-        return self.experiment.load(self.options, experiment.make_console())
+        return self.experiment.loaded(self.options, experiment.make_console())
 
     def tasks(self):
         """The names of the tasks."""

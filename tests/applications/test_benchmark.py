@@ -35,11 +35,31 @@ def test_backbones_are_of_one_size(shared_input):
     }
 
 
-def test_unknown_backbone(capsys):
-    """A name that keras.applications does not have is an error of the command."""
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--backbone LeNet5", "LeNet5"),
+        ("--similar-backbone LeNet5", "--similar-backbone: "),
+        ("--repeats 0", "--repeats: expected more than 0"),
+        ("--ranks 1.5", "--ranks: expected more than 0 and at most 1"),
+        ("--prior-kernel 4 0 2", "--prior-kernel: "),
+        ("--page none.md", "--page: "),
+    ],
+)
+def test_arguments(arguments, message, capsys):
+    """What is wrong with them is said before anything is measured."""
     with pytest.raises(SystemExit):
-        benchmark.main(["--backbone", "LeNet5"])
-    assert "LeNet5" in capsys.readouterr().err
+        benchmark.main(arguments.split())
+    assert message in capsys.readouterr().err
+
+
+def test_settings_from_a_file(tmp_path):
+    """As every command takes them."""
+    path = tmp_path / "settings.json"
+    path.write_text('{"repeats": 2, "ranks": [0.25], "skip_grouped": true}')
+    options = benchmark.parse(["--config", str(path), "--repeats", "3"])
+    assert (options.repeats, options.ranks, options.skip_grouped) == (3, [0.25], True)
+    assert options.batch_size == 64 and not hasattr(options, "strategy")
 
 
 def test_bare_step_is_of_the_same_size():

@@ -20,7 +20,7 @@ class Toy(Experiment):
     methods = {"one": "One", "two": "Two"}
     defaults = {"epochs": 3, "repeats": 2, "optimizer": "sgd"}
     least = {"epochs": 2}
-    settings = ("seed", "epochs", "scale")
+    settings = ("epochs", "scale")
 
     def __init__(self):
         self.trained = []
@@ -32,21 +32,11 @@ class Toy(Experiment):
         if options.scale > 100:
             p.error("--scale: too large")
 
+    def blocks(self, options):
+        return ["toy", "again"]
+
     def load(self, options, console):
         return options.scale * np.arange(3)
-
-    def plan(self, options, data):
-        for repeat in range(options.repeats):
-            for method in options.methods:
-                seed = options.seed + repeat
-                yield self.planned(
-                    f"seed {seed}",
-                    options,
-                    method,
-                    lambda seed=seed: self.draw(options, data, seed),
-                    seed,
-                    {"repeat": repeat},
-                )
 
     def draw(self, options, data, seed):
         return data + seed
@@ -91,7 +81,7 @@ def test_command(tmp_path, capsys):
     assert "Two, seed 1: sum 303, 0 s" in printed and "Results are in" in printed
     assert "| One | 301.5 |" in (output / "table.md").read_text()
     assert page.read_text().count("| Two | 301.5 |") == 2
-    copied = tmp_path / "docs" / "figures" / "toy_data.png"
+    copied = page.parent / "figures" / "toy_data.png"
     assert copied.read_bytes() == (output / "data.png").read_bytes()
     assert toy.main(arguments)["again"].equals(tables["again"])
     assert len(toy.trained) == 4
@@ -114,6 +104,81 @@ def test_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         Toy().parse(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_figures_of_a_page(tmp_path):
+    """Beside the page's folder if they are there, and never outside of a repository."""
+    top = tmp_path / "top"
+    docs = top / "docs"
+    (docs / "figures").mkdir(parents=True)
+    found = experiment.figures_of
+    assert found(docs / "experiments" / "mnist.md") == docs / "figures"
+    assert found(docs / "start.md") == docs / "figures"
+    assert found(top / "README.md") == top / "figures"
+    (tmp_path / "figures").mkdir()
+    (top / ".git").touch()
+    assert found(top / "README.md") == top / "figures"
+
+
+def test_page_without_marks(tmp_path, capsys):
+    """It is refused before anything is run."""
+    toy, page = Toy(), tmp_path / "page.md"
+    for text in (
+        "",
+        "<!-- toy:begin --><!-- toy:end --><!-- again:end --><!-- again:begin -->",
+    ):
+        page.write_text(text)
+        with pytest.raises(SystemExit):
+            toy.main(["--output", str(tmp_path), "--page", str(page)])
+        assert "--page: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        toy.main(["--output", str(tmp_path), "--page", str(tmp_path / "none.md")])
+    assert "none.md" in capsys.readouterr().err
+    assert not toy.trained
+
+
+def test_what_is_missing():
+    """The error says which method of which experiment."""
+    toy = Toy()
+    assert toy.lack("draw", "run") is None
+    for call, name in (
+        (lambda: toy.tasks(None), "tasks"),
+        (lambda: toy.hold_out(None, None, 0.1, 0), "hold_out"),
+        (lambda: toy.parse(["--loss-weights", "a=2"]), "tasks"),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"'toy' \(Toy\).*`{name}`"):
+            call()
+    assert "`tasks`, `hold_out`" in toy.lack("run", "tasks", "hold_out")
+
+
+def test_seeds():
+    """The last list changes most often; draws are as far apart as the experiment says."""
+    toy = Toy()
+    options = toy.parse(["--seed", "5"])
+    assert list(toy.by_seed(options)) == [(0, 5), (1, 6)]
+    toy.draw_step = 10
+    found = list(toy.by_seed(options, "ab", [None]))
+    seeds = [(0, 5, "a"), (0, 5, "b"), (1, 15, "a"), (1, 15, "b")]
+    assert found == [(*each, None) for each in seeds]
+
+
+def test_timed():
+    """Seconds of a block, in which random numbers begin with the seed."""
+    drawn = []
+    for _ in range(2):
+        with experiment.timed(3) as took:
+            drawn.append(np.random.random())
+        assert took.seconds >= 0
+    assert drawn[0] == drawn[1]
+
+
+def test_digest():
+    """It depends on all pieces, and is that of their bytes one after the other."""
+    array = np.arange(6).reshape(2, 3)
+    assert experiment.digest_of([b"a", array]) == experiment.digest_of(
+        [b"a" + array.tobytes()]
+    )
+    assert experiment.digest_of([array]) != experiment.digest_of([array.T])
 
 
 def test_scores():

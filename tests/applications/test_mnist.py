@@ -128,7 +128,7 @@ def test_whole_command(tmp_path, rng, capsys, few_steps):
         assert list(results["sharing_strength"]) == ["conv1", "conv2", "fc", "output"]
     for name in ("errors.png", "sharing_strength.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / "figures" / f"out_{name}").exists()
+        assert (page.parent / "figures" / f"out_{name}").exists()
     assert "DMTRL-Tucker" in page.read_text()
     assert "repeat 2" in capsys.readouterr().out
     before = (output / "runs.jsonl").read_text()

@@ -64,7 +64,7 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
     assert layers[0] == "block1_conv1" and layers[-1] == "total" and len(layers) == 9
     for name in ("losses_own", "activations_own_mtal_1", "activations_own_mtal_r_2"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5_000
-        assert (tmp_path / "figures" / f"out_{name}.png").exists()
+        assert (page.parent / "figures" / f"out_{name}.png").exists()
     for name in blocks:
         assert (tmp_path / "out" / f"{name}.md").read_text().strip() in page.read_text()
     monkeypatch.setattr(mtal, "train", None)

@@ -38,7 +38,7 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     assert all("±" in cell for cell in table["Average"])
     for name in ("relations.png", "tsne.png", "table.md"):
         assert (output / name).stat().st_size > 100
-    assert (tmp_path / "figures" / "results_tsne.png").exists()
+    assert (page.parent / "figures" / "results_tsne.png").exists()
     assert page.read_text().endswith("<!-- office:end -->\nEnd\n")
     assert "| MRN |" in page.read_text()
     lines = (output / "runs.jsonl").read_text().splitlines()

@@ -17,9 +17,11 @@ W0000 00:00:1795599655.017696   32178 gpu_device.cc:2342] Cannot dlopen some GPU
 2026-11-25 09:38:01.123456: I tensorflow/core/util/port.cc:153] oneDNN is on.
 To enable the following instructions: AVX2 FMA, in other operations, rebuild TensorFlow.
 E0000 00:00:1795599666.579600   32178 cuda_platform.cc:52] failed call to cuInit: UNKNOWN
+2026-11-25 11:45:26.315465: E xla/cuda_platform.cc:51] failed call to cuInit: INTERNAL
 """
 OTHERS = """\
 E0000 00:00:1795599666.579600   32178 other.cc:52] out of memory
+2026-11-25 11:45:26.315465: E xla/other.cc:51] out of memory
 Traceback (most recent call last):
 To enable anything, read this.
 """

@@ -66,10 +66,12 @@ def print_table(
     from rich.text import Text
 
     console.print(Text(title, "bold"))
-    for index, band in enumerate(_bands(least, keys, console.width)):
+    # rich before 14.3 makes the last column wider by one.
+    width = console.width - 1
+    for index, band in enumerate(_bands(least, keys, width)):
         if index:
             console.print()
-        widths = _widths(band, least, most, console.width)
+        widths = _widths(band, least, most, width)
         console.print(_table(columns, cells, band, widths, texts, totals))
     if caption is not None:
         console.print(Text(caption, "dim"))

@@ -1,25 +1,5 @@
 """Fixtures of the experiments' tests."""
 
-import pytest
-from threadpoolctl import threadpool_limits
+from few_steps_fixtures import _one_thread, few_steps
 
-from dmtrl_keras.ground.backend import tensorflow
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On small arrays several threads of NumPy only wait for each other."""
-    with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(params=["eager", pytest.param("traced", marks=pytest.mark.long)])
-def few_steps(request):
-    """For commands that train for a few steps: tracing them would take longer than these.
-
-    With `-m long` the same test runs as users run it, traced.
-    """
-    config = tensorflow().config
-    config.run_functions_eagerly(request.param == "eager")
-    yield
-    config.run_functions_eagerly(False)
+__all__ = ["_one_thread", "few_steps"]

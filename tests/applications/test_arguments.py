@@ -5,13 +5,13 @@ import copy
 
 import pytest
 
-from applications.arguments import add_page, check_names, in_range, parse_arguments
+from applications.arguments import add_page, check_names, parse_arguments, real
 
 
 def test_settings_from_a_file(tmp_path, capsys):
     """A JSON file gives arguments, which those of the command line overrule."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--learning-rate", type=in_range(float, 0), default=0.1)
+    parser.add_argument("--learning-rate", type=real(above=0), default=0.1)
     parser.add_argument("--methods", nargs="+", choices=("stl", "tt"), default=["stl"])
     parser.add_argument("--no-bias", action="store_true")
     parser.add_argument("--epochs", type=int, required=True)
@@ -38,7 +38,7 @@ def test_settings_from_a_file(tmp_path, capsys):
         ('{"rate": 1}', "rate"),
         ("[1]", "object of settings"),
         ("{", "no JSON file"),
-        ('{"learning_rate": -1}', "more than 0"),
+        ('{"learning_rate": -1}', "above 0"),
     ):
         path.write_text(content)
         with pytest.raises(SystemExit):

@@ -128,7 +128,9 @@ def _arguments_from(action, value):
 
 def _word(value):
     """A number or a string as a string."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    known = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    # `argparse` takes the last one away.
+    if not known or value == "--":
         raise ValueError("a number or a string, or a list of them for several")
     # A blank, so that a negative number is not taken for an option.
     return value if isinstance(value, str) else f"{'' if value >= 0 else ' '}{value}"

@@ -32,7 +32,10 @@ def one_line():
     try:
         yield
     except (DataError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        sys.exit(" ".join(text.split()))
 
 
 @contextlib.contextmanager

@@ -509,7 +509,7 @@ def test_one_line():
     """Other errors come through as they are; those of files lose their lines."""
     with pytest.raises(SystemExit, match=r"^a b$"), reading.one_line():
         raise DataError("a\n  b")
-    with pytest.raises(SystemExit, match="No such file"), reading.one_line():
+    with pytest.raises(SystemExit, match=r"^nowhere: No such file"), reading.one_line():
         pathlib.Path("nowhere").read_bytes()
     with pytest.raises(ValueError, match="ours"), reading.one_line():
         raise ValueError("ours")

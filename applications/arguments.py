@@ -2,14 +2,15 @@
 
 import argparse
 import json
-import math
 import pathlib
+import reprlib
 import sys
 
 import keras
 
 from dmtrl_keras.distribution import STRATEGIES, divisible, make_strategy
 
+from .reading import DataError, reason, shortened
 from .results import check_marks
 
 OPTIMIZERS = {
@@ -26,7 +27,9 @@ def parse_arguments(parser, arguments=None, training=True):
 
     With `--config FILE`, the file's settings come first, so that what is given on the
     command line wins. It is an object from the names of arguments, such as
-    `{"learning_rate": 0.01, "methods": ["stl", "tt"], "no_bias": true}`.
+    `{"learning_rate": 0.01, "methods": ["stl", "tt"], "no_bias": true}`: a number or a
+    string for an argument of one value, a list for one of several, an object for
+    `name=value`, true or false for one without; null leaves the default.
 
     The other arguments that all experiments have are `--strategy` and `--replicas`, from
     which the strategy is made.
@@ -57,6 +60,8 @@ def parse_arguments(parser, arguments=None, training=True):
     path = alone.parse_known_args(given)[0].config
     first = [] if path is None else _arguments_of(path, parser)
     options = parser.parse_args([*first, *given])
+    if options.config != path:
+        parser.error("--config: expected this argument in full")
     del options.config
     if training:
         set_strategy(parser, options)
@@ -66,28 +71,69 @@ def parse_arguments(parser, arguments=None, training=True):
 def _arguments_of(path, parser):
     """The settings in a file as command line arguments."""
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--config: {path} is no JSON file that can be read ({error})")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    if not isinstance(settings, dict) or not set(settings) <= known:
-        wrong = sorted(set(settings) - known) if isinstance(settings, dict) else settings
+        settings = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        parser.error(f"--config: {path} is no JSON file that can be read ({reason(error)})")
+    # The first name of an argument is the one that `--help` shows.
+    known = {action.dest: action for action in reversed(parser._actions)}
+    del known["config"]
+    known.pop("help", None)
+    if not isinstance(settings, dict) or not set(settings) <= set(known):
+        wrong = settings
+        if isinstance(settings, dict):
+            wrong = sorted(set(settings) - set(known))
         parser.error(
             f"--config: {path} must be an object of settings from {sorted(known)}. "
-            f"Received: {wrong}"
+            f"Received: {reprlib.repr(wrong)}"
         )
     arguments = []
     for name, value in settings.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is None or value is False or value == {}:
-            continue
-        arguments.append(flag)
-        if value is not True:
-            if isinstance(value, dict):
-                value = [f"{key}={entry}" for key, entry in value.items()]
-            values = value if isinstance(value, list) else [value]
-            arguments += map(str, values)
+        try:
+            arguments += _arguments_from(known[name], value)
+        except ValueError as error:
+            parser.error(
+                f"--config: {path}: {name}: expected {error}, received "
+                f"{reprlib.repr(value)}"
+            )
     return arguments
+
+
+def _arguments_from(action, value):
+    """One setting as command line arguments, of which its values are never others.
+
+    Raises:
+        ValueError: with what was expected, if the value is of a wrong type.
+    """
+    flag = action.option_strings[0]
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return [flag] if value else []
+    if action.nargs == "?" and value is True:
+        return [flag]
+    several = action.nargs not in (None, "?")
+    if isinstance(action, ByName) and isinstance(value, dict):
+        value = [f"{key}={_word(entry)}" for key, entry in value.items()]
+        if not value:
+            return []
+    if not several:
+        return [f"{flag}={_word(value)}"]
+    words = [_word(entry) for entry in (value if isinstance(value, list) else [value])]
+    if any(word.startswith("-") for word in words):
+        raise ValueError("strings that do not begin with '-'")
+    return [flag, *words]
+
+
+def _word(value):
+    """A number or a string as a string."""
+    known = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    # `argparse` takes the last one away.
+    if not known or value == "--":
+        raise ValueError("a number or a string, or a list of them for several")
+    # A blank, so that a negative number is not taken for an option.
+    return value if isinstance(value, str) else f"{'' if value >= 0 else ' '}{value}"
 
 
 def add_strategy(parser):
@@ -101,7 +147,7 @@ def add_strategy(parser):
     )
     parser.add_argument(
         "--replicas",
-        type=in_range(int, 0),
+        type=whole(1, 256),
         help="how many GPUs, or logical CPU devices, which are made; all GPUs by default",
     )
 
@@ -151,10 +197,8 @@ def add_images(parser, size, first="stage"):
         size: int, the default.
         first: str, what the network's first part is called.
     """
-    side = in_range(int, 7)
-    parser.add_argument("--size", type=side, default=size, help="side of the images")
-    width = in_range(int, 0)
-    parser.add_argument("--width", type=width, default=64, help=f"of the first {first}")
+    parser.add_argument("--size", type=whole(8), default=size, help="side of the images")
+    parser.add_argument("--width", type=whole(1), default=64, help=f"of the first {first}")
 
 
 def add_training(parser, optimizer):
@@ -169,7 +213,7 @@ def add_training(parser, optimizer):
         "--loss-weights",
         nargs="+",
         action=ByName,
-        type=in_range(float, 0),
+        type=real(above=0),
         default={},
         metavar="TASK=WEIGHT",
         help="of tasks; 1 by default",
@@ -191,42 +235,85 @@ class ByName(argparse.Action):
         for text in values:
             name, equals, value = text.partition("=")
             try:
-                if not (name and equals):
-                    raise ValueError("no name, or no '='")
+                if not (name and equals) or name in found:
+                    raise ValueError("no name, or no '=', or a name again")
                 found[name] = self._convert(value)
             except (ValueError, argparse.ArgumentTypeError) as error:
                 raise argparse.ArgumentError(
-                    self, f"expected {self.metavar}, got {text!r} ({error})"
+                    self, f"expected {self.metavar}, got {shortened(text)!r} ({error})"
                 ) from error
         setattr(namespace, self.dest, found)
 
 
-def in_range(kind, low, high=math.inf):
-    """A converter for `argparse`: numbers above `low`, and `high` at most.
-
-    Args:
-        kind: int or float.
-        low: number.
-        high: number.
-
-    Returns:
-        A function from a string to a number.
+def whole(least, most=2**31 - 1):
+    """A converter for `argparse`: whole numbers from `least` to `most`.
 
     Example:
 
-    >>> in_range(int, 0)("3")
+    >>> whole(1)("3")
     3
     """
+    return _converter(
+        int, lambda value: least <= value <= most, f"a whole number from {least} to {most}"
+    )
 
+
+def real(least=None, most=None, above=None, below=None):
+    """A converter for `argparse`: finite numbers, as float32 has them, within bounds.
+
+    Args:
+        least: number, the least value.
+        most: number, the largest value.
+        above: number that all values are greater than.
+        below: number that all values are less than.
+
+    Example:
+
+    >>> real(above=0, most=1)("0.5")
+    0.5
+    """
+    tests = {
+        "at least": (least, float.__ge__),
+        "above": (above, float.__gt__),
+        "at most": (most, float.__le__),
+        "below": (below, float.__lt__),
+    }
+    tests = {name: test for name, test in tests.items() if test[0] is not None}
+    bounds = " and ".join(f"{name} {bound:g}" for name, (bound, _) in tests.items())
+
+    def fits(value):
+        # NaN is not less than anything.
+        finite = abs(value) < _INFINITE
+        return finite and all(test(value, float(bound)) for bound, test in tests.values())
+
+    return _converter(float, fits, f"a finite number {bounds}".strip())
+
+
+# Of float32.
+_INFINITE = 3.4e38
+
+
+def _converter(kind, fits, expected):
     def convert(text):
-        value = kind(text)
-        if not low < value <= high:
+        try:
+            value = kind(text)
+            right = fits(value)
+        except ValueError:
+            right = False
+        if not right:
             raise argparse.ArgumentTypeError(
-                f"expected more than {low:g} and at most {high:g}, got {text}"
+                f"expected {expected}, got {shortened(text.strip())!r}"
             )
         return value
 
     return convert
+
+
+# Of a moving mean.
+MOMENTUM = real(least=0, below=1)
+# Random numbers of other libraries take seeds up to 2**32, to which repeats add.
+SEED = whole(0)
+REPEATS = whole(1, 10**6)
 
 
 def check_names(argument, given, known, parser=None):
@@ -236,14 +323,14 @@ def check_names(argument, given, known, parser=None):
         argument: str, the argument of the command that has them.
         given: iterable of names.
         known: iterable of names.
-        parser: the parser whose error it is; without one, a `ValueError` is raised.
+        parser: the parser whose error it is; without one, a `DataError` is raised.
     """
     known = list(known)
     unknown = sorted(set(given) - set(known))
     if unknown:
         message = f"{argument}: expected names from {known}, received {unknown}"
         if parser is None:
-            raise ValueError(message)
+            raise DataError(message)
         parser.error(message)
 
 

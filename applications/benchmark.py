@@ -45,10 +45,11 @@ from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 from dmtrl_keras.parameterizations import SimilarKernels
 
-from .arguments import add_page, check_page, in_range, parse_arguments
+from .arguments import add_page, check_page, parse_arguments, real, whole
 from .experiment import Table, publish
 from .mnist import FACTORIZATIONS, Trainer, draw_part, lenet
 from .mnist import parse as parse_mnist
+from .reading import one_line
 from .resnet import resnet18
 
 IMPLEMENTATIONS = ("compose", "contract", "auto")
@@ -514,14 +515,14 @@ def parser():
         description="Training steps of LeNet with T tasks, as ratios to T plain networks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = in_range(int, 0)
+    count = whole(1)
     for name, (default, text) in COUNTS.items():
         p.add_argument(f"--{name}", type=count, default=default, help=text)
     p.add_argument("--padding", choices=("same", "valid"), default="valid")
     p.add_argument(
         "--ranks",
         nargs="+",
-        type=in_range(float, 0, 1),
+        type=real(above=0, most=1),
         default=[0.2, 0.5, 0.8],
         help="fractions of the largest ranks",
     )
@@ -547,7 +548,7 @@ def parse(arguments=None):
     p = parser()
     options = parse_arguments(p, arguments, training=False)
     for name in ("backbone", "similar_backbone"):
-        if not hasattr(keras.applications, getattr(options, name)):
+        if not callable(getattr(keras.applications, getattr(options, name), None)):
             flag = f"--{name.replace('_', '-')}"
             p.error(f"{flag}: keras.applications has no {getattr(options, name)!r}")
     check_page(p, options, [PARTS[part][0] for part in options.parts])
@@ -631,6 +632,7 @@ PARTS = {
 }
 
 
+@one_line()
 def main(arguments=None):
     """Run the benchmark; returns its tables, a dict of lists of data frames."""
     options = parse(arguments)

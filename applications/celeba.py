@@ -11,10 +11,10 @@ with a common trunk (`mtl`), and with the outputs held to the similarity of the 
     python -m applications.celeba --classification --data FOLDER
 """
 
+import contextlib
 import functools
 import pathlib
 import typing
-import zipfile
 
 import keras
 import numpy as np
@@ -32,7 +32,7 @@ from dmtrl_keras import (
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TaskDense, TaskSplit
 
-from .arguments import add_images, in_range, whole_batches
+from .arguments import MOMENTUM, add_images, real, whole, whole_batches
 from .experiment import (
     Experiment,
     Table,
@@ -42,6 +42,7 @@ from .experiment import (
     timed,
     trainable_parameters,
 )
+from .reading import MOST_TEXT, DataError, check_size, open_zip, reading, reason, shortened
 from .resnet import resnet18
 from .results import mean_and_spread
 
@@ -71,41 +72,49 @@ def load_attributes(path):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not in the form of CelebA's.
+        DataError: if it is not in the form of CelebA's.
     """
     path = pathlib.Path(path)
     if path.suffix == ".zip" and path.is_file():
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(LABELS)]
+        with open_zip(path) as archive:
+            names = [n for n in archive.namelist() if pathlib.PurePath(n).name == LABELS]
             if not names:
                 raise FileNotFoundError(f"{path} has no {LABELS}.")
-            with archive.open(names[0]) as file:
-                return _read(file, path)
+            check_size(path, archive.getinfo(names[0]).file_size, MOST_TEXT)
+            with reading(path), archive.open(names[0]) as file:
+                return _read(file)
     if path.is_dir():
         files = sorted(path.rglob(LABELS))
         if not files:
             raise FileNotFoundError(f"The folder {path} has no {LABELS}.")
         path = files[0]
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
-    with path.open("rb") as file:
-        return _read(file, path)
+    with reading(path), path.open("rb") as file:
+        check_size(path, path.stat().st_size, MOST_TEXT)
+        return _read(file)
 
 
-def _read(file, path):
+def _read(file):
     try:
-        count = int(file.readline())
+        count = int(file.readline(100))
         frame = pd.read_csv(file, sep=r"\s+")
-        labels = frame.to_numpy("int8")
+        labels = frame.to_numpy("float64")
     except ValueError as error:
-        raise ValueError(
-            f"{path}: expected a number of images, a line of attribute names, and a line "
-            f"of a file name and 1 or -1 for each attribute ({error})."
+        raise DataError(
+            "expected a number of images, a line of attribute names, and a line of a file "
+            f"name and 1 or -1 for each attribute ({reason(error)})."
         ) from error
-    if len(frame) != count or not np.all(np.abs(labels) == 1):
-        raise ValueError(
-            f"{path}: expected {count} lines of 1 and -1, as its first line says. "
+    if len(frame) != count or not count or not np.all(np.abs(labels) == 1):
+        raise DataError(
+            f"expected {count} lines of 1 and -1, as its first line says, and some. "
             f"Received: {len(frame)} lines, values {np.unique(labels)[:5].tolist()}."
+        )
+    names = frame.index
+    if not all(isinstance(name, str) for name in names) or not names.is_unique:
+        raise DataError(
+            "expected a file name before the labels in each line, all of them different. "
+            f"Received: {shortened(str(names[:3].tolist()))}."
         )
     return (frame > 0).astype("int8")
 
@@ -163,7 +172,7 @@ def load_images(data, size, limit=None):
 
     Raises:
         FileNotFoundError: if a list or an image is not there.
-        ValueError: if a list is not in the form of CelebA's, or a part is empty.
+        DataError: if a list is not in the form of CelebA's, or a part is empty.
     """
     if str(data) == "tfds":
         return _from_tfds(size, limit)
@@ -172,14 +181,17 @@ def load_images(data, size, limit=None):
     lists = sorted(folder.rglob(PARTITION))
     if not lists:
         raise FileNotFoundError(f"The folder {folder} has no {PARTITION}.")
-    parts = pd.read_csv(lists[0], sep=r"\s+", header=None, names=["image", "part"])
-    parts = parts.set_index("image")["part"].reindex(labels.index)
+    with reading(lists[0]):
+        check_size(lists[0], lists[0].stat().st_size, MOST_TEXT)
+        parts = pd.read_csv(lists[0], sep=r"\s+", header=None, names=["image", "part"])
+        parts = parts.set_index("image")["part"].reindex(labels.index)
     if not parts.isin([0, 1, 2]).all():
-        raise ValueError(
+        raise DataError(
             f"{lists[0]}: expected a part (0, 1 or 2) for each of {len(labels)} images. "
             f"Received: {int(parts.isin([0, 1, 2]).sum())} of them."
         )
-    first = sorted(folder.rglob(labels.index[0]))
+    with reading(lists[0]):
+        first = sorted(folder.rglob(labels.index[0]))
     if not first:
         raise FileNotFoundError(f"The folder {folder} has no image {labels.index[0]}.")
     found = {}
@@ -192,7 +204,7 @@ def load_images(data, size, limit=None):
                 f"{len(absent)} images are not there, the first is {absent[0]}."
             )
         if not len(paths):
-            raise ValueError(f"{lists[0]}: the {name} part is empty.")
+            raise DataError(f"{lists[0]}: the {name} part is empty.")
         found[name] = Images(paths, chosen.reset_index(drop=True), None)
     return found
 
@@ -205,9 +217,10 @@ def _from_tfds(size, limit):
     for name in PARTS:
         images, labels = [], []
         split = name if limit is None else f"{name}[:{limit}]"
-        for example in tfds.as_numpy(tfds.load("celeb_a", split=split)):
-            images.append(keras.utils.array_to_img(example["image"], scale=False))
-            labels.append({key: int(v) for key, v in example["attributes"].items()})
+        with reading("tfds:celeb_a"):
+            for example in tfds.as_numpy(tfds.load("celeb_a", split=split)):
+                images.append(keras.utils.array_to_img(example["image"], scale=False))
+                labels.append({key: int(v) for key, v in example["attributes"].items()})
         images = [np.asarray(image.resize((size, size)), "uint8") for image in images]
         found[name] = Images(None, pd.DataFrame(labels).astype("int8"), np.stack(images))
     return found
@@ -228,7 +241,7 @@ def stream(part, names, size, batch_size, seed=None, count=None):
     labels = {name: part.labels[name].to_numpy("float32")[:, None] for name in names}
 
     def read(path, labels):
-        image = tf.image.decode_jpeg(tf.io.read_file(path), 3)
+        image = _decoded(path)
         image = tf.image.resize(image, (size, size), antialias=True)
         return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), "uint8"), labels
 
@@ -241,6 +254,28 @@ def stream(part, names, size, batch_size, seed=None, count=None):
     if part.images is None:
         data = data.map(read, tf.data.AUTOTUNE)
     return data.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _decoded(path):
+    tf = tensorflow()
+    return tf.image.decode_jpeg(tf.io.read_file(path), 3)
+
+
+@contextlib.contextmanager
+def _naming_images(parts):
+    """Name the image that can't be read, which TensorFlow doesn't.
+
+    Raises:
+        DataError: instead of an error of TensorFlow, if there is such an image.
+    """
+    try:
+        yield
+    except tensorflow().errors.OpError:
+        for part in parts.values():
+            for path in () if part.paths is None else part.paths:
+                with reading(path, "this image"):
+                    _decoded(path)
+        raise
 
 
 def make_network(names, size, width):
@@ -293,15 +328,17 @@ def train_and_test(options, method, names, parts, seed, tick, callbacks=None):
         optimizer = decaying(options, len(train) * options.epochs)
         model.compile(optimizer, loss, loss_weights=weights)
         testing = stream(parts["test"], names, options.size, 256)
-        model.fit(
-            train,
-            validation_data=None if callbacks is None else testing,
-            epochs=options.epochs,
-            verbose=0,
-            shuffle=False,
-            callbacks=ticking(tick, callbacks),
-        )
-    logits = model.predict(testing, verbose=0)
+        with _naming_images(parts):
+            model.fit(
+                train,
+                validation_data=None if callbacks is None else testing,
+                epochs=options.epochs,
+                verbose=0,
+                shuffle=False,
+                callbacks=ticking(tick, callbacks),
+            )
+    with _naming_images(parts):
+        logits = model.predict(testing, verbose=0)
     labels = parts["test"].labels
     return {
         "error": {
@@ -401,15 +438,13 @@ class Celeba(Experiment):
             help="STL, MTL and TRN on the images: the paper's Tables 2 and 3",
         )
         p.add_argument("--attributes", nargs="+", help="those to compare; all by default")
-        p.add_argument("--pairs", type=in_range(int, 0), default=10, help="to print")
+        p.add_argument("--pairs", type=whole(1), default=10, help="to print")
         c = p.add_argument_group("classification")
-        c.add_argument("--tables", nargs="+", type=int, choices=[2, 3], default=[2, 3])
-        c.add_argument(
-            "--images", type=in_range(int, 1), help="of each part; all by default"
-        )
+        c.add_argument("--tables", nargs="+", type=whole(2, 3), default=[2, 3])
+        c.add_argument("--images", type=whole(2), help="of each part; all by default")
         add_images(c, 64)
-        c.add_argument("--weight", type=in_range(float, -1e-9), default=0.01, help="λ")
-        c.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
+        c.add_argument("--weight", type=real(least=0), default=0.01, help="λ")
+        c.add_argument("--momentum", type=MOMENTUM, default=0.99, help="of the covariances")
 
     def mode(self, options):
         return Similarity() if options.similarity else self
@@ -421,7 +456,7 @@ class Celeba(Experiment):
         _checked(options.attributes, labels)
         absent = {name for pair in PAIRS for name in pair} - set(labels)
         if 3 in options.tables and absent:
-            raise ValueError(f"Table 3 needs the attributes {sorted(absent)} too.")
+            raise DataError(f"Table 3 needs the attributes {sorted(absent)} too.")
         return parts
 
     def tasks(self, options, data=None):
@@ -536,10 +571,11 @@ class Similarity(Celeba):
 
 def _checked(attributes, labels):
     if attributes is not None and (
-        not set(attributes) <= set(labels) or len(attributes) < 2
+        not set(attributes) <= set(labels)
+        or not 1 < len(set(attributes)) == len(attributes)
     ):
-        raise ValueError(
-            f"--attributes: expected two at least of {list(labels)}. "
+        raise DataError(
+            f"--attributes: expected two at least of {list(labels)}, each once. "
             f"Received: {attributes}."
         )
 

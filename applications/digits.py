@@ -1,12 +1,14 @@
 """Real MNIST digits from three places: a package, TensorFlow Datasets, IDX files."""
 
 import gzip
+import math
 import pathlib
 import struct
 import typing
-import zlib
 
 import numpy as np
+
+from .reading import DataError, check_labels, check_size, reading
 
 IDX_FILES = {
     "train_images": "train-images-idx3-ubyte",
@@ -46,13 +48,24 @@ def load_digits(source):
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
-        ValueError: if a file is not a whole IDX file of the right kind.
+        DataError: if a file is not a whole IDX file of images of 28 x 28 pixels, or of
+            labels from 0 to 9.
     """
     if source == "sample":
         return _sample()
     if source == "tfds":
         return _tfds()
-    return _folder(pathlib.Path(source))
+    digits = load_idx(source)
+    for split in ("train", "test"):
+        images = getattr(digits, f"{split}_images")
+        if images.shape[1:] != (28, 28, 1):
+            raise DataError(
+                f"{source}: expected {split} images of 28 x 28 pixels. Received: "
+                f"{images.shape[1]} x {images.shape[2]}."
+            )
+        name = pathlib.Path(source) / IDX_FILES[f"{split}_labels"]
+        check_labels(name, getattr(digits, f"{split}_labels"), range(10))
+    return digits
 
 
 def _sample():
@@ -73,14 +86,28 @@ def _tfds():
     import tensorflow_datasets as tfds
 
     def part(split):
-        data = tfds.load("mnist", split=split, batch_size=-1, as_supervised=True)
-        images, labels = tfds.as_numpy(data)
+        with reading("tfds"):
+            data = tfds.load("mnist", split=split, batch_size=-1, as_supervised=True)
+            images, labels = tfds.as_numpy(data)
         return images, labels.astype("int64")
 
     return Digits("tfds", *part("train"), *part("test"))
 
 
-def _folder(folder):
+def load_idx(folder):
+    """Images of any size and labels of any classes in four files of MNIST's names.
+
+    Args:
+        folder: path.
+
+    Returns:
+        `Digits`.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its files is missing.
+        DataError: if a file is not a whole IDX file, or has no examples.
+    """
+    folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder. Expected 'sample', 'tfds', or a folder with the "
@@ -95,10 +122,10 @@ def _folder(folder):
         arrays[part] = read_idx(path)
     for split in ("train", "test"):
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-            raise ValueError(
-                f"{folder}: expected as many {split} labels as images. Received: images "
-                f"{images.shape}, labels {labels.shape}."
+        if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
+            raise DataError(
+                f"{folder}: expected some {split} images, and as many labels. Received: "
+                f"images {images.shape}, labels {labels.shape}."
             )
         arrays[f"{split}_images"] = images[..., None]
         arrays[f"{split}_labels"] = labels.astype("int64")
@@ -118,29 +145,30 @@ def read_idx(path):
         A uint8 array.
 
     Raises:
-        ValueError: if the file is corrupt, of another type, or cut off.
+        DataError: if the file is corrupt, of another type, cut off, or of more than
+            `reading.MOST_BYTES` when it is unpacked.
     """
     path = pathlib.Path(path)
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file ({error}).") from error
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
-            f"{path}: expected an IDX file of unsigned bytes, starting with 00 00 08. "
-            f"Received: {content[:4].hex(' ') or 'an empty file'}."
-        )
-    axes = content[3]
-    start = 4 + 4 * axes
-    if len(content) < start:
-        raise ValueError(f"{path}: the IDX header is cut off at {len(content)} bytes.")
-    shape = struct.unpack(f">{axes}I", content[4:start])
-    expected = start + int(np.prod(shape))
-    if len(content) != expected:
-        raise ValueError(
-            f"{path}: expected {expected} bytes for shape {shape}. "
-            f"Received: {len(content)}."
-        )
-    return np.frombuffer(content, "uint8", offset=start).reshape(shape)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with reading(path), opened(path, "rb") as file:
+        start = file.read(4)
+        if len(start) < 4 or start[:3] != b"\x00\x00\x08":
+            raise DataError(
+                f"{path}: expected an IDX file of unsigned bytes, starting with 00 00 08. "
+                f"Received: {start.hex(' ') or 'an empty file'}."
+            )
+        sizes = file.read(4 * start[3])
+        if len(sizes) < 4 * start[3]:
+            raise DataError(f"{path}: the IDX header is cut off.")
+        shape = struct.unpack(f">{start[3]}I", sizes)
+        expected = math.prod(shape)
+        check_size(path, expected)
+        # One more, to see that there is none.
+        content = file.read(expected + 1)
+        if len(content) != expected:
+            received = "more" if len(content) > expected else len(content)
+            raise DataError(
+                f"{path}: expected {expected} values for the shape {shape}. Received: "
+                f"{received}."
+            )
+        return np.frombuffer(content, "uint8").reshape(shape)

@@ -2,10 +2,11 @@
 
 import pathlib
 import typing
-import zipfile
 
 import keras
 import numpy as np
+
+from .reading import DataError, check_labels, read_arrays, read_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 
@@ -38,7 +39,7 @@ def load_images(folder, size, domains=None):
 
     Raises:
         FileNotFoundError: if there is no such folder, domain or image.
-        ValueError: if the domains have different classes, or an image can't be read.
+        DataError: if the domains have different classes, or an image can't be read.
     """
     folder = _existing(folder)
     names = _chosen(folder, _folders(folder), domains)
@@ -64,11 +65,7 @@ def _folders(folder):
 
 
 def _image(path, size):
-    try:
-        image = keras.utils.load_img(path)
-    except OSError as error:
-        raise ValueError(f"{path}: this image can't be read ({error}).") from error
-    array = keras.utils.img_to_array(image)
+    array = np.asarray(read_image(path).convert("RGB"), "float32")
     array = keras.preprocessing.image.smart_resize(array, (size, size), "bicubic")
     return np.clip(np.rint(np.asarray(array)), 0, 255).astype("uint8")
 
@@ -76,9 +73,10 @@ def _image(path, size):
 def load_features(folder, domains=None):
     """Precomputed features, one `.npz` file for each domain.
 
-    A file has `features` `(n, d)`, `labels` `(n,)` and, if it likes, the names of the
-    `classes`. The domain is named by the file, without a prefix that all files have:
-    `lite0_amazon.npz` and `lite0_webcam.npz` are `amazon` and `webcam`.
+    A file has `features` `(n, d)`, `labels` `(n,)` from 0 on and, if it likes, the names of
+    the `classes`; without them, every class has a label. The domain is named by the file,
+    without a prefix that all files have: `lite0_amazon.npz` and `lite0_webcam.npz` are
+    `amazon` and `webcam`.
 
     Args:
         folder: path.
@@ -89,7 +87,7 @@ def load_features(folder, domains=None):
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: on malformed files, on different classes or numbers of features.
+        DataError: on malformed files, on different classes or numbers of features.
     """
     folder = _existing(folder)
     stems = sorted(path.stem for path in folder.glob("*.npz"))
@@ -99,25 +97,31 @@ def load_features(folder, domains=None):
     found, classes = {}, {}
     for name in names:
         path = folder / f"{prefix}{name}.npz"
-        try:
-            with np.load(path) as file:
-                x, labels = file["features"].astype("float32"), file["labels"].astype(int)
-                kinds = file["classes"] if "classes" in file else np.unique(labels)
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path}: expected arrays 'features' and 'labels' ({error})."
-            ) from error
-        if x.ndim != 2 or labels.shape != x.shape[:1] or not np.all(np.isfinite(x)):
-            raise ValueError(
-                f"{path}: expected finite features (n, d) and labels (n,). "
-                f"Received: {x.shape} and {labels.shape}."
-            )
-        found[name] = Domain(x, labels)
-        classes[name] = [str(kind) for kind in kinds]
+        found[name], classes[name] = _domain(path)
     sizes = {name: domain.x.shape[1] for name, domain in found.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"{folder}: expected features of one length. Received: {sizes}.")
+        raise DataError(f"{folder}: expected features of one length. Received: {sizes}.")
     return found, _common_classes(folder, classes)
+
+
+def _domain(path):
+    """The features in one file, and the names of the classes."""
+    arrays = read_arrays(path, "features", "labels", "classes")
+    if not {"features", "labels"} <= set(arrays):
+        raise DataError(f"{path}: expected arrays 'features' and 'labels'.")
+    x, labels = arrays["features"], arrays["labels"]
+    with np.errstate(over="ignore"):
+        x = x.astype("float32") if x.dtype.kind in "biuf" else np.full(x.shape, np.nan)
+    if x.ndim != 2 or labels.shape != x.shape[:1] or not x.size or not np.isfinite(x).all():
+        raise DataError(
+            f"{path}: expected finite features (n, d) and labels (n,). "
+            f"Received: {x.shape} of {arrays['features'].dtype}, and {labels.shape}."
+        )
+    kinds = arrays.get("classes", np.arange(len(np.unique(labels))))
+    names = [str(kind) for kind in np.ravel(kinds)]
+    if kinds.ndim != 1 or len(set(names)) < len(names):
+        raise DataError(f"{path}: expected 'classes' (n,) of different names.")
+    return Domain(x, check_labels(path, labels, range(len(names)))), names
 
 
 def _existing(folder):
@@ -142,7 +146,7 @@ def _common_classes(folder, classes):
     for name, own in others:
         if own != first[1]:
             different = sorted(set(own) ^ set(first[1]))
-            raise ValueError(
+            raise DataError(
                 f"{folder}: the domains must have the same classes, but {first[0]!r} and "
                 f"{name!r} differ: {different or 'another order'}."
             )
@@ -163,7 +167,7 @@ def draw(domains, fraction, seed, stratified=False):
         A dict from name to `(train, test)`, arrays of indices.
 
     Raises:
-        ValueError: if a domain has nothing left for testing.
+        DataError: if a domain has nothing left for testing.
     """
     parts = {}
     for number, (name, domain) in enumerate(domains.items()):
@@ -178,7 +182,7 @@ def draw(domains, fraction, seed, stratified=False):
             train = _share(order, fraction)
         test = np.setdiff1d(order, train)
         if not len(test):
-            raise ValueError(
+            raise DataError(
                 f"Domain {name!r} has {len(order)} examples: with a fraction of {fraction} "
                 "none is left for testing."
             )

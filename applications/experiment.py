@@ -27,13 +27,17 @@ from dmtrl_keras.ground.tables import make_console, print_table
 
 from .arguments import (
     OPTIMIZERS,
+    REPEATS,
+    SEED,
     add_page,
     add_training,
     check_names,
     check_page,
-    in_range,
     parse_arguments,
+    real,
+    whole,
 )
+from .reading import one_line
 from .results import Results, Run, markdown_table, run_all, write_block
 
 # All experiments that a search knows, by the names of their modules.
@@ -427,18 +431,22 @@ class Experiment:
             choices=list(self.methods),
             default=list(self.default_methods or self.methods),
         )
-        for name in ("epochs", "batch_size", "learning_rate", "repeats"):
+        kinds = {
+            "epochs": whole(self.least.get("epochs", 1)),
+            "batch_size": whole(self.least.get("batch_size", 1)),
+            "learning_rate": real(above=0),
+            "repeats": REPEATS,
+        }
+        for name, kind in kinds.items():
             if name in self.defaults:
-                kind = float if name == "learning_rate" else int
-                low = 0 if kind is float else self.least.get(name, 1) - 1
                 p.add_argument(
                     f"--{name.replace('_', '-')}",
-                    type=in_range(kind, low),
+                    type=kind,
                     default=self.defaults[name],
                     help=self.helps.get(name, "of every method"),
                 )
         add_training(p, self.defaults["optimizer"])
-        p.add_argument("--seed", type=int, default=0, help="of the first run")
+        p.add_argument("--seed", type=SEED, default=0, help="of the first run")
         p.add_argument(
             "--output",
             type=pathlib.Path,
@@ -529,11 +537,15 @@ class Experiment:
         runs = list(self.plan(options, data))
         return run_all(results, runs, console, self.describe, options.strategy)
 
+    @one_line()
     def main(self, arguments=None):
         """Run the experiment.
 
         Returns:
             A dict of its tables, data frames of strings.
+
+        Raises:
+            SystemExit: with one line, on arguments and on files that are wrong.
         """
         options = self.parse(arguments)
         console = make_console()

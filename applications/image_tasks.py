@@ -1,14 +1,26 @@
 """Tasks that are data sets of their own: images of any size and colour, and classes."""
 
+import math
 import pathlib
 import typing
 import zipfile
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from .digits import load_digits
+from .digits import load_digits, load_idx
 from .domains import IMAGE_SUFFIXES
+from .reading import (
+    MOST_IMAGES,
+    DataError,
+    check_labels,
+    check_pixels,
+    check_size,
+    in_8_bits,
+    open_zip,
+    read_image,
+    reading,
+)
 
 
 class ImageTask(typing.NamedTuple):
@@ -45,7 +57,8 @@ def load_task(source, data, size):
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
-        ValueError: on unknown sources, on images that can't be read.
+        DataError: on unknown sources, on files that can't be read or have what they
+            should not.
 
     Example:
 
@@ -56,14 +69,14 @@ def load_task(source, data, size):
     if path and kind in _READERS:
         return _READERS[kind](path, size)
     if path or source not in (*_BUNDLED, "sample"):
-        raise ValueError(
+        raise DataError(
             f"Expected a task from {[*_BUNDLED, 'sample']}, or "
             f"{', '.join(f'{name}:PATH' for name in _READERS)}. Received: {source!r}."
         )
     if source == "sample":
-        return _of_digits("sample")
+        return _of_digits(load_digits("sample"))
     if data is None:
-        raise ValueError(f"Task {source!r} is in the folder of real data: give --data.")
+        raise DataError(f"Task {source!r} is in the folder of real data: give --data.")
     return _BUNDLED[source](pathlib.Path(data), size)
 
 
@@ -81,21 +94,21 @@ def read_folders(root, size, classes=None):
 
     Raises:
         FileNotFoundError: if there are no such folders, or one has no images.
-        ValueError: if an image can't be read.
+        DataError: if an image can't be read.
     """
     folders = _class_folders(root, classes)
     paths = {name: _images(folder) for name, folder in folders.items()}
-    images = [_read(path) for own in paths.values() for path in own]
+    images = (read_image(path) for own in paths.values() for path in own)
     labels = np.repeat(range(len(paths)), [len(own) for own in paths.values()])
-    return ImageTask(_stacked(images, size), labels, list(folders))
+    return ImageTask(_stacked(root, images, size), labels, list(folders))
 
 
 def _class_folders(root, classes):
     """A dict from the name of each class to its folder."""
-    folders = {path.name: path for path in root.iterdir() if path.is_dir()}
-    if classes is None and len(folders) == 1:
-        (inner,) = folders.values()
-        return _class_folders(inner, None)
+    folders = _folders(root)
+    while classes is None and len(folders) == 1:
+        (root,) = folders.values()
+        folders = _folders(root)
     names = sorted(folders) if classes is None else list(classes)
     missing = [name for name in names if name not in folders]
     if missing or not names:
@@ -104,6 +117,12 @@ def _class_folders(root, classes):
             f"Found: {sorted(folders)[:20]}."
         )
     return {name: folders[name] for name in names}
+
+
+def _folders(root):
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}.")
+    return {path.name: path for path in root.iterdir() if path.is_dir()}
 
 
 def _images(folder):
@@ -116,27 +135,32 @@ def _images(folder):
     return paths
 
 
-def _stacked(images, size):
-    """Images of Pillow as one array; squares of this side if their sizes differ."""
-    if len({image.size for image in images}) > 1:
-        images = [ImageOps.fit(image, (size, size), Image.BICUBIC) for image in images]
-    mode = "L" if all(image.mode in ("1", "L") for image in images) else "RGB"
-    arrays = np.stack([np.asarray(image.convert(mode)) for image in images])
+def _stacked(name, images, size):
+    """Images of Pillow as one array; squares of this side if their sizes differ.
+
+    Args:
+        name: what they are read from.
+        images: iterable of images in the modes "L" and "RGB".
+        size: int.
+    """
+    kept, as_they_are = [], True
+    for image in images:
+        if as_they_are and kept and image.size != kept[0].size:
+            as_they_are = False
+            kept = [_fitted(one, size) for one in kept]
+        kept.append(image if as_they_are else _fitted(image, size))
+        check_size(name, 3 * math.prod(kept[0].size) * len(kept), MOST_IMAGES)
+    mode = "L" if all(image.mode == "L" for image in kept) else "RGB"
+    arrays = np.stack([np.asarray(image.convert(mode)) for image in kept])
     return arrays.reshape(*arrays.shape[:3], -1)
+
+
+def _fitted(image, size):
+    return ImageOps.fit(image, (size, size), Image.BICUBIC)
 
 
 def _is_image(name):
     return pathlib.PurePath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _read(path):
-    try:
-        with path.open("rb") as file:
-            image = Image.open(file)
-            image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path}: this image can't be read ({error}).") from error
-    return image
 
 
 def _root(path):
@@ -144,64 +168,92 @@ def _root(path):
     path = pathlib.Path(path)
     if path.is_dir():
         return path
-    if path.is_file() and zipfile.is_zipfile(path):
-        return zipfile.Path(path)
+    if path.is_file():
+        return zipfile.Path(open_zip(path))
     raise FileNotFoundError(f"There is no folder or zip file {path}.")
 
 
-def _of_digits(source):
-    digits = load_digits(source)
-    images = np.concatenate([digits.train_images, digits.test_images])
+def _of_digits(digits):
+    images = digits.train_images, digits.test_images
+    if images[0].shape[1:] != images[1].shape[1:]:
+        raise DataError(
+            f"{digits.name}: expected training and test images of one size. Received: "
+            f"{images[0].shape} and {images[1].shape}."
+        )
     labels = np.concatenate([digits.train_labels, digits.test_labels])
-    return ImageTask(images, labels, [str(digit) for digit in range(labels.max() + 1)])
+    names = [str(digit) for digit in range(labels.max() + 1)]
+    return ImageTask(np.concatenate(images), labels, names)
 
 
 def _of_tfds(name, size):
     import tensorflow_datasets as tfds
 
-    data, info = tfds.load(name, split="train", as_supervised=True, with_info=True)
-    images, labels = [], []
-    for image, label in tfds.as_numpy(data):
-        images.append(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
-        labels.append(int(label))
-    names = info.features[info.supervised_keys[1]].names
-    return ImageTask(_stacked(images, size), np.array(labels), names)
+    with reading(f"tfds:{name}"):
+        data, info = tfds.load(name, split="train", as_supervised=True, with_info=True)
+        images, labels = [], []
+        for image, label in tfds.as_numpy(data):
+            grey = image.squeeze(-1) if image.shape[-1] == 1 else image
+            images.append(in_8_bits(Image.fromarray(grey)))
+            labels.append(int(label))
+        names = info.features[info.supervised_keys[1]].names
+        labels = check_labels(f"tfds:{name}", labels, range(len(names)))
+        return ImageTask(_stacked(f"tfds:{name}", images, size), labels, names)
 
 
 def _usps(data, size):
     import h5py
 
-    with h5py.File(_file(data, "usps.h5")) as file:
+    path = _file(data, "usps.h5")
+    with reading(path), h5py.File(path) as file:
         parts = [file[part] for part in ("train", "test")]
+        for part in parts:
+            check_size(path, part["data"].nbytes + part["target"].nbytes)
         images = np.concatenate([part["data"][:] for part in parts])
         labels = np.concatenate([part["target"][:] for part in parts])
-    images = np.rint(255 * images).astype("uint8").reshape(-1, 16, 16, 1)
-    return ImageTask(images, labels.astype(int), [str(digit) for digit in range(10)])
+    return _squares(path, images, labels, 16, range(10))
 
 
 def _coil20(data, size):
     import scipy.io
 
-    content = scipy.io.loadmat(_file(data, "COIL20.mat"))
-    # MATLAB stores columns first.
-    images = content["X"].reshape(-1, 32, 32).transpose(0, 2, 1)[..., None]
-    labels = content["Y"].ravel().astype(int) - 1
+    path = _file(data, "COIL20.mat")
+    with reading(path):
+        for _, shape, _ in scipy.io.whosmat(path):
+            check_size(path, 8 * math.prod(shape))
+        content = scipy.io.loadmat(path)
+        images, labels = content["X"], content["Y"]
+    task = _squares(path, images, labels, 32, range(1, 21))
+    labels = task.labels - 1
     names = [f"object {number}" for number in range(1, labels.max() + 2)]
-    return ImageTask(np.rint(255 * images).astype("uint8"), labels, names)
+    # MATLAB stores columns first.
+    return ImageTask(task.images.transpose(0, 2, 1, 3), labels, names)
+
+
+def _squares(path, images, labels, side, known):
+    """Grey images whose pixels, from 0 to 1, are in rows of an array."""
+    if np.shape(images)[1:] != (side**2,) or len(images) != np.size(labels):
+        raise DataError(
+            f"{path}: expected images (n, {side**2}) and labels (n,). Received: "
+            f"{np.shape(images)} and {np.shape(labels)}."
+        )
+    labels = check_labels(path, labels, known)
+    images = check_pixels(path, images).reshape(-1, side, side, 1)
+    return ImageTask(images, labels, [str(label) for label in known])
 
 
 def _chars74k(first):
     def read(data, size):
-        root = zipfile.Path(_file(data, "chars74k_fnt_28.zip")) / "English" / "Fnt"
+        archive = zipfile.Path(open_zip(_file(data, "chars74k_fnt_28.zip")))
+        root = archive / "English" / "Fnt"
         wanted = {f"Sample{number:03}" for number in range(first, first + 10)}
-        names = sorted(wanted & {path.name for path in root.iterdir()})
+        names = sorted(wanted & set(_folders(root)))
         return read_folders(root, size, names)
 
     return read
 
 
 def _amazon(data, size):
-    root = zipfile.Path(_file(data, "office_caltech10.zip"))
+    root = zipfile.Path(open_zip(_file(data, "office_caltech10.zip")))
     return read_folders(root / "office_caltech10" / "amazon", size)
 
 
@@ -214,11 +266,11 @@ def _file(folder, name):
 
 _READERS = {
     "folder": lambda path, size: read_folders(_root(path), size),
-    "idx": lambda path, size: _of_digits(path),
+    "idx": lambda path, size: _of_digits(load_idx(path)),
     "tfds": _of_tfds,
 }
 _BUNDLED = {
-    "mnist": lambda data, size: _of_digits(data / "mnist"),
+    "mnist": lambda data, size: _of_digits(load_digits(data / "mnist")),
     "usps": _usps,
     "typographic": _chars74k(1),
     "capitals": _chars74k(11),

@@ -14,6 +14,8 @@ LeNet; the methods differ in how the ten networks share their kernels:
     python -m applications.mnist --data FOLDER --repeats 5 --fraction 0.01 0.1
 """
 
+import argparse
+import contextlib
 import itertools
 import math
 
@@ -33,9 +35,10 @@ from dmtrl_keras.layers import TaskConv2D, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge, one_vs_rest
 from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 
-from .arguments import OPTIMIZERS, ByName, check_names, in_range, whole_batches
+from .arguments import OPTIMIZERS, ByName, check_names, real, whole, whole_batches
 from .digits import FULL_SIZE, load_digits
 from .experiment import Experiment, Table, figure_of, held_out, ticking, timed
+from .reading import DataError, shortened
 from .results import mean_and_spread
 
 TASKS = 10
@@ -271,12 +274,12 @@ def draw(digits, fraction, seed):
     """Indices of a random training set, `fraction` of full MNIST's 60,000 images.
 
     Raises:
-        ValueError: if there are not that many images.
+        DataError: if there are not that many images.
     """
     size = round(fraction * FULL_SIZE)
     available = len(digits.train_labels)
     if not 1 <= size <= available:
-        raise ValueError(
+        raise DataError(
             f"A fraction of {fraction} is {size} of MNIST's {FULL_SIZE} training "
             f"images, but the data {digits.name!r} has {available}: expected a fraction "
             f"up to {available / FULL_SIZE}."
@@ -368,10 +371,13 @@ def plot_strengths(runs, path):
 
 def rank(text):
     """A rank as `factorize` takes it: an int, or a float in (0, 1]."""
-    try:
-        return in_range(int, 0)(text)
-    except ValueError:
-        return in_range(float, 0, 1)(text)
+    for convert in (whole(1), real(above=0, most=1)):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return convert(text)
+    raise argparse.ArgumentTypeError(
+        "expected a whole number from 1, or a fraction above 0 and at most 1, "
+        f"got {shortened(text)!r}"
+    )
 
 
 class Mnist(Experiment):
@@ -405,31 +411,31 @@ class Mnist(Experiment):
         p.add_argument(
             "--fraction",
             nargs="+",
-            type=in_range(float, 0, 1),
+            type=real(above=0, most=1),
             default=[0.01],
             help="of MNIST's 60,000 training images; several give curves",
         )
         p.add_argument("--padding", choices=("same", "valid"), default="same")
         p.add_argument(
             "--fc",
-            type=in_range(int, 0),
+            type=whole(1),
             default=128,
             help="units of the fully connected layer; 128 gives the paper's counts, 512 is "
             "in its text",
         )
-        p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
+        p.add_argument("--dropout", type=real(least=0, below=1), default=0.0)
         p.add_argument("--no-bias", action="store_true")
         p.add_argument(
             "--shared-layers",
-            type=lambda text: text if text == "cv" else int(text),
+            type=lambda text: int(text) if text in ("1", "2", "3") else text,
             choices=(1, 2, 3, "cv"),
             default=3,
             help="N of UD-MTL; 'cv': by cross-validation on the training images",
         )
-        p.add_argument("--folds", type=in_range(int, 1), default=5)
+        p.add_argument("--folds", type=whole(2), default=5)
         p.add_argument(
             "--tolerance",
-            type=in_range(float, 0, 1),
+            type=real(above=0, below=1),
             default=0.1,
             help="relative error of the factorisations",
         )

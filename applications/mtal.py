@@ -28,7 +28,7 @@ from dmtrl_keras.mtal.similarity import cosine_similarity, kernel_rows
 from dmtrl_keras.optimizers import LearningRateMultiplier
 from dmtrl_keras.parameterizations import SimilarKernels
 
-from .arguments import add_images, check_names, in_range
+from .arguments import add_images, check_names, real, whole
 from .experiment import (
     Experiment,
     Table,
@@ -42,6 +42,7 @@ from .experiment import (
     trainable_parameters,
 )
 from .image_tasks import load_task
+from .reading import DataError, reason
 from .resnet import resnet18
 from .results import mean_and_spread
 from .vgg import BLOCKS, vgg
@@ -192,7 +193,7 @@ def split(tasks, options, seed):
         seed: int.
 
     Raises:
-        ValueError: if a class has too few images.
+        DataError: if a class has too few images.
     """
     parts = {}
     for number, (name, task) in enumerate(tasks.items()):
@@ -205,7 +206,7 @@ def split(tasks, options, seed):
                 random_state=own,
             )
         except ValueError as error:
-            raise ValueError(f"Task {name!r} can't be split: {error}") from error
+            raise DataError(f"Task {name!r} can't be split: {reason(error)}") from error
         parts[name] = (
             _at_most(train, task.labels, options.training_images),
             _at_most(test, task.labels, options.test_images),
@@ -535,30 +536,30 @@ class Mtal(Experiment):
         p.add_argument("--network", choices=[*BLOCKS, "resnet18"], default="vgg16")
         add_images(p, 32, "block")
         p.add_argument("--no-normalization", action="store_true", help="VGG as published")
-        p.add_argument("--training-share", type=in_range(float, 0, 0.99), default=0.7)
+        p.add_argument("--training-share", type=real(above=0, below=1), default=0.7)
         for part in ("training", "test"):
             p.add_argument(
                 f"--{part}-images",
-                type=in_range(int, 0),
+                type=whole(1),
                 help="of each class at most; else all",
             )
         p.add_argument(
             "--fusion-rate",
-            type=in_range(float, 0),
+            type=real(above=0),
             default=1.0,
             help="learning rate of Cross-Stitch and NDDR layers, as a factor",
         )
-        p.add_argument("--weight-decay", type=in_range(float, -1e-9), default=1e-4)
+        p.add_argument("--weight-decay", type=real(least=0), default=1e-4)
         p.add_argument(
             "--threshold",
             nargs="+",
-            type=in_range(float, -1e-9, 1),
+            type=real(least=0, most=1),
             help="of MTAL, one, or five, for the network's blocks (ResNet: its stages); by "
             "default 0.55 for the group 'unrelated', else 0.4",
         )
         p.add_argument("--weights", choices=["0.5", "learned"], default="0.5", help="phi")
         p.add_argument("--pairs", choices=["all", "index"], default="all")
-        p.add_argument("--update-every", type=in_range(int, 0), default=1)
+        p.add_argument("--update-every", type=whole(1), default=1)
         p.add_argument(
             "--sweep",
             nargs="?",
@@ -570,7 +571,7 @@ class Mtal(Experiment):
         p.add_argument(
             "--thresholds",
             nargs="+",
-            type=in_range(float, -1e-9, 1),
+            type=real(least=0, most=1),
             default=[round(0.1 * n, 1) for n in range(1, 10)],
         )
 

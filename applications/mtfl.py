@@ -14,7 +14,6 @@ landmarks (regression) and the pose (five classes), on the MTFL data set (Zhang 
 """
 
 import copy
-import io
 import itertools
 import pathlib
 import typing
@@ -31,8 +30,9 @@ from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_simila
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TRL
 
-from .arguments import add_images, in_range, whole_batches
+from .arguments import MOMENTUM, add_images, real, whole, whole_batches
 from .experiment import Experiment, Table, decaying, digest_of, figure_of, held_out, timed
+from .reading import DataError, cached_arrays, open_zip, read_image, read_text, reading
 from .resnet import STAGES, resnet18
 from .results import mean_and_spread
 
@@ -82,7 +82,7 @@ def load_mtfl(path, size):
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file is not in that form.
+        DataError: if a file is not in that form.
     """
     root = _root(pathlib.Path(path))
     return _faces(root, TRAINING, size), _faces(root, TESTING, size)
@@ -94,12 +94,12 @@ def _root(path):
         found = sorted(path.rglob(TRAINING))
         if found:
             return found[0].parent
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        found = [name for name in archive.namelist() if name.endswith(TRAINING)]
+    elif path.exists():
+        archive = open_zip(path)
+        found = [n for n in archive.namelist() if pathlib.PurePath(n).name == TRAINING]
         if found:
             return zipfile.Path(archive, found[0]).parent
-    elif not path.exists():
+    else:
         raise FileNotFoundError(f"There is no {path}.")
     raise FileNotFoundError(f"{path} has no {TRAINING}.")
 
@@ -108,28 +108,34 @@ def _faces(root, name, size):
     listed = root.joinpath(name)
     if not listed.is_file():
         raise FileNotFoundError(f"There is no {listed}.")
-    lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
-    images, labels = [], []
+    lines = [line.split() for line in read_text(listed).splitlines() if line.strip()]
+    images, landmarks, poses = [], [], []
     for number, (path, *values) in enumerate(lines, start=1):
-        try:
+        with reading(f"{listed}, line {number}"):
             row = np.array(values, "float64")
-            if len(row) != 14 or not 1 <= row[13] <= 5 or row[13] % 1:
-                raise ValueError("expected 14 numbers, the last one the pose, 1 to 5")
+            if len(row) != 14 or row[13] not in range(1, 6):
+                raise DataError("expected 14 numbers, the last one the pose, 1 to 5.")
             # The original was written on Windows.
             file = root.joinpath(*path.replace("\\", "/").split("/"))
-            image = keras.utils.load_img(io.BytesIO(file.read_bytes()))
-            row[:5] /= image.width
-            row[5:10] /= image.height
+            image = read_image(file).convert("RGB")
+            points = row[:10].reshape(2, 5) / [[image.width], [image.height]]
+            # NaN is nowhere.
+            if not np.all((points >= -1) & (points <= 2)):
+                raise DataError(
+                    "expected landmarks on the image, or no farther from it than its own "
+                    f"size. Received: {' '.join(values[:10])}."
+                )
+            if np.hypot(*(points[:, 0] - points[:, 1])) < 1e-3:
+                raise DataError(
+                    "expected eyes in two places, since errors are shares of their "
+                    f"distance. Received: {' '.join(values[:10])}."
+                )
             images.append(np.asarray(image.resize((size, size)), "uint8"))
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{listed}, line {number}: {error}.") from error
-        labels.append(row)
-    if not labels:
-        raise ValueError(f"{listed} has no lines.")
-    labels = np.stack(labels)
-    return Faces(
-        np.stack(images), labels[:, :10].astype("float32"), labels[:, 13].astype(int) - 1
-    )
+        landmarks.append(points.ravel())
+        poses.append(int(row[13]) - 1)
+    if not images:
+        raise DataError(f"{listed} has no lines.")
+    return Faces(np.stack(images), np.float32(landmarks), np.array(poses))
 
 
 # The places of the landmarks in a mirror image: eyes and corners of the mouth change sides.
@@ -491,21 +497,21 @@ def standard_features(options, training, cache, console):
         As `features_of`, and `"labels"`.
     """
     faces = cut_out(training, options.extent, np.random.default_rng(options.seed))
-    if not cache.exists():
+
+    def features():
         console.print("Training the two networks whose features are compared.")
         with timed(options.seed):
             model, _ = train(options, "stl", training, options.seed, lambda: None)
-        arrays = {
+        return {
             f"{name}/{task}": x
             for name, by_task in features_of(model, faces.images).items()
             for task, x in by_task.items()
         }
-        np.savez(cache, **arrays)
+
     found = {"labels": {t: preprocessing.scale(x) for t, x in labels_of(faces).items()}}
-    with np.load(cache) as arrays:
-        for key in arrays:
-            name, task = key.split("/")
-            found.setdefault(name, {})[task] = arrays[key]
+    for key, x in cached_arrays(cache, features).items():
+        name, task = key.split("/")
+        found.setdefault(name, {})[task] = x
     return {
         name: {task: x.astype("float32") for task, x in by_task.items()}
         for name, by_task in found.items()
@@ -533,35 +539,48 @@ class Mtfl(Experiment):
 
     def add_arguments(self, p):
         add_images(p, 64)
-        p.add_argument("--shared-stages", type=int, choices=range(STAGES + 1), default=4)
+        p.add_argument(
+            "--shared-stages",
+            type=whole(0, STAGES),
+            default=4,
+            help=f"of the network's {STAGES}",
+        )
         p.add_argument(
             "--no-pool", action="store_true", help="no pooling in the first stage"
         )
-        p.add_argument(
-            "--training-images", type=in_range(int, 1), help="a random part; else all"
-        )
+        p.add_argument("--training-images", type=whole(2), help="a random part; else all")
         p.add_argument(
             "--extent",
             nargs=2,
-            type=in_range(float, 0, 1),
+            type=real(above=0, most=1),
             default=[0.28, 0.48],
             help="share of a training image's side that the landmarks take up",
         )
         for name, default in (("output", 0.01), ("hidden", 0.001)):
             p.add_argument(
-                f"--{name}-weight", type=in_range(float, -1e-9), default=default, help="λ"
+                f"--{name}-weight", type=real(least=0), default=default, help="λ"
             )
         p.add_argument(
             "--scales",
             nargs="+",
-            type=in_range(float, 0),
+            type=real(above=0),
             default=[1.0],
             help="of both λ, one TRN for each",
         )
-        p.add_argument("--momentum", type=float, default=0.99, help="of the covariances")
+        p.add_argument("--momentum", type=MOMENTUM, default=0.99, help="of the covariances")
         p.add_argument("--convergence", action="store_true", help="the paper's Figure 4")
-        p.add_argument("--momenta", nargs="+", type=float, default=[0.9, 0.99, 0.999])
-        p.add_argument("--batch-sizes", nargs="+", type=in_range(int, 1), default=[32, 128])
+        p.add_argument(
+            "--momenta",
+            nargs="+",
+            # The steps that are needed are 10 / (1 - momentum).
+            type=real(least=0, most=0.99999),
+            default=[0.9, 0.99, 0.999],
+        )
+        p.add_argument("--batch-sizes", nargs="+", type=whole(2), default=[32, 128])
+
+    def check(self, p, options):
+        if options.extent[0] > options.extent[1]:
+            p.error(f"--extent: expected the least and the most, got {options.extent}")
 
     def mode(self, options):
         return Convergence() if options.convergence else self
@@ -573,7 +592,7 @@ class Mtfl(Experiment):
         if options.training_images is not None:
             count = len(training.images)
             if options.training_images > count:
-                raise ValueError(
+                raise DataError(
                     f"--training-images: there are {count}. "
                     f"Received: {options.training_images}."
                 )

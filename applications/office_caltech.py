@@ -37,7 +37,7 @@ from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
-from .arguments import OPTIMIZERS, in_range
+from .arguments import OPTIMIZERS, REPEATS, real, whole
 from .domains import draw, load_features, load_images
 from .experiment import (
     Experiment,
@@ -49,6 +49,7 @@ from .experiment import (
     timed,
     trainable_parameters,
 )
+from .reading import DataError, cached_arrays, read_arrays, reading
 from .results import mean_and_spread
 
 METHODS = {
@@ -108,7 +109,7 @@ class Trunk:
                 layer.trainable = False
         features = model.output
         if len(features.shape) != 2:
-            raise ValueError(
+            raise DataError(
                 f"Trunk {name!r}: expected features (batch, d). Received: "
                 f"{tuple(features.shape)}. Name a layer with --feature-layer."
             )
@@ -119,8 +120,8 @@ class Trunk:
             self.upper = keras.Model(border, features, name="trunk")
 
     def _application(self, name, size, feature_layer, weights):
-        if not hasattr(keras.applications, name):
-            raise ValueError(
+        if not callable(getattr(keras.applications, name, None)):
+            raise DataError(
                 "The trunk must be a class of keras.applications or a .keras file. "
                 f"Received: {name!r}."
             )
@@ -295,7 +296,7 @@ class Trainer:
                 held_out = np.arange(len(part)) % folds == (fold + number) % folds
                 train[name], valid[name] = part[~held_out], part[held_out]
             if any(not len(part) for part in train.values()):
-                raise ValueError(
+                raise DataError(
                     f"{folds} folds leave no training example for a domain of "
                     f"{ {name: len(part) for name, part in parts.items()} }: expected 2 at "
                     "least. Give a larger --fractions."
@@ -429,7 +430,8 @@ def plot_embeddings(folder, domains, classes, path):
     rng = np.random.default_rng(0)
     figure, panels = figure_of(len(files), 2, size=(5, 4.5))
     for column, file in enumerate(files):
-        with np.load(file) as found:
+        found = read_arrays(file)
+        with reading(file):
             x, kinds, tasks = found["x"], found["labels"], found["tasks"]
         # A thousand points are enough to see, and quick.
         some = rng.permutation(len(x))[:1000]
@@ -462,14 +464,15 @@ def load_domains(options, console):
         source = {"data": options.features.name, "domains": list(domains)}
         return domains, classes, lambda: shape, source
     weights = None if options.weights == "none" else options.weights
-    trunk = Trunk(
-        options.trunk,
-        options.image_size,
-        options.feature_layer,
-        options.tune_from,
-        options.scale,
-        weights,
-    )
+    with reading(f"--trunk {options.trunk}"):
+        trunk = Trunk(
+            options.trunk,
+            options.image_size,
+            options.feature_layer,
+            options.tune_from,
+            options.scale,
+            weights,
+        )
     domains, classes = load_images(options.data, options.image_size, options.domains)
     source = {
         "data": options.data.name,
@@ -481,16 +484,14 @@ def load_domains(options, console):
         "scale": options.scale,
         "weights": options.weights,
     }
-    name = digest_of([repr(source).encode()])[:12]
-    cache = options.output / f"features_{name}.npz"
-    if cache.exists():
-        with np.load(cache) as found:
-            features = {domain: found[domain] for domain in domains}
-    else:
+    images = [domain.x for domain in domains.values()]
+    name = digest_of([repr(source).encode(), *images])[:12]
+
+    def run_lower():
         console.print(f"Features of {trunk.lower.name} for all images ...")
-        features = {n: trunk.run_lower(domain.x) for n, domain in domains.items()}
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, **features)
+        return {n: trunk.run_lower(domain.x) for n, domain in domains.items()}
+
+    features = cached_arrays(options.output / f"features_{name}.npz", run_lower)
     domains = {n: domain._replace(x=features[n]) for n, domain in domains.items()}
     shape = next(iter(domains.values())).x.shape[1:]
     new_backbone = (lambda: shape) if trunk.upper is None else trunk.new_upper
@@ -549,7 +550,7 @@ class OfficeCaltech(Experiment):
         p.add_argument(
             "--scale",
             nargs=2,
-            type=float,
+            type=real(),
             metavar=("OFFSET", "DIVISOR"),
             help="images as (pixel - OFFSET) / DIVISOR; by default as keras.applications "
             "wants them",
@@ -557,11 +558,11 @@ class OfficeCaltech(Experiment):
         p.add_argument(
             "--weights", default="imagenet", help="of keras.applications, or 'none'"
         )
-        p.add_argument("--image-size", type=in_range(int, 0), default=224)
+        p.add_argument("--image-size", type=whole(1), default=224)
         p.add_argument(
             "--fractions",
             nargs="+",
-            type=in_range(float, 0, 1),
+            type=real(above=0, below=1),
             default=[0.05, 0.1, 0.2],
             help="of each domain, for training",
         )
@@ -571,38 +572,38 @@ class OfficeCaltech(Experiment):
             help="the fraction of each class; the paper takes it of the domain as a "
             "whole, so that a small domain may lack classes",
         )
-        p.add_argument("--draws", type=in_range(int, 0), default=5)
-        p.add_argument("--steps", type=in_range(int, 0), default=100)
+        p.add_argument("--draws", type=REPEATS, default=5)
+        p.add_argument("--steps", type=whole(1), default=100)
         p.add_argument(
             "--learning-rates",
             nargs="+",
-            type=in_range(float, 0),
+            type=real(above=0),
             default=[1e-3],
             help="of the trunk; several are chosen from by cross-validation",
         )
         p.add_argument(
             "--multiplier",
-            type=in_range(float, 0),
+            type=real(above=0),
             default=10.0,
             help="bottleneck and classifier learn so many times faster than the trunk",
         )
         p.add_argument(
             "--strengths",
             nargs="+",
-            type=in_range(float, 0),
+            type=real(above=0),
             default=[1e-3, 1e-2, 1e-1],
             help="of the priors; several are chosen from by cross-validation",
         )
-        p.add_argument("--folds", type=in_range(int, 1), default=5)
+        p.add_argument("--folds", type=whole(2), default=5)
         p.add_argument(
             "--epsilon",
-            type=in_range(float, 0),
+            type=real(above=0),
             default=1e-3,
             help="relative ridge of the task covariances",
         )
-        p.add_argument("--update-every", type=in_range(int, 0), default=10)
-        p.add_argument("--bottleneck", type=in_range(int, 0), default=256)
-        p.add_argument("--dropout", type=in_range(float, -1e-9, 0.99), default=0.0)
+        p.add_argument("--update-every", type=whole(1), default=10)
+        p.add_argument("--bottleneck", type=whole(1), default=256)
+        p.add_argument("--dropout", type=real(least=0, below=1), default=0.0)
         p.add_argument(
             "--own-draws",
             action="store_true",
@@ -613,6 +614,10 @@ class OfficeCaltech(Experiment):
         )
         # As it was called at first.
         p.add_argument("--readme-block", dest="page_block", help=argparse.SUPPRESS)
+
+    def check(self, p, options):
+        if options.scale is not None and not options.scale[1]:
+            p.error("--scale: expected a divisor that is not 0")
 
     def load(self, options, console):
         """As `load_domains`."""

@@ -18,6 +18,7 @@ from .studies import Study
 
 arguments = application("arguments")
 experiment = application("experiment")
+DataError = application("reading").DataError
 
 
 class Whole(MultiTask):
@@ -82,21 +83,21 @@ class Own(Study):
             prog="python -m tuning.search --model MODULE:FUNCTION",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        positive = arguments.in_range(float, 0)
+        positive = arguments.real(above=0)
         p.add_argument("--data", required=True, metavar="MODULE:FUNCTION")
-        p.add_argument("--epochs", type=arguments.in_range(int, 0), default=10)
-        p.add_argument("--batch-size", type=arguments.in_range(int, 0), default=32)
+        p.add_argument("--epochs", type=arguments.whole(1), default=10)
+        p.add_argument("--batch-size", type=arguments.whole(1), default=32)
         p.add_argument("--learning-rate", type=positive, default=1e-3)
         arguments.add_training(p, "adam")
-        p.add_argument("--tolerance", type=arguments.in_range(float, 0, 1), default=0.1)
-        p.add_argument("--threshold", type=arguments.in_range(float, -1e-9, 1), default=0.4)
+        p.add_argument("--tolerance", type=arguments.real(above=0, below=1), default=0.1)
+        p.add_argument("--threshold", type=arguments.real(least=0, most=1), default=0.4)
         p.add_argument("--strength", type=positive, default=1e-3, help="of a prior")
         p.add_argument("--epsilon", type=positive, default=1e-3, help="of a prior")
-        p.add_argument("--update-every", type=arguments.in_range(int, 0), default=10)
+        p.add_argument("--update-every", type=arguments.whole(1), default=10)
         p.add_argument("--output-weight", type=positive, default=0.01, help="TRN's λ")
-        p.add_argument("--momentum", type=float, default=0.99, help="of TRN")
+        p.add_argument("--momentum", type=arguments.MOMENTUM, default=0.99, help="of TRN")
         p.add_argument("--share-until", help="TRN: the last layer that tasks share")
-        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--seed", type=arguments.SEED, default=0)
         return p
 
     @property
@@ -230,14 +231,14 @@ def _checked(data, owner):
         owner: str, for errors.
 
     Raises:
-        ValueError: if it is not in that form.
+        DataError: if it is not in that form.
     """
     parts = ("train", "validation", "test")
     known = {*parts, "losses", "heads", "metrics"}
     needed = {"train", "test", "losses"}
     if not isinstance(data, dict) or not needed <= set(data) <= known:
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise ValueError(
+        raise DataError(
             f"--data {owner}: expected a dict with {sorted(needed)}, and perhaps "
             f"{sorted(known - needed)}. Received: {found}."
         )
@@ -248,13 +249,13 @@ def _checked(data, owner):
         x, y = data[part]
         inputs = x if isinstance(x, dict) else dict.fromkeys(y, x)
         if set(y) != tasks or set(inputs) != tasks:
-            raise ValueError(
+            raise DataError(
                 f"--data {owner}: {part!r} must have labels (and inputs, if they are "
                 f"by task) for {sorted(tasks)}. Received: {sorted(y)}, {sorted(inputs)}."
             )
         lengths = {task: (len(inputs[task]), len(y[task])) for task in y}
         if any(one != other or not one for one, other in lengths.values()):
-            raise ValueError(
+            raise DataError(
                 f"--data {owner}: {part!r} must have as many labels as inputs, and some. "
                 f"Received: {lengths}."
             )

@@ -30,6 +30,7 @@ from .own import Own
 
 arguments = application("arguments")
 experiment = application("experiment")
+reading = application("reading")
 results = application("results")
 
 _DEFAULT_TRIALS = 20
@@ -385,25 +386,25 @@ def parser():
     )
     p.add_argument(
         "--max-trials",
-        type=arguments.in_range(int, 0),
+        type=arguments.whole(1),
         help=f"by default {_DEFAULT_TRIALS}, and all for grid and hyperband",
     )
-    p.add_argument("--repeats", type=arguments.in_range(int, 0), default=1)
+    p.add_argument("--repeats", type=arguments.REPEATS, default=1)
     p.add_argument(
-        "--validation-share", type=arguments.in_range(float, 0, 0.9), default=0.25
+        "--validation-share", type=arguments.real(above=0, most=0.9), default=0.25
     )
     p.add_argument(
         "--patience",
-        type=arguments.in_range(int, 0),
+        type=arguments.whole(1),
         help="epochs without a better validation loss after which a training is stopped",
     )
-    p.add_argument("--factor", type=arguments.in_range(int, 1), default=3, help="Hyperband")
-    p.add_argument("--seed", type=arguments.in_range(int, -1), default=0)
+    p.add_argument("--factor", type=arguments.whole(2), default=3, help="Hyperband")
+    p.add_argument("--seed", type=arguments.SEED, default=0)
     p.add_argument("--directory", type=pathlib.Path, help="results/tuning/... by default")
     arguments.add_page(p)
     p.add_argument(
         "--worker-timeout",
-        type=arguments.in_range(float, 0),
+        type=arguments.real(above=0, most=1e6),
         default=120.0,
         help="seconds of silence after which a worker's trial is given to another",
     )
@@ -501,6 +502,7 @@ def _is_worker():
     return "KERASTUNER_ORACLE_IP" in os.environ and "chief" not in tuner_id
 
 
+@reading.one_line()
 def main(arguments=None):
     """Search; returns what `finish` does, or None in a worker."""
     p = parser()

@@ -40,8 +40,8 @@ def test_backbones_are_of_one_size(shared_input):
     [
         ("--backbone LeNet5", "LeNet5"),
         ("--similar-backbone LeNet5", "--similar-backbone: "),
-        ("--repeats 0", "--repeats: expected more than 0"),
-        ("--ranks 1.5", "--ranks: expected more than 0 and at most 1"),
+        ("--repeats 0", "--repeats: expected a whole number from 1"),
+        ("--ranks 1.5", "--ranks: expected a finite number above 0 and at most 1"),
         ("--prior-kernel 4 0 2", "--prior-kernel: "),
         ("--page none.md", "--page: "),
     ],

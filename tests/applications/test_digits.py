@@ -94,8 +94,8 @@ def test_tfds_is_the_folder(data_dir, tmp_path, monkeypatch):
         (b"", "an empty file"),
         (b"\x00\x00\x0d\x01\x00\x00\x00\x00", "00 00 0d 01"),
         (b"\x00\x00\x08\x03\x00\x00", "cut off"),
-        (idx(np.zeros((4, 2)))[:-3], r"expected 20 bytes for shape \(4, 2\).*17"),
-        (idx(np.zeros((4, 2))) + b"\x00", "Received: 21"),
+        (idx(np.zeros((4, 2)))[:-3], r"8 values for the shape \(4, 2\).*5\."),
+        (idx(np.zeros((4, 2))) + b"\x00", "Received: more"),
     ],
 )
 def test_corrupt_files(content, message, tmp_path):
@@ -112,7 +112,7 @@ def test_corrupt_gzip(tmp_path):
     for content in (whole[: len(whole) // 2], b"<html>not found</html>"):
         path = tmp_path / "labels-idx.gz"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"labels-idx\.gz: not a whole gzip"):
+        with pytest.raises(ValueError, match=r"labels-idx\.gz: it can't be read"):
             read_idx(path)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import applications
 from applications import experiment
-from applications.arguments import in_range
+from applications.arguments import real
 from applications.experiment import Experiment, Table, held_out
 
 
@@ -26,7 +26,7 @@ class Toy(Experiment):
         self.trained = []
 
     def add_arguments(self, p):
-        p.add_argument("--scale", type=in_range(float, 0), default=1.0)
+        p.add_argument("--scale", type=real(above=0), default=1.0)
 
     def check(self, p, options):
         if options.scale > 100:

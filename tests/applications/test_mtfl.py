@@ -161,7 +161,7 @@ def test_command(tmp_path, rng, few_steps):
     plan = [run.settings for run in mtfl.EXPERIMENT.plan(options, (None, None, "digest"))]
     weights = [(own["output_weight"], own["hidden_weight"]) for own in plan[:3]]
     assert weights == [(None, None), (0.01, 0.001), (1.0, 0.1)] and len(plan) == 3
-    with pytest.raises(ValueError, match=r"there are 40. Received: 41"):
+    with pytest.raises(SystemExit, match=r"there are 40. Received: 41"):
         mtfl.main([*arguments, "--training-images", "41"])
 
 

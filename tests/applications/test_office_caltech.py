@@ -220,7 +220,7 @@ def test_embeddings(tmp_path, rng):
     "arguments, message",
     [
         ([], "one of the arguments --data --features is required"),
-        (["--features", "x", "--fractions", "1.5"], "at most 1"),
+        (["--features", "x", "--fractions", "1"], "above 0 and below 1"),
         (["--features", "x", "--methods", "best"], "invalid choice: 'best'"),
     ],
 )

@@ -171,8 +171,8 @@ def losses_by_output(
         sample_weight: None, a tensor, or a dict of them.
 
     Returns:
-        `(losses, weights)`: dicts by output, of scalars and of floats; an output with
-        several losses has their weighted sum, with weight 1.
+        `(losses, weights)`: dicts by output, of scalars, and of floats or scalars; an
+        output with several losses has their weighted sum, with weight 1.
     """
     compiled = model._compile_loss
     if not compiled.built:
@@ -185,16 +185,42 @@ def losses_by_output(
     several = collections.Counter(entry[0][0] for entry in compiled._flat_losses)
     for (path, loss, weight, _), metric in zip(compiled._flat_losses, metrics):
         name = path[0]
-        own = sample_weight[name] if tree.is_nested(sample_weight) else sample_weight
+        own = sample_weight
+        if isinstance(sample_weight, Mapping):
+            own = sample_weight.get(name)
         value = keras.ops.cast(loss(y[name], y_pred[name], own), compiled.dtype)
         if metric is not None:
             metric.update_state(unscaled_loss(value), sample_weight=y_pred[name].shape[0])
         weight = 1.0 if weight is None else weight
+        if not isinstance(weight, float):
+            weight = keras.ops.cast(weight.variable, compiled.dtype)
         if several[name] > 1:
             value, weight = value * weight, 1.0
         values[name] = values[name] + value if name in values else value
         weights[name] = weight
     return values, weights
+
+
+def compiled_metrics(
+    model: keras.Model, y: Mapping[str, Any], y_pred: Mapping[str, Any]
+) -> Iterator[tuple[str, keras.metrics.Metric]]:
+    """The compiled metrics, made now if they aren't yet, and the output of each.
+
+    Args:
+        model: a compiled model with a dict of outputs.
+        y: dict of labels, with None for outputs without.
+        y_pred: dict of predictions.
+    """
+    compiled = model._compile_metrics
+    if compiled is None:
+        return
+    if not compiled.built:
+        compiled.build(y, y_pred)
+    names = compiled._resolved_output_names or list(y_pred)
+    for by_output in (compiled._flat_metrics, compiled._flat_weighted_metrics):
+        for name, metrics in zip(names, by_output):
+            for metric in metrics.metrics if metrics else ():
+                yield name, metric
 
 
 def aggregated_loss(model: keras.Model, loss: Any) -> Any:

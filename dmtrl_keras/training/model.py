@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from dmtrl_keras.ground.keras_private import (
     aggregated_loss,
     attach,
     attached,
+    compiled_metrics,
     functional_constructor,
     has_losses,
     losses_by_output,
@@ -27,7 +29,15 @@ from dmtrl_keras.ground.keras_private import (
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
+from dmtrl_keras.training.weights import (
+    MovingWeights,
+    Weight,
+    as_given,
+    moving_weights,
+    weights_by_task,
+)
 
 # By this name the features of a training step ride on its outputs.
 _FEATURES = "_dmtrl_keras_features"
@@ -67,8 +77,10 @@ class MultiTaskModel(ModelOfReplicas):
     unknown tasks in `loss_weights`: ['wealth']. The tasks are ['age', 'income'].
     """
 
-    # None: all of them.
-    _tasks_with_loss: set[str] | None = None
+    _tasks_with_loss: frozenset[str] = frozenset()
+    _tasks_with_metrics: frozenset[str] = frozenset()
+    _loss_weights: "_Untracked | None" = None
+    _moving_weights: Sequence[MovingWeights] = ()
     _terms: Sequence[LossTerm] = ()
     _network: "_Untracked | None" = None
     _losses_given: tuple[tuple[str, Any], ...] = ()
@@ -146,7 +158,7 @@ class MultiTaskModel(ModelOfReplicas):
         self,
         optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         loss: Any = None,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: Mapping[str, Weight] | None = None,
         metrics: Any = None,
         weighted_metrics: Any = None,
         **kwargs: Any,
@@ -155,49 +167,55 @@ class MultiTaskModel(ModelOfReplicas):
 
         Args:
             optimizer: as in Keras.
-            loss: a dict by task name, in which tasks may be left out; or one loss for all.
-            loss_weights: a dict of floats by task name; tasks left out have 1.
+            loss: a dict by task name, in which tasks may be left out or None; or one loss
+                for all.
+            loss_weights: a dict of numbers by task name; tasks left out have 1. A scalar
+                `keras.Variable` is followed when a callback assigns to it, and saved with
+                the model; it is not trained.
             metrics: a dict by task name; or a list of names or functions for all tasks.
             weighted_metrics: likewise.
             **kwargs: the others, as in Keras.
 
         Raises:
-            ValueError: on unknown tasks, on weights of tasks without a loss, on lists of
-                one entry per task; on what Keras can't do with several replicas:
-                `jit_compile=True`, `steps_per_execution` above 1.
+            ValueError: on unknown tasks, on weights of tasks without a loss, on weights
+                that are no numbers, on lists of one entry per task; on what Keras can't do
+                with several replicas: `jit_compile=True`, `steps_per_execution` above 1.
+
+        Warns:
+            UserWarning: on metrics of Keras beside a `MaskedLoss`, which take missing
+                labels for labels.
         """
         self._check_replicas(kwargs)
-        self._check_tasks("loss", loss)
-        self._check_tasks("loss_weights", loss_weights)
+        given, (loss, by_task) = loss, self._given_losses(loss)
+        weights = {}
         if loss_weights is not None:
-            if not isinstance(loss_weights, dict):
-                raise ValueError(
-                    f"{name_of(self)}: `loss_weights` must be a dict by task name. "
-                    f"Received: {loss_weights!r}."
-                )
-            if loss is not None and not isinstance(loss, dict):
-                loss = dict.fromkeys(self.task_names, loss)
-            without = sorted(set(loss_weights) - set(loss or {}))
-            if without:
-                raise ValueError(
-                    f"{name_of(self)}: `loss_weights` for tasks without a loss: {without}. "
-                    f"Received: loss for {sorted(loss or {})}."
-                )
-            loss_weights = {task: loss_weights.get(task, 1.0) for task in loss}
+            self._check_tasks("loss_weights", loss_weights)
+            # As in Keras, weights of tasks whose loss is None do nothing.
+            idle = set(given) - set(by_task) if isinstance(given, dict) else set()
+            weights = weights_by_task(loss_weights, by_task, idle, name_of(self))
+            # Keras wants both in one structure.
+            loss = by_task or loss
+        metrics = self._metrics_by_task("metrics", metrics)
+        weighted_metrics = self._metrics_by_task("weighted_metrics", weighted_metrics)
+        metered = [m for m in (metrics, weighted_metrics) if m]
+        warn_of_unmasked(by_task, metered, name_of(self))
         super().compile(
             optimizer=optimizer,
             loss=loss,
-            loss_weights=loss_weights,
-            metrics=self._metrics_by_task("metrics", metrics),
-            weighted_metrics=self._metrics_by_task("weighted_metrics", weighted_metrics),
+            loss_weights=weights or None,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
             **kwargs,
         )
-        self._tasks_with_loss = None
-        if isinstance(loss, dict):
-            self._tasks_with_loss = {task for task, own in loss.items() if own is not None}
-        by_task = loss if isinstance(loss, dict) else dict.fromkeys(self.task_names, loss)
-        # Not a dict: Keras would track the losses in it.
+        self._tasks_with_loss = frozenset(by_task)
+        self._tasks_with_metrics = frozenset(
+            task for given in metered for task, own in given.items() if own
+        )
+        # Not a dict: Keras would track what is in it.
         self._losses_given = tuple(by_task.items())
+        all_weights = {task: weights.get(task, 1.0) for task in by_task}
+        object.__setattr__(self, "_loss_weights", _Untracked(all_weights))
+        object.__setattr__(self, "_moving_weights", moving_weights(weights))
 
     def _check_replicas(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
@@ -213,7 +231,10 @@ class MultiTaskModel(ModelOfReplicas):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was; Keras leaves it to classes with a `compile`."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        with warnings.catch_warnings():
+            # Whoever compiled it was warned.
+            warnings.filterwarnings("ignore", message=UNMASKED)
+            self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
@@ -260,6 +281,22 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{sorted(map(str, unknown))}. The tasks are {list(self.task_names)}."
             )
 
+    def _given_losses(self, loss: Any) -> tuple[Any, dict[str, Any]]:
+        """The losses as Keras takes them, and by task that has one."""
+        self._check_tasks("loss", loss)
+        if loss is None:
+            return None, {}
+        if not isinstance(loss, dict):
+            return loss, dict.fromkeys(self.task_names, loss)
+        loss = {task: own for task, own in loss.items() if own is not None and own != []}
+        for task, own in loss.items():
+            if isinstance(own, (list, tuple)) and None in own:
+                raise ValueError(
+                    f"{name_of(self)}: `loss` has None in the list of task {task!r}. "
+                    f"Received: {own!r}."
+                )
+        return loss, loss
+
     def _metrics_by_task(self, argument: str, metrics: Any) -> Any:
         if metrics is None or isinstance(metrics, dict):
             self._check_tasks(argument, metrics)
@@ -296,9 +333,23 @@ class MultiTaskModel(ModelOfReplicas):
         attach(next(iter(outputs.values())), _FEATURES, features)
         return outputs
 
+    @property
+    def loss_weights(self) -> dict[str, Weight]:
+        """By task with a loss the weight that the model was compiled with.
+
+        Numbers, and variables themselves: `model.loss_weights["age"].assign(0.5)`.
+        """
+        weights = self._loss_weights.value if self._loss_weights else {}
+        return {task: as_given(weight) for task, weight in weights.items()}
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """As in Keras, with the state of loss weights that are variables."""
+        return [*super().metrics, *self._moving_weights]
+
     def task_losses(
         self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    ) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
         """The losses by task, before they are added.
 
         Args:
@@ -307,8 +358,9 @@ class MultiTaskModel(ModelOfReplicas):
             sample_weight: None, a tensor, or a dict of them by task.
 
         Returns:
-            `(losses, weights)`, dicts by task, of scalars and of the loss weights. The
-            total is the sum of their products, of the penalties and of the terms.
+            `(losses, weights)`, dicts by task, of scalars and of the loss weights; several
+            losses of a task are added, with weight 1. The total is the sum of their
+            products, of the penalties and of the terms.
 
         Raises:
             ValueError: on labels that are no dict by task, of unknown tasks, or missing for
@@ -316,29 +368,30 @@ class MultiTaskModel(ModelOfReplicas):
         """
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
-        self._check_labels(y, sample_weight)
-        if not isinstance(y, Mapping):
-            if self.tasks > 1:
-                raise ValueError(
-                    f"{name_of(self)}: expected a dict of labels by task. "
-                    f"Received: {type(y).__name__}."
-                )
-            y = {self.task_names[0]: y}
+        y = self._labels(y, sample_weight, self._tasks_with_loss, "a loss")
         return losses_by_output(self, y, y_pred, sample_weight)
 
-    def _check_labels(self, y: Any, sample_weight: Any) -> None:
+    def _labels(
+        self, y: Any, sample_weight: Any, expected: frozenset[str], what: str
+    ) -> dict[str, Any]:
+        """The labels that there are by task, checked."""
         for argument, value in (("y", y), ("sample_weight", sample_weight)):
             self._check_tasks(argument, value)
+        if not isinstance(y, Mapping) and self.tasks > 1:
+            raise ValueError(
+                f"{name_of(self)}: expected a dict of labels by task. "
+                f"Received: {type(y).__name__}."
+            )
         if not isinstance(y, Mapping):
-            return
-        expected = self._tasks_with_loss
-        expected = set(self.task_names) if expected is None else expected
+            y = {self.task_names[0]: y}
+        y = {task: own for task, own in y.items() if own is not None}
         absent = sorted(expected - set(y))
         if absent:
             raise ValueError(
-                f"{name_of(self)}: expected labels for every task with a loss, also "
+                f"{name_of(self)}: expected labels for every task with {what}, also "
                 f"for {absent}. Received: labels for {sorted(y)}."
             )
+        return y
 
     def compute_loss(
         self,
@@ -355,7 +408,6 @@ class MultiTaskModel(ModelOfReplicas):
                 task that has a loss and no labels.
             tf.errors.InvalidArgumentError: in training, if a replica has no example.
         """
-        self._check_labels(y, sample_weight)
         # What rides on the outputs, before they are others.
         features = self._features_of(y_pred) if training else None
         if training and y is not None:
@@ -364,6 +416,7 @@ class MultiTaskModel(ModelOfReplicas):
             )
         parts = []
         if has_losses(self) and y is not None:
+            # It checks the labels.
             losses, weights = self.task_losses(y, y_pred, sample_weight)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
@@ -371,6 +424,25 @@ class MultiTaskModel(ModelOfReplicas):
         if not parts:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
+    ) -> dict[str, Tensor]:
+        """As in Keras; tasks without metrics need no labels.
+
+        Raises:
+            ValueError: on a task that has metrics and no labels; on class labels for a
+                metric that needs a label for each output.
+        """
+        if self._tasks_with_metrics:
+            y = self._labels(y, sample_weight, self._tasks_with_metrics, "metrics")
+            # Keras looks every task up.
+            y = {task: y.get(task) for task in self.task_names}
+            if isinstance(sample_weight, Mapping):
+                sample_weight = {task: sample_weight.get(task) for task in self.task_names}
+            for task, metric in compiled_metrics(self, y, y_pred):
+                check_shapes(metric, task, y[task], y_pred[task], name_of(self))
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def _features_of(self, y_pred: Mapping[str, Tensor]) -> list[Any]:
         """What the terms asked for, of the batch that gave these outputs."""
@@ -434,9 +506,9 @@ class MultiTaskModel(ModelOfReplicas):
 
 
 class _Untracked:
-    """A model that is no part of another, since it has the same layers."""
+    """What is not to be tracked by Keras, such as a model with the layers of another."""
 
-    def __init__(self, value: keras.Model) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 

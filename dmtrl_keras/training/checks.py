@@ -127,4 +127,5 @@ def _is_of_keras(metric: Any) -> bool:
 def _name(metric: Any) -> str:
     if isinstance(metric, str):
         return metric
-    return getattr(metric, "name", None) or getattr(metric, "__name__", str(metric))
+    found = getattr(metric, "name", None) or getattr(metric, "__name__", metric)
+    return str(found)

@@ -1,6 +1,7 @@
 """The functional model whose outputs are a dict by task name."""
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,16 +21,26 @@ from dmtrl_keras.ground.keras_private import (
     aggregated_loss,
     attach,
     attached,
+    build_losses,
     compiled_metrics,
     functional_constructor,
     has_losses,
+    logs_as_list,
     losses_by_output,
     sharing_scope,
+    sum_of_losses,
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
+from dmtrl_keras.training.lengths import (
+    Piece,
+    TaskValidation,
+    concatenated,
+    different_lengths,
+    one_set_each,
+)
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 from dmtrl_keras.training.weights import (
     MovingWeights,
@@ -83,6 +94,9 @@ class MultiTaskModel(ModelOfReplicas):
     _moving_weights: Sequence[MovingWeights] = ()
     _terms: Sequence[LossTerm] = ()
     _network: "_Untracked | None" = None
+    # The tasks of a piece of an evaluation, and whether it goes on with what it measured.
+    _present: frozenset[str] | None = None
+    _going_on: bool = False
     _losses_given: tuple[tuple[str, Any], ...] = ()
 
     @functional_constructor
@@ -385,6 +399,8 @@ class MultiTaskModel(ModelOfReplicas):
         if not isinstance(y, Mapping):
             y = {self.task_names[0]: y}
         y = {task: own for task, own in y.items() if own is not None}
+        if self._present is not None:
+            expected = expected & self._present
         absent = sorted(expected - set(y))
         if absent:
             raise ValueError(
@@ -421,6 +437,8 @@ class MultiTaskModel(ModelOfReplicas):
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
         parts += self._values_of_terms(y, y_pred, sample_weight, features)
+        if not parts and self._present is not None:
+            return keras.ops.zeros(())
         if not parts:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
@@ -436,13 +454,171 @@ class MultiTaskModel(ModelOfReplicas):
         """
         if self._tasks_with_metrics:
             y = self._labels(y, sample_weight, self._tasks_with_metrics, "metrics")
-            # Keras looks every task up.
-            y = {task: y.get(task) for task in self.task_names}
-            if isinstance(sample_weight, Mapping):
-                sample_weight = {task: sample_weight.get(task) for task in self.task_names}
-            for task, metric in compiled_metrics(self, y, y_pred):
+            for task, metric, weighted in compiled_metrics(self, y, y_pred):
+                if task not in y:
+                    continue
                 check_shapes(metric, task, y[task], y_pred[task], name_of(self))
-        return super().compute_metrics(x, y, y_pred, sample_weight)
+                weight = sample_weight if weighted else None
+                if isinstance(weight, Mapping):
+                    weight = weight.get(task)
+                metric.update_state(y[task], y_pred[task], sample_weight=weight)
+        return self.get_metrics_result()
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """As in Keras, with validation data that may differ in length by task.
+
+        Args:
+            *args: as in Keras.
+            **kwargs: as in Keras. `validation_data` may be data of each task, as in
+                `evaluate`.
+
+        Raises:
+            ValueError: on training data of different lengths: `zip_tasks` makes one stream
+                of them.
+        """
+        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        sizes = different_lengths(self, given.get("x"))
+        if sizes:
+            raise ValueError(
+                f"{name_of(self)}: expected inputs of one length for `fit`; `zip_tasks` "
+                f"makes one stream of several data sets. Received: lengths {sizes}."
+            )
+        data = given.get("validation_data")
+        x, *others = data if isinstance(data, tuple) else (data,)
+        pieces = None if data is None else one_set_each(self, x, *others)
+        if pieces is None:
+            return super().fit(*args, **kwargs)
+        if given.get("validation_steps") is not None:
+            raise ValueError(
+                f"{name_of(self)}: with a validation set for each task expected "
+                f"validation_steps=None. Received: {given['validation_steps']}."
+            )
+        size = given.get("validation_batch_size") or given.get("batch_size")
+        validation = TaskValidation(
+            lambda: self._evaluate_pieces(pieces, batch_size=size, verbose=0),
+            given.pop("validation_freq", 1),
+        )
+        given["callbacks"] = [validation, *tree.flatten(given.get("callbacks") or [])]
+        del given["validation_data"]
+        return super().fit(**given)
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Keras, with data that may differ by task.
+
+        Every task is measured on its own examples, each exactly once; the loss is the sum
+        of the tasks' losses with their weights, of the penalties and of the terms.
+
+        Args:
+            x: as in Keras; or a dict by task of inputs, of as many examples as the task
+                has: for a network with an input for each task, or for one with a common
+                input. Or a dict by task of data sets, as `zip_tasks` takes them:
+                `(x, y)`, `(x, y, sample_weight)`, or a `tf.data.Dataset`.
+            y: as in Keras, a dict of labels by task.
+            batch_size: as in Keras, as are `verbose`, `callbacks` and `return_dict`.
+            verbose: with data that differ, there is a progress bar for each part of them.
+            sample_weight: as in Keras; or a dict by task.
+            steps: as in Keras; None with data that differ.
+            callbacks: a list, or None.
+            return_dict: bool.
+            **kwargs: what Keras itself gives.
+
+        Raises:
+            ValueError: on data of a task with different lengths, on tasks without data; on
+                inputs by task of different lengths for a network whose tasks see each
+                other's features.
+        """
+        pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
+        if pieces is None:
+            return super().evaluate(
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                verbose=verbose,
+                sample_weight=sample_weight,
+                steps=steps,
+                callbacks=callbacks,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        if steps is not None:
+            raise ValueError(
+                f"{name_of(self)}: with data for each task expected steps=None. "
+                f"Received: steps={steps}."
+            )
+        logs = self._evaluate_pieces(
+            pieces, batch_size=batch_size, verbose=verbose, callbacks=callbacks
+        )
+        return logs if return_dict else logs_as_list(self, logs)
+
+    def _evaluate_pieces(self, pieces: list[Piece], **kwargs: Any) -> dict[str, Any]:
+        """What `evaluate` returns as a dict, of one data set for each task."""
+        labels: dict[str, Any] = {}
+        for piece in pieces:
+            labels = {**(piece.y or {}), **labels}
+        expected = self._tasks_with_loss | self._tasks_with_metrics
+        build_losses(self, self._labels(labels, None, expected, "a loss or metrics"))
+        # One loss is logged as the total alone: of the pieces that have it, the first.
+        pieces = sorted(pieces, key=lambda p: not self._tasks_with_loss & set(p.tasks))
+        total, rest = None, 0.0
+        try:
+            for piece in pieces:
+                self._present = frozenset(piece.tasks)
+                logs = super().evaluate(
+                    x=piece.x,
+                    y=piece.y,
+                    sample_weight=piece.sample_weight,
+                    return_dict=True,
+                    **kwargs,
+                )
+                losses = sum_of_losses(self)
+                if not self._going_on and losses is not None:
+                    # Penalties and terms.
+                    rest = logs["loss"] - losses
+                if losses is not None:
+                    total = losses + rest
+                elif total is None or self._tasks_with_loss & self._present:
+                    total = logs["loss"]
+                self._going_on = True
+        finally:
+            self._present, self._going_on = None, False
+        return {**logs, "loss": total}
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in Keras, with inputs that may differ in length by task.
+
+        Args:
+            x: as in Keras; or a dict by task, as in `evaluate`.
+            *args: as in Keras.
+            **kwargs: as in Keras.
+
+        Returns:
+            A dict of arrays by task, each as long as the task's own inputs.
+        """
+        pieces = one_set_each(self, x)
+        if pieces is None:
+            return super().predict(x, *args, **kwargs)
+        parts: dict[str, list[Any]] = {task: [] for task in self.task_names}
+        for piece in pieces:
+            outputs = super().predict(piece.x, *args, **kwargs)
+            for task in piece.tasks:
+                parts[task].append(outputs[task])
+        return {task: concatenated(own) for task, own in parts.items() if own}
+
+    def reset_metrics(self) -> None:
+        """As in Keras; not within an evaluation of one data set for each task."""
+        if not self._going_on:
+            super().reset_metrics()
 
     def _features_of(self, y_pred: Mapping[str, Tensor]) -> list[Any]:
         """What the terms asked for, of the batch that gave these outputs."""

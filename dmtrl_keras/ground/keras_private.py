@@ -236,9 +236,11 @@ def build_losses(model: keras.Model, y: Mapping[str, Any]) -> None:
     """Make the losses and metrics of a compiled functional model from labels by task."""
     labels = {name: y.get(name) for name in model.output}
     compiled = model._compile_loss
-    if compiled is not None and not compiled.built:
-        compiled.build(labels, model.output)
-    list(compiled_metrics(model, y, model.output))
+    strategy = getattr(model, "_distribute_strategy", None)
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        if compiled is not None and not compiled.built:
+            compiled.build(labels, model.output)
+        list(compiled_metrics(model, y, model.output))
 
 
 def sum_of_losses(model: keras.Model) -> float | None:

@@ -477,6 +477,7 @@ class MultiTaskModel(ModelOfReplicas):
                 of them.
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        self._build_losses(given.get("x"), given.get("y"))
         sizes = different_lengths(self, given.get("x"))
         if sizes:
             raise ValueError(
@@ -501,6 +502,21 @@ class MultiTaskModel(ModelOfReplicas):
         given["callbacks"] = [validation, *tree.flatten(given.get("callbacks") or [])]
         del given["validation_data"]
         return super().fit(**given)
+
+    def _build_losses(self, x: Any, y: Any) -> None:
+        """Make what losses and metrics need, where the labels' shapes are known.
+
+        Else Keras makes it while it traces the first step on TensorFlow, which is then
+        traced once more.
+        """
+        spec = getattr(x, "element_spec", None)
+        if y is None and isinstance(spec, tuple) and len(spec) > 1:
+            y = spec[1]
+        expected = self._tasks_with_loss | self._tasks_with_metrics
+        if isinstance(y, Mapping) and expected <= set(y) <= set(self.task_names):
+            shapes = [getattr(y[task], "shape", None) for task in expected]
+            if all(s is not None and getattr(s, "rank", 1) is not None for s in shapes):
+                build_losses(self, y)
 
     def evaluate(
         self,
@@ -540,6 +556,7 @@ class MultiTaskModel(ModelOfReplicas):
         """
         pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
         if pieces is None:
+            self._build_losses(x, y)
             return super().evaluate(
                 x=x,
                 y=y,
@@ -567,7 +584,8 @@ class MultiTaskModel(ModelOfReplicas):
         for piece in pieces:
             labels = {**(piece.y or {}), **labels}
         expected = self._tasks_with_loss | self._tasks_with_metrics
-        build_losses(self, self._labels(labels, None, expected, "a loss or metrics"))
+        self._labels(labels, None, expected, "a loss or metrics")
+        build_losses(self, labels)
         # One loss is logged as the total alone: of the pieces that have it, the first.
         pieces = sorted(pieces, key=lambda p: not self._tasks_with_loss & set(p.tasks))
         total, rest = None, 0.0

@@ -62,10 +62,9 @@ def test_some_tasks(loss, weighted, data):
             continue
         logs = evaluate(model)
         size = np.arange(6.0)[:, None] if weighted else 1.0
+        factors = {"a": weight or 1.0, "b": 1.0}
         expected = sum(
-            float(np.mean(size * (found[t] - y[t]) ** 2))
-            * ((weight or 1) if t == "a" else 1)
-            for t in with_loss
+            factors[t] * float(np.mean(size * (found[t] - y[t]) ** 2)) for t in with_loss
         )
         assert logs["loss"] == pytest.approx(expected, rel=1e-5)
         for task in metrics or ():
@@ -203,7 +202,7 @@ def class_metrics():
     yield keras.metrics.BinaryIoU()
 
 
-@pytest.mark.parametrize("metric", class_metrics(), ids=str)
+@pytest.mark.parametrize("metric", list(class_metrics()), ids=str)
 @pytest.mark.parametrize("axis", [False, True])
 def test_metrics_that_take_no_classes(metric, axis, data):
     """They fail in a graph of Keras, or give a number without meaning."""
@@ -233,7 +232,7 @@ def test_metrics_that_take_classes(data):
     model.evaluate(x, labels, verbose=0)
     # In a graph, before it runs.
     model.compile("sgd", SPARSE, metrics=["auc"])
-    with pytest.raises(ValueError, match="'auc' of task 'a'.*Dense"):
+    with pytest.raises(ValueError, match=r"'auc' of task 'a'.*Dense"):
         model.fit(x, {"a": y, "b": y}, verbose=0)
 
 

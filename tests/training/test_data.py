@@ -181,9 +181,9 @@ def test_bad_data(data, arguments, message):
 
 def test_names_and_labels():
     """Task names are strings; None for weights is none; None for labels is an error."""
-    with pytest.raises(ValueError, match="task names must be strings.*1"):
+    with pytest.raises(ValueError, match=r"task names must be strings.*1"):
         zip_tasks({1: arrays(3)}, 2)
     assert len(next(iter(zip_tasks({"a": (*arrays(3), None)}, 2)))) == 2
     unlabelled = tf.data.Dataset.from_tensor_slices(arrays(3)).map(lambda x, y: (x, None))
-    with pytest.raises(ValueError, match="'a'.*examples.*NoneTensorSpec"):
+    with pytest.raises(ValueError, match=r"'a'.*examples.*NoneTensorSpec"):
         zip_tasks({"a": unlabelled}, 2)

@@ -89,7 +89,7 @@ def test_each_example_once(shared, batch_size, data):
 
 def test_forms_of_data(data):
     """As `zip_tasks` takes them, tuples and data sets; the list is Keras's."""
-    x, y, weights = data
+    x, y, _ = data
     model = network(False)
     expected = model.evaluate(x, y, verbose=0)
     logs = model.evaluate(x, y, verbose=0, return_dict=True)
@@ -100,7 +100,7 @@ def test_forms_of_data(data):
         of = tensorflow().data.Dataset.from_tensor_slices
         sets = {"a": of(sets["a"]), "b": of(sets["b"]).batch(4), "c": sets["c"]}
         assert model.evaluate(sets, verbose=0) == pytest.approx(expected)
-        with pytest.raises(ValueError, match="'a'.*finite data set.*cardinality=-1"):
+        with pytest.raises(ValueError, match=r"'a'.*finite data set.*cardinality=-1"):
             model.evaluate({**sets, "a": sets["a"].repeat()}, verbose=0)
     # Data of one length is Keras's own business.
     x, y = ({t: own[:5] for t, own in part.items()} for part in (x, y))

@@ -28,6 +28,7 @@ from dmtrl_keras import (
 from dmtrl_keras.kernels.plan import Geometry
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.metrics import MaskedMetric
 from dmtrl_keras.parameterizations import LAF, SimilarKernels, Tucker
 
 ROOT = pathlib.Path(dmtrl_keras.__file__).parent
@@ -73,7 +74,9 @@ def everything():
     relations = TaskRelations([Relation("output", 0.5), Relation("fc", 0.5)], momentum=0.5)
     model = MultiTaskModel(network.input, network.output, terms=[relations])
     x, y = data(np.random.default_rng(0))
-    model.compile("adam", {task: MaskedLoss("mse") for task in TASKS}, metrics=["mae"])
+    masked = {task: MaskedLoss("mse") for task in TASKS}
+    metrics = {task: [MaskedMetric("mae", name="mae")] for task in TASKS}
+    model.compile("adam", masked, metrics=metrics)
     history = model.fit(x, y, batch_size=8, epochs=2, verbose=0).history
     return model, x, y, history
 

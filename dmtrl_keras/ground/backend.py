@@ -23,6 +23,21 @@ def tensorflow() -> Any:
     return tf
 
 
+def makes_batches(dataset: Any) -> bool:
+    """Whether a `tf.data.Dataset` is known to be batched, and not unbatched afterwards."""
+    while True:
+        kind = type(dataset).__name__
+        if "Unbatch" in kind or "FlatMap" in kind or "Interleave" in kind:
+            return False
+        if "Batch" in kind:
+            return True
+        # No public name leads to what a data set is made from.
+        sources: list[Any] = getattr(dataset, "_inputs", list)()
+        if len(sources) != 1:
+            return False
+        (dataset,) = sources
+
+
 def teach_tf2onnx() -> None:
     """Let tf2onnx convert the exact GELU, which Keras computes with `erfc`.
 

@@ -166,13 +166,13 @@ def losses_by_output(
 
     Args:
         model: a compiled model with a dict of outputs.
-        y: dict of labels, of every output with a loss at least.
+        y: dict of labels; outputs without have no loss.
         y_pred: dict of predictions.
         sample_weight: None, a tensor, or a dict of them.
 
     Returns:
-        `(losses, weights)`: dicts by output, of scalars and of floats; an output with
-        several losses has their weighted sum, with weight 1.
+        `(losses, weights)`: dicts by output, of scalars, and of floats or scalars; an
+        output with several losses has their weighted sum, with weight 1.
     """
     compiled = model._compile_loss
     if not compiled.built:
@@ -185,16 +185,79 @@ def losses_by_output(
     several = collections.Counter(entry[0][0] for entry in compiled._flat_losses)
     for (path, loss, weight, _), metric in zip(compiled._flat_losses, metrics):
         name = path[0]
-        own = sample_weight[name] if tree.is_nested(sample_weight) else sample_weight
+        if name not in y:
+            continue
+        own = sample_weight
+        if isinstance(sample_weight, Mapping):
+            own = sample_weight.get(name)
         value = keras.ops.cast(loss(y[name], y_pred[name], own), compiled.dtype)
         if metric is not None:
-            metric.update_state(unscaled_loss(value), sample_weight=y_pred[name].shape[0])
+            # Not the static size: unknown in a graph of TensorFlow, where a last batch
+            # of one example would count as much as a full one.
+            size = keras.ops.shape(y_pred[name])[0]
+            metric.update_state(unscaled_loss(value), sample_weight=size)
         weight = 1.0 if weight is None else weight
+        if not isinstance(weight, float):
+            weight = keras.ops.cast(weight.variable, compiled.dtype)
         if several[name] > 1:
             value, weight = value * weight, 1.0
         values[name] = values[name] + value if name in values else value
         weights[name] = weight
     return values, weights
+
+
+def compiled_metrics(
+    model: keras.Model, y: Mapping[str, Any], y_pred: Mapping[str, Any]
+) -> Iterator[tuple[str, keras.metrics.Metric, bool]]:
+    """The compiled metrics, made now if they aren't yet.
+
+    Args:
+        model: a compiled model with a dict of outputs.
+        y: dict of labels, of every output with metrics at least.
+        y_pred: dict of predictions.
+
+    Yields:
+        The output, the metric, and whether sample weights count in it.
+    """
+    compiled = model._compile_metrics
+    if compiled is None:
+        return
+    if not compiled.built:
+        compiled.build({name: y.get(name) for name in y_pred}, y_pred)
+    names = compiled._resolved_output_names or list(y_pred)
+    kinds = (compiled._flat_metrics, compiled._flat_weighted_metrics)
+    for weighted, by_output in enumerate(kinds):
+        for name, metrics in zip(names, by_output):
+            for metric in metrics.metrics if metrics else ():
+                yield name, metric, bool(weighted)
+
+
+def build_losses(model: keras.Model, y: Mapping[str, Any]) -> None:
+    """Make the losses and metrics of a compiled functional model from labels by task."""
+    labels = {name: y.get(name) for name in model.output}
+    compiled = model._compile_loss
+    strategy = getattr(model, "_distribute_strategy", None)
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        if compiled is not None and not compiled.built:
+            compiled.build(labels, model.output)
+        list(compiled_metrics(model, y, model.output))
+
+
+def sum_of_losses(model: keras.Model) -> float | None:
+    """The weighted sum of the losses that are logged by output; None with one loss."""
+    compiled = model._compile_loss
+    if compiled is None or not compiled.metrics:
+        return None
+    total = 0.0
+    for (_, _, weight, _), metric in zip(compiled._flat_losses, compiled.metrics):
+        weight = getattr(weight, "variable", 1.0 if weight is None else weight)
+        total += float(metric.result()) * float(keras.ops.convert_to_numpy(weight))
+    return total
+
+
+def logs_as_list(model: keras.Model, logs: Mapping[str, Any]) -> Any:
+    """Logs in the order of the metrics, as `evaluate` returns them."""
+    return model._flatten_metrics_in_order(logs)
 
 
 def aggregated_loss(model: keras.Model, loss: Any) -> Any:

@@ -1,18 +1,25 @@
 """Data sets of several tasks as one stream of batches."""
 
 import math
+import numbers
 from typing import Any, Literal
 
-from dmtrl_keras.ground.backend import tensorflow
+import numpy as np
+from keras import tree
+
+from dmtrl_keras.ground.backend import makes_batches, tensorflow
 from dmtrl_keras.ground.types import Dataset
 from dmtrl_keras.ground.validation import check_positive
+
+# Among so many examples is shuffled what has no known end.
+_BUFFER = 1000
 
 
 def zip_tasks(
     datasets: dict[str, Any],
     batch_size: int,
     epoch: int | Literal["longest", "shortest"] = "longest",
-    shuffle: bool = True,
+    shuffle: bool | int = True,
     seed: int | None = None,
     prefetch: bool = True,
 ) -> Dataset:
@@ -24,13 +31,15 @@ def zip_tasks(
 
     Args:
         datasets: dict from task name to `(x, y)` or `(x, y, sample_weight)` arrays with
-            one length, or to a `tf.data.Dataset` of such examples, unbatched and of
-            known cardinality. Both kinds may be mixed.
+            one length, or to a `tf.data.Dataset` of such examples, unbatched. Both kinds
+            may be mixed. With a number of batches as `epoch` data sets may be endless or of
+            unknown size, such as those of generators, `repeat` and `filter`.
         batch_size: positive int.
         epoch: `"longest"`: `ceil(max(n) / batch_size)` batches, in which every example of
             every task appears; `"shortest"`: `ceil(min(n) / batch_size)`; or the number of
             batches as an int.
-        shuffle: bool, whether to shuffle each data set wholly before each repetition.
+        shuffle: whether to shuffle each data set before each repetition: wholly, or, where
+            it has no known end, among the next 1,000 examples. An int: among so many.
         seed: int or None.
         prefetch: bool, whether to prepare the next batch during a step.
 
@@ -40,8 +49,9 @@ def zip_tasks(
         weights, the others have ones.
 
     Raises:
-        ValueError: on no task, empty data, arrays of different lengths, a batched or
-            endless data set, or a bad `batch_size` or `epoch`.
+        ValueError: on no task, empty data, arrays of different lengths, data that are no
+            arrays, a batched data set, one without a known end if `epoch` depends on it, or
+            a bad `batch_size`, `epoch`, `shuffle` or `seed`.
 
     Example:
 
@@ -63,23 +73,33 @@ def zip_tasks(
             "`datasets` must be a dict from task name to data, with at least one task. "
             f"Received: {type(datasets).__name__}."
         )
+    strange = [name for name in datasets if not isinstance(name, str)]
+    if strange:
+        raise ValueError(f"zip_tasks: task names must be strings. Received: {strange}.")
     check_positive("batch_size", batch_size, "zip_tasks")
+    if not isinstance(shuffle, bool):
+        check_positive("shuffle", shuffle, "zip_tasks", " or a bool")
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not (seed is None or whole):
+        raise ValueError(f"zip_tasks: `seed` must be an int or None. Received: {seed!r}.")
     parts, sizes, weighted = {}, {}, {}
     for name, data in datasets.items():
         part, size = _examples(tf, name, data)
         weighted[name] = len(part.element_spec) == 3
         parts[name], sizes[name] = part, size
-    if epoch == "longest":
-        steps = math.ceil(max(sizes.values()) / batch_size)
-    elif epoch == "shortest":
-        steps = math.ceil(min(sizes.values()) / batch_size)
+    if isinstance(epoch, str) and epoch in ("longest", "shortest"):
+        _check_sizes(sizes, epoch)
+        last = max if epoch == "longest" else min
+        steps = math.ceil(last(sizes.values()) / batch_size)
     else:
         other = ' or one of "longest" and "shortest"'
         steps = check_positive("epoch", epoch, "zip_tasks", other)
     for index, (name, part) in enumerate(parts.items()):
         if shuffle:
-            own = None if seed is None else seed + index
-            part = part.shuffle(sizes[name], seed=own, reshuffle_each_iteration=True)
+            own = None if seed is None else int(seed) + index
+            buffer = sizes[name] if sizes[name] > 0 else _BUFFER
+            buffer = buffer if shuffle is True else int(shuffle)
+            part = part.shuffle(buffer, seed=own, reshuffle_each_iteration=True)
         if any(weighted.values()) and not weighted[name]:
             part = part.map(lambda x, y: (x, y, 1.0))
         parts[name] = part.repeat().batch(batch_size, drop_remainder=True)
@@ -93,32 +113,104 @@ def zip_tasks(
     return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
 
 
+def _check_sizes(sizes: dict[str, int], epoch: str) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(
+                f"Task {name!r}: with epoch={epoch!r} expected a finite data set of known "
+                "cardinality (see `tf.data.experimental.assert_cardinality`). Received: "
+                f"cardinality={size}. Or give a number of batches as `epoch`."
+            )
+
+
 def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
-    """One task's data as an unbatched dataset, and its number of examples."""
+    """One task's data as an unbatched dataset, and its cardinality, negative if open."""
     if isinstance(data, tf.data.Dataset):
         spec = data.element_spec
-        if not isinstance(spec, tuple) or len(spec) not in (2, 3):
+        if not isinstance(spec, tuple) or len(spec) not in (2, 3) or _lacks(tf, spec):
             raise ValueError(
                 f"Task {name!r}: expected examples (x, y) or (x, y, sample_weight). "
                 f"Received: element_spec={spec}."
             )
-        size = int(data.cardinality())
-        if size < 1:
+        if _is_batched(tf, data):
             raise ValueError(
-                f"Task {name!r}: expected a finite data set of known, positive "
-                "cardinality (see `tf.data.experimental.assert_cardinality`). "
-                f"Received: cardinality={size}."
+                f"Task {name!r}: expected single examples. Received batches: "
+                f"element_spec={spec}. Call `.unbatch()` first; if these are examples of "
+                "an open length, give them one shape (`tf.ensure_shape`, padding)."
+            )
+        size = int(data.cardinality())
+        if size == 0:
+            raise ValueError(
+                f"Task {name!r}: expected at least one example. Received: cardinality=0."
             )
         return data, size
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
         raise ValueError(
             f"Task {name!r}: expected a tf.data.Dataset, (x, y) or "
-            f"(x, y, sample_weight). Received: {type(data).__name__}."
+            f"(x, y, sample_weight). Received: {type(data).__name__}. "
+            "A generator of examples becomes a data set by "
+            "`tf.data.Dataset.from_generator(..., output_signature=...)`."
         )
-    sizes = [len(array) for array in tf.nest.flatten(tuple(data))]
+    parts = tuple(data[:2]) if len(data) == 3 and data[2] is None else tuple(data)
+    arrays = [array for part in parts for array in tf.nest.flatten((part,))]
+    strange = [
+        f"{type(array).__name__} {array!r:.40}"
+        for array in arrays
+        if not len(getattr(array, "shape", ()))
+    ]
+    if strange or any(isinstance(part, list) for part in parts):
+        raise ValueError(
+            f"Task {name!r}: expected arrays of examples in (x, y) or (x, y, "
+            "sample_weight), or dicts and tuples of arrays; a list of numbers becomes one "
+            f"by `numpy.asarray`. Received: {[type(part).__name__ for part in parts]}"
+            + (f", in it {strange[0]}." if strange else ".")
+        )
+    sizes = [array.shape[0] for array in arrays]
     if len(set(sizes)) != 1 or sizes[0] == 0:
         raise ValueError(
             f"Task {name!r}: expected arrays of one positive length. "
             f"Received: lengths {sizes}."
         )
-    return tf.data.Dataset.from_tensor_slices(tuple(data)), sizes[0]
+    try:
+        return tf.data.Dataset.from_tensor_slices(parts), sizes[0]
+    except (TypeError, ValueError) as error:
+        kinds = [f"{type(a).__name__} of {getattr(a, 'dtype', '?')}" for a in arrays]
+        raise ValueError(
+            f"Task {name!r}: expected arrays that TensorFlow takes. Received: {kinds}."
+        ) from error
+
+
+def arrays_of(name: str, data: Any) -> tuple[Any, ...]:
+    """One task's data as arrays `(x, y)` or `(x, y, sample_weight)`.
+
+    Args:
+        name: str, the task.
+        data: what `zip_tasks` takes for a task; a `tf.data.Dataset` may be batched.
+    """
+    if isinstance(data, tuple) and len(data) in (2, 3):
+        return data
+    tf = tensorflow()
+    if isinstance(data, tf.data.Dataset) and _is_batched(tf, data):
+        data = data.unbatch()
+    examples, size = _examples(tf, name, data)
+    if size == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(
+            f"Task {name!r}: expected a finite data set. Received: cardinality={size}."
+        )
+    batches = list(examples.batch(1024).as_numpy_iterator())
+    return tuple(tree.map_structure(lambda *parts: np.concatenate(parts), *batches))
+
+
+def _lacks(tf: Any, spec: tuple[Any, ...]) -> bool:
+    """Whether examples have None for inputs or labels."""
+    return any(isinstance(own, tf.NoneTensorSpec) for own in tf.nest.flatten(spec))
+
+
+def _is_batched(tf: Any, data: Dataset) -> bool:
+    """Whether the elements of a data set are batches, as far as it can be known."""
+    shapes = [getattr(own, "shape", None) for own in tf.nest.flatten(data.element_spec)]
+    if any(shape is None or not shape.rank for shape in shapes):
+        return False
+    first = {shape[0] for shape in shapes if shape is not None}
+    # All of an open size: not to be batched in any case.
+    return first == {None} or (len(first) == 1 and makes_batches(data))

@@ -1,7 +1,9 @@
 """The functional model whose outputs are a dict by task name."""
 
 import functools
+import inspect
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,15 +21,34 @@ from dmtrl_keras.ground.keras_private import (
     aggregated_loss,
     attach,
     attached,
+    build_losses,
+    compiled_metrics,
     functional_constructor,
     has_losses,
+    logs_as_list,
     losses_by_output,
     sharing_scope,
+    sum_of_losses,
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
+from dmtrl_keras.training.lengths import (
+    Piece,
+    TaskValidation,
+    concatenated,
+    different_lengths,
+    one_set_each,
+)
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
+from dmtrl_keras.training.weights import (
+    MovingWeights,
+    Weight,
+    as_given,
+    moving_weights,
+    weights_by_task,
+)
 
 # By this name the features of a training step ride on its outputs.
 _FEATURES = "_dmtrl_keras_features"
@@ -67,10 +88,15 @@ class MultiTaskModel(ModelOfReplicas):
     unknown tasks in `loss_weights`: ['wealth']. The tasks are ['age', 'income'].
     """
 
-    # None: all of them.
-    _tasks_with_loss: set[str] | None = None
+    _tasks_with_loss: frozenset[str] = frozenset()
+    _tasks_with_metrics: frozenset[str] = frozenset()
+    _loss_weights: "_Untracked | None" = None
+    _moving_weights: Sequence[MovingWeights] = ()
     _terms: Sequence[LossTerm] = ()
     _network: "_Untracked | None" = None
+    # The tasks of a piece of an evaluation, and whether it goes on with what it measured.
+    _present: frozenset[str] | None = None
+    _going_on: bool = False
     _losses_given: tuple[tuple[str, Any], ...] = ()
 
     @functional_constructor
@@ -146,7 +172,7 @@ class MultiTaskModel(ModelOfReplicas):
         self,
         optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         loss: Any = None,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: Mapping[str, Weight] | None = None,
         metrics: Any = None,
         weighted_metrics: Any = None,
         **kwargs: Any,
@@ -155,49 +181,55 @@ class MultiTaskModel(ModelOfReplicas):
 
         Args:
             optimizer: as in Keras.
-            loss: a dict by task name, in which tasks may be left out; or one loss for all.
-            loss_weights: a dict of floats by task name; tasks left out have 1.
+            loss: a dict by task name, in which tasks may be left out or None; or one loss
+                for all.
+            loss_weights: a dict of numbers by task name; tasks left out have 1. A scalar
+                `keras.Variable` is followed when a callback assigns to it, and saved with
+                the model; it is not trained.
             metrics: a dict by task name; or a list of names or functions for all tasks.
             weighted_metrics: likewise.
             **kwargs: the others, as in Keras.
 
         Raises:
-            ValueError: on unknown tasks, on weights of tasks without a loss, on lists of
-                one entry per task; on what Keras can't do with several replicas:
-                `jit_compile=True`, `steps_per_execution` above 1.
+            ValueError: on unknown tasks, on weights of tasks without a loss, on weights
+                that are no numbers, on lists of one entry per task; on what Keras can't do
+                with several replicas: `jit_compile=True`, `steps_per_execution` above 1.
+
+        Warns:
+            UserWarning: on metrics of Keras beside a `MaskedLoss`, which take missing
+                labels for labels.
         """
         self._check_replicas(kwargs)
-        self._check_tasks("loss", loss)
-        self._check_tasks("loss_weights", loss_weights)
+        given, (loss, by_task) = loss, self._given_losses(loss)
+        weights = {}
         if loss_weights is not None:
-            if not isinstance(loss_weights, dict):
-                raise ValueError(
-                    f"{name_of(self)}: `loss_weights` must be a dict by task name. "
-                    f"Received: {loss_weights!r}."
-                )
-            if loss is not None and not isinstance(loss, dict):
-                loss = dict.fromkeys(self.task_names, loss)
-            without = sorted(set(loss_weights) - set(loss or {}))
-            if without:
-                raise ValueError(
-                    f"{name_of(self)}: `loss_weights` for tasks without a loss: {without}. "
-                    f"Received: loss for {sorted(loss or {})}."
-                )
-            loss_weights = {task: loss_weights.get(task, 1.0) for task in loss}
+            self._check_tasks("loss_weights", loss_weights)
+            # As in Keras, weights of tasks whose loss is None do nothing.
+            idle = set(given) - set(by_task) if isinstance(given, dict) else set()
+            weights = weights_by_task(loss_weights, by_task, idle, name_of(self))
+            # Keras wants both in one structure.
+            loss = by_task or loss
+        metrics = self._metrics_by_task("metrics", metrics)
+        weighted_metrics = self._metrics_by_task("weighted_metrics", weighted_metrics)
+        metered = [m for m in (metrics, weighted_metrics) if m]
+        warn_of_unmasked(by_task, metered, name_of(self))
         super().compile(
             optimizer=optimizer,
             loss=loss,
-            loss_weights=loss_weights,
-            metrics=self._metrics_by_task("metrics", metrics),
-            weighted_metrics=self._metrics_by_task("weighted_metrics", weighted_metrics),
+            loss_weights=weights or None,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
             **kwargs,
         )
-        self._tasks_with_loss = None
-        if isinstance(loss, dict):
-            self._tasks_with_loss = {task for task, own in loss.items() if own is not None}
-        by_task = loss if isinstance(loss, dict) else dict.fromkeys(self.task_names, loss)
-        # Not a dict: Keras would track the losses in it.
+        self._tasks_with_loss = frozenset(by_task)
+        self._tasks_with_metrics = frozenset(
+            task for given in metered for task, own in given.items() if own
+        )
+        # Not a dict: Keras would track what is in it.
         self._losses_given = tuple(by_task.items())
+        all_weights = {task: weights.get(task, 1.0) for task in by_task}
+        object.__setattr__(self, "_loss_weights", _Untracked(all_weights))
+        object.__setattr__(self, "_moving_weights", moving_weights(weights))
 
     def _check_replicas(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
@@ -213,7 +245,10 @@ class MultiTaskModel(ModelOfReplicas):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was; Keras leaves it to classes with a `compile`."""
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        with warnings.catch_warnings():
+            # Whoever compiled it was warned.
+            warnings.filterwarnings("ignore", message=UNMASKED)
+            self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
@@ -260,6 +295,22 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{sorted(map(str, unknown))}. The tasks are {list(self.task_names)}."
             )
 
+    def _given_losses(self, loss: Any) -> tuple[Any, dict[str, Any]]:
+        """The losses as Keras takes them, and by task that has one."""
+        self._check_tasks("loss", loss)
+        if loss is None:
+            return None, {}
+        if not isinstance(loss, dict):
+            return loss, dict.fromkeys(self.task_names, loss)
+        loss = {task: own for task, own in loss.items() if own is not None and own != []}
+        for task, own in loss.items():
+            if isinstance(own, (list, tuple)) and None in own:
+                raise ValueError(
+                    f"{name_of(self)}: `loss` has None in the list of task {task!r}. "
+                    f"Received: {own!r}."
+                )
+        return loss, loss
+
     def _metrics_by_task(self, argument: str, metrics: Any) -> Any:
         if metrics is None or isinstance(metrics, dict):
             self._check_tasks(argument, metrics)
@@ -296,9 +347,23 @@ class MultiTaskModel(ModelOfReplicas):
         attach(next(iter(outputs.values())), _FEATURES, features)
         return outputs
 
+    @property
+    def loss_weights(self) -> dict[str, Weight]:
+        """By task with a loss the weight that the model was compiled with.
+
+        Numbers, and variables themselves: `model.loss_weights["age"].assign(0.5)`.
+        """
+        weights = self._loss_weights.value if self._loss_weights else {}
+        return {task: as_given(weight) for task, weight in weights.items()}
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """As in Keras, with the state of loss weights that are variables."""
+        return [*super().metrics, *self._moving_weights]
+
     def task_losses(
         self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    ) -> tuple[dict[str, Tensor], dict[str, float | Tensor]]:
         """The losses by task, before they are added.
 
         Args:
@@ -307,8 +372,9 @@ class MultiTaskModel(ModelOfReplicas):
             sample_weight: None, a tensor, or a dict of them by task.
 
         Returns:
-            `(losses, weights)`, dicts by task, of scalars and of the loss weights. The
-            total is the sum of their products, of the penalties and of the terms.
+            `(losses, weights)`, dicts by task, of scalars and of the loss weights; several
+            losses of a task are added, with weight 1. The total is the sum of their
+            products, of the penalties and of the terms.
 
         Raises:
             ValueError: on labels that are no dict by task, of unknown tasks, or missing for
@@ -316,29 +382,32 @@ class MultiTaskModel(ModelOfReplicas):
         """
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
-        self._check_labels(y, sample_weight)
-        if not isinstance(y, Mapping):
-            if self.tasks > 1:
-                raise ValueError(
-                    f"{name_of(self)}: expected a dict of labels by task. "
-                    f"Received: {type(y).__name__}."
-                )
-            y = {self.task_names[0]: y}
+        y = self._labels(y, sample_weight, self._tasks_with_loss, "a loss")
         return losses_by_output(self, y, y_pred, sample_weight)
 
-    def _check_labels(self, y: Any, sample_weight: Any) -> None:
+    def _labels(
+        self, y: Any, sample_weight: Any, expected: frozenset[str], what: str
+    ) -> dict[str, Any]:
+        """The labels that there are by task, checked."""
         for argument, value in (("y", y), ("sample_weight", sample_weight)):
             self._check_tasks(argument, value)
+        if not isinstance(y, Mapping) and self.tasks > 1:
+            raise ValueError(
+                f"{name_of(self)}: expected a dict of labels by task. "
+                f"Received: {type(y).__name__}."
+            )
         if not isinstance(y, Mapping):
-            return
-        expected = self._tasks_with_loss
-        expected = set(self.task_names) if expected is None else expected
+            y = {self.task_names[0]: y}
+        y = {task: own for task, own in y.items() if own is not None}
+        if self._present is not None:
+            expected = expected & self._present
         absent = sorted(expected - set(y))
         if absent:
             raise ValueError(
-                f"{name_of(self)}: expected labels for every task with a loss, also "
+                f"{name_of(self)}: expected labels for every task with {what}, also "
                 f"for {absent}. Received: labels for {sorted(y)}."
             )
+        return y
 
     def compute_loss(
         self,
@@ -355,7 +424,6 @@ class MultiTaskModel(ModelOfReplicas):
                 task that has a loss and no labels.
             tf.errors.InvalidArgumentError: in training, if a replica has no example.
         """
-        self._check_labels(y, sample_weight)
         # What rides on the outputs, before they are others.
         features = self._features_of(y_pred) if training else None
         if training and y is not None:
@@ -364,13 +432,211 @@ class MultiTaskModel(ModelOfReplicas):
             )
         parts = []
         if has_losses(self) and y is not None:
+            # It checks the labels.
             losses, weights = self.task_losses(y, y_pred, sample_weight)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
         parts += self._values_of_terms(y, y_pred, sample_weight, features)
+        if not parts and self._present is not None:
+            return keras.ops.zeros(())
         if not parts:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
+    ) -> dict[str, Tensor]:
+        """As in Keras; tasks without metrics need no labels.
+
+        Raises:
+            ValueError: on a task that has metrics and no labels; on class labels for a
+                metric that needs a label for each output.
+        """
+        if self._tasks_with_metrics:
+            y = self._labels(y, sample_weight, self._tasks_with_metrics, "metrics")
+            for task, metric, weighted in compiled_metrics(self, y, y_pred):
+                if task not in y:
+                    continue
+                check_shapes(metric, task, y[task], y_pred[task], name_of(self))
+                weight = sample_weight if weighted else None
+                if isinstance(weight, Mapping):
+                    weight = weight.get(task)
+                metric.update_state(y[task], y_pred[task], sample_weight=weight)
+        return self.get_metrics_result()
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """As in Keras, with validation data that may differ in length by task.
+
+        Args:
+            *args: as in Keras.
+            **kwargs: as in Keras. `validation_data` may be data of each task, as in
+                `evaluate`.
+
+        Raises:
+            ValueError: on training data of different lengths: `zip_tasks` makes one stream
+                of them.
+        """
+        given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        self._build_losses(given.get("x"), given.get("y"))
+        sizes = different_lengths(self, given.get("x"))
+        if sizes:
+            raise ValueError(
+                f"{name_of(self)}: expected inputs of one length for `fit`; `zip_tasks` "
+                f"makes one stream of several data sets. Received: lengths {sizes}."
+            )
+        data = given.get("validation_data")
+        x, *others = data if isinstance(data, tuple) else (data,)
+        pieces = None if data is None else one_set_each(self, x, *others)
+        if pieces is None:
+            return super().fit(*args, **kwargs)
+        if given.get("validation_steps") is not None:
+            raise ValueError(
+                f"{name_of(self)}: with a validation set for each task expected "
+                f"validation_steps=None. Received: {given['validation_steps']}."
+            )
+        size = given.get("validation_batch_size") or given.get("batch_size")
+        validation = TaskValidation(
+            lambda: self._evaluate_pieces(pieces, batch_size=size, verbose=0),
+            given.pop("validation_freq", 1),
+        )
+        given["callbacks"] = [validation, *tree.flatten(given.get("callbacks") or [])]
+        del given["validation_data"]
+        return super().fit(**given)
+
+    def _build_losses(self, x: Any, y: Any) -> None:
+        """Make what losses and metrics need, where the labels' shapes are known.
+
+        Else Keras makes it while it traces the first step on TensorFlow, which is then
+        traced once more.
+        """
+        spec = getattr(x, "element_spec", None)
+        if y is None and isinstance(spec, tuple) and len(spec) > 1:
+            y = spec[1]
+        expected = self._tasks_with_loss | self._tasks_with_metrics
+        if isinstance(y, Mapping) and expected <= set(y) <= set(self.task_names):
+            shapes = [getattr(y[task], "shape", None) for task in expected]
+            if all(s is not None and getattr(s, "rank", 1) is not None for s in shapes):
+                build_losses(self, y)
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: str | int = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Keras, with data that may differ by task.
+
+        Every task is measured on its own examples, each exactly once; the loss is the sum
+        of the tasks' losses with their weights, of the penalties and of the terms.
+
+        Args:
+            x: as in Keras; or a dict by task of inputs, of as many examples as the task
+                has: for a network with an input for each task, or for one with a common
+                input. Or a dict by task of data sets, as `zip_tasks` takes them:
+                `(x, y)`, `(x, y, sample_weight)`, or a `tf.data.Dataset`.
+            y: as in Keras, a dict of labels by task.
+            batch_size: as in Keras, as are `verbose`, `callbacks` and `return_dict`.
+            verbose: with data that differ, there is a progress bar for each part of them.
+            sample_weight: as in Keras; or a dict by task.
+            steps: as in Keras; None with data that differ.
+            callbacks: a list, or None.
+            return_dict: bool.
+            **kwargs: what Keras itself gives.
+
+        Raises:
+            ValueError: on data of a task with different lengths, on tasks without data; on
+                inputs by task of different lengths for a network whose tasks see each
+                other's features.
+        """
+        pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
+        if pieces is None:
+            self._build_losses(x, y)
+            return super().evaluate(
+                x=x,
+                y=y,
+                batch_size=batch_size,
+                verbose=verbose,
+                sample_weight=sample_weight,
+                steps=steps,
+                callbacks=callbacks,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        if steps is not None:
+            raise ValueError(
+                f"{name_of(self)}: with data for each task expected steps=None. "
+                f"Received: steps={steps}."
+            )
+        logs = self._evaluate_pieces(
+            pieces, batch_size=batch_size, verbose=verbose, callbacks=callbacks
+        )
+        return logs if return_dict else logs_as_list(self, logs)
+
+    def _evaluate_pieces(self, pieces: list[Piece], **kwargs: Any) -> dict[str, Any]:
+        """What `evaluate` returns as a dict, of one data set for each task."""
+        labels: dict[str, Any] = {}
+        for piece in pieces:
+            labels = {**(piece.y or {}), **labels}
+        expected = self._tasks_with_loss | self._tasks_with_metrics
+        self._labels(labels, None, expected, "a loss or metrics")
+        build_losses(self, labels)
+        # One loss is logged as the total alone: of the pieces that have it, the first.
+        pieces = sorted(pieces, key=lambda p: not self._tasks_with_loss & set(p.tasks))
+        total, rest = None, 0.0
+        try:
+            for piece in pieces:
+                self._present = frozenset(piece.tasks)
+                logs = super().evaluate(
+                    x=piece.x,
+                    y=piece.y,
+                    sample_weight=piece.sample_weight,
+                    return_dict=True,
+                    **kwargs,
+                )
+                losses = sum_of_losses(self)
+                if not self._going_on and losses is not None:
+                    # Penalties and terms.
+                    rest = logs["loss"] - losses
+                if losses is not None:
+                    total = losses + rest
+                elif total is None or self._tasks_with_loss & self._present:
+                    total = logs["loss"]
+                self._going_on = True
+        finally:
+            self._present, self._going_on = None, False
+        return {**logs, "loss": total}
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in Keras, with inputs that may differ in length by task.
+
+        Args:
+            x: as in Keras; or a dict by task, as in `evaluate`.
+            *args: as in Keras.
+            **kwargs: as in Keras.
+
+        Returns:
+            A dict of arrays by task, each as long as the task's own inputs.
+        """
+        pieces = one_set_each(self, x)
+        if pieces is None:
+            return super().predict(x, *args, **kwargs)
+        parts: dict[str, list[Any]] = {task: [] for task in self.task_names}
+        for piece in pieces:
+            outputs = super().predict(piece.x, *args, **kwargs)
+            for task in piece.tasks:
+                parts[task].append(outputs[task])
+        return {task: concatenated(own) for task, own in parts.items() if own}
+
+    def reset_metrics(self) -> None:
+        """As in Keras; not within an evaluation of one data set for each task."""
+        if not self._going_on:
+            super().reset_metrics()
 
     def _features_of(self, y_pred: Mapping[str, Tensor]) -> list[Any]:
         """What the terms asked for, of the batch that gave these outputs."""
@@ -434,9 +700,9 @@ class MultiTaskModel(ModelOfReplicas):
 
 
 class _Untracked:
-    """A model that is no part of another, since it has the same layers."""
+    """What is not to be tracked by Keras, such as a model with the layers of another."""
 
-    def __init__(self, value: keras.Model) -> None:
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 

@@ -106,3 +106,84 @@ def test_errors(call, message):
     """Which task, what was received, what was expected."""
     with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
+
+
+def test_data_without_a_known_end():
+    """With a number of batches no size is needed: `repeat`, `filter`, generators."""
+
+    def generate():
+        while True:
+            yield np.zeros(1, "float32"), np.float32(7)
+
+    spec = (tf.TensorSpec((1,)), tf.TensorSpec(()))
+    data = {
+        "repeated": endless(),
+        "filtered": tf.data.Dataset.from_tensor_slices(arrays(6)).filter(
+            lambda x, y: y > 4
+        ),
+        "generated": tf.data.Dataset.from_generator(generate, output_signature=spec),
+        "whole": arrays(2),
+    }
+    stream = zip_tasks(data, 4, epoch=3, seed=np.int64(0))
+    assert len(stream) == 3
+    assert set(collect(stream, "filtered")) == {3, 4, 5}
+    assert set(collect(stream, "whole")) == {0, 1}
+    for name in ("repeated", "filtered", "generated"):
+        with pytest.raises(ValueError, match=f"'{name}'.*number of batches as `epoch`"):
+            zip_tasks({name: data[name]}, 4)
+
+
+def test_shuffle_among_some():
+    """An int: no example comes before it is among so many."""
+    stream = zip_tasks({"a": arrays(40)}, 10, shuffle=2, seed=0)
+    found = collect(stream, "a")
+    assert set(found) == set(range(40)) and not np.array_equal(found, np.arange(40))
+    assert (found - np.arange(40)).max() <= 1
+
+
+@pytest.mark.parametrize("batch", [4, 3])
+def test_batches_are_told_from_examples(batch):
+    """By the pipeline, where the shapes could be those of examples."""
+    maps = np.zeros((6, 3, 3, 1), "float32"), np.zeros((6, 3, 3), "float32")
+    dataset = tf.data.Dataset.from_tensor_slices(maps)
+    assert len(zip_tasks({"a": dataset}, 2)) == 3
+    batched = dataset.batch(batch, drop_remainder=batch == 3)
+    for data in (batched, batched.map(lambda x, y: (x + 1, y)).prefetch(1)):
+        with pytest.raises(ValueError, match=r"'a'.*single examples.*`.unbatch\(\)`"):
+            zip_tasks({"a": data}, 2)
+    again = batched.unbatch().apply(tf.data.experimental.assert_cardinality(6))
+    assert len(zip_tasks({"a": again}, 2)) == 3
+
+
+ONE = np.ones((3, 1), "float32")
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "message"),
+    [
+        ((ONE, None), {}, "'a'.*arrays of examples.*NoneType"),
+        ((ONE, 3), {}, "'a'.*arrays of examples.*int 3"),
+        (([1, 2], [1, 2]), {}, "'a'.*numpy.asarray.*'list'"),
+        ((np.ones(()), np.ones(())), {}, "'a'.*arrays of examples"),
+        ((np.array([print, len, max]), ONE), {}, "'a'.*that TensorFlow takes.*object"),
+        ((x for x in "ab"), {}, "'a'.*generator.*from_generator"),
+        ((ONE, ONE), {"seed": "x"}, "`seed` must be an int or None.*'x'"),
+        ((ONE, ONE), {"seed": 1.5}, "`seed` must be an int or None.*1.5"),
+        ((ONE, ONE), {"shuffle": "yes"}, "`shuffle` must be a positive int or a bool"),
+        ((ONE, ONE), {"epoch": None}, "`epoch` must be a positive int or one of"),
+    ],
+)
+def test_bad_data(data, arguments, message):
+    """No raw errors of TensorFlow or Python."""
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        zip_tasks({"a": data}, 2, **arguments)
+
+
+def test_names_and_labels():
+    """Task names are strings; None for weights is none; None for labels is an error."""
+    with pytest.raises(ValueError, match=r"task names must be strings.*1"):
+        zip_tasks({1: arrays(3)}, 2)
+    assert len(next(iter(zip_tasks({"a": (*arrays(3), None)}, 2)))) == 2
+    unlabelled = tf.data.Dataset.from_tensor_slices(arrays(3)).map(lambda x, y: (x, None))
+    with pytest.raises(ValueError, match=r"'a'.*examples.*NoneTensorSpec"):
+        zip_tasks({"a": unlabelled}, 2)

@@ -1,0 +1,226 @@
+"""Test sets of different lengths, one for each task."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.training.data import arrays_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of the data, in which some tasks have examples of their own.
+
+    Attributes:
+        tasks: those tasks.
+        x: inputs of the network; of the other tasks something that fits.
+        y: dict of labels by task, or None.
+        sample_weight: dict of weights by task, or None.
+    """
+
+    tasks: tuple[str, ...]
+    x: Any
+    y: dict[str, Any] | None
+    sample_weight: dict[str, Any] | None
+
+
+def one_set_each(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+) -> list[Piece] | None:
+    """The pieces of data in which every task has its own examples, each exactly once.
+
+    Args:
+        model: a `MultiTaskModel`.
+        x: what the user gave; as are `y` and `sample_weight`.
+        y: dict of labels by task, or None.
+        sample_weight: dict of weights by task, or None.
+
+    Returns:
+        None if the data is what Keras takes: the same examples for all tasks, or an input
+        of one length for each. With an input for each task the pieces end where a task's
+        data ends, and the batches of the others go on with its first example, whose output
+        is not used. With one input for all tasks, there is a piece for each.
+
+    Raises:
+        ValueError: if the data of a task have different lengths, if tasks are missing, if
+            tasks with inputs of their own see each other's features.
+    """
+    owner, tasks = name_of(model), model.task_names
+    if not isinstance(x, Mapping) or not x or not set(x) <= set(tasks):
+        return None
+    if y is None and all(_is_data_set(data) for data in x.values()):
+        parts = {task: arrays_of(task, data) for task, data in x.items()}
+        x = {task: part[0] for task, part in parts.items()}
+        y = {task: part[1] for task, part in parts.items()}
+        weights = {task: part[2] for task, part in parts.items() if len(part) > 2}
+        sample_weight = weights or None
+        split = True
+    else:
+        split = False
+    names = [tensor.name for tensor in model.inputs]
+    names = list(model.input) if isinstance(model.input, dict) else names
+    each = set(names) == set(tasks) and len(names) > 1
+    if not each and set(x) <= set(names):
+        return None
+    sizes = _sizes(x, y, sample_weight, owner)
+    if each and set(x) < set(tasks):
+        raise ValueError(
+            f"{owner}: expected inputs of every task, {list(tasks)}. "
+            f"Received: inputs of {sorted(x)}."
+        )
+    if each and len(set(sizes.values())) == 1 and not split:
+        return None
+    if not each:
+        return [_piece([task], x[task], y, sample_weight, 0, sizes[task]) for task in x]
+    if len(set(sizes.values())) > 1:
+        _check_independent(model, x)
+    return list(_pieces(x, y, sample_weight, sizes))
+
+
+def different_lengths(model: keras.Model, x: Any) -> dict[str, int] | None:
+    """The lengths of inputs by task, if they differ."""
+    if not isinstance(x, Mapping) or not x or not set(x) <= set(model.task_names):
+        return None
+    leaves = {task: tree.flatten(own) for task, own in x.items()}
+    if not all(hasattr(leaf, "shape") for own in leaves.values() for leaf in own):
+        return None
+    sizes = {task: int(own[0].shape[0]) for task, own in leaves.items()}
+    return sizes if len(set(sizes.values())) > 1 else None
+
+
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Outputs of the pieces, one after the other."""
+    return tree.map_structure(lambda *own: np.concatenate(own), *parts)
+
+
+class TaskValidation(keras.callbacks.Callback):
+    """Validation data of different lengths, evaluated at the end of epochs.
+
+    To come before the callbacks that follow `val_loss`.
+
+    Args:
+        evaluate: function without arguments that returns the results, a dict.
+        frequency: int, or a list of epochs, as `validation_freq` of Keras.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[], dict[str, Any]], frequency: int | Sequence[int]
+    ) -> None:
+        super().__init__()
+        self._evaluate = evaluate
+        self._frequency = frequency
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Add the results to the logs."""
+        if isinstance(self._frequency, int):
+            due = (epoch + 1) % self._frequency == 0
+        else:
+            due = epoch + 1 in self._frequency
+        if due and logs is not None:
+            logs.update({f"val_{name}": own for name, own in self._evaluate().items()})
+
+
+def _is_data_set(data: Any) -> bool:
+    """Whether it is `(x, y)`, `(x, y, sample_weight)`, or a `tf.data.Dataset`."""
+    if isinstance(data, tuple) and len(data) in (2, 3):
+        return True
+    # Named, not imported: TensorFlow may be absent.
+    return type(data).__module__.startswith("tensorflow") and hasattr(data, "element_spec")
+
+
+def _sizes(x: Mapping[str, Any], y: Any, sample_weight: Any, owner: str) -> dict[str, int]:
+    """The number of examples of each task."""
+    for argument, value in (("y", y), ("sample_weight", sample_weight)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(
+                f"{owner}: with inputs by task, expected `{argument}` by task. "
+                f"Received: {argument}={type(value).__name__}."
+            )
+        without = sorted(set(value or ()) - set(x))
+        if without:
+            raise ValueError(
+                f"{owner}: `{argument}` for tasks without inputs: {without}. "
+                f"Received: inputs of {sorted(x)}."
+            )
+    sizes = {}
+    for task, own in x.items():
+        of_task = (own, (y or {}).get(task), (sample_weight or {}).get(task))
+        leaves = [leaf for leaf in tree.flatten(of_task) if leaf is not None]
+        lengths = [_length(leaf) for leaf in leaves]
+        if len(set(lengths)) != 1 or lengths[0] < 1:
+            received = [type(leaf).__name__ for leaf in leaves]
+            raise ValueError(
+                f"{owner}: expected arrays of one positive length for task {task!r}. "
+                f"Received: {received}, lengths {lengths}."
+            )
+        sizes[task] = lengths[0]
+    return sizes
+
+
+def _length(leaf: Any) -> int:
+    shape = tuple(getattr(leaf, "shape", ()))
+    return int(shape[0]) if shape else 0
+
+
+def _rows(data: Any, start: int, stop: int) -> Any:
+    return tree.map_structure(lambda own: own[start:stop], data)
+
+
+def _piece(
+    tasks: Sequence[str], x: Any, y: Any, sample_weight: Any, start: int, stop: int
+) -> Piece:
+    labels, weights = (
+        None
+        if own is None
+        else {task: _rows(own[task], start, stop) for task in tasks if task in own}
+        for own in (y, sample_weight)
+    )
+    return Piece(tuple(tasks), x, labels, weights or None)
+
+
+def _pieces(
+    x: Mapping[str, Any], y: Any, sample_weight: Any, sizes: Mapping[str, int]
+) -> Iterator[Piece]:
+    """Of inputs for each task: first those of all, at last those of the longest."""
+    start = 0
+    for stop in sorted(set(sizes.values())):
+        inputs = {}
+        for task, own in x.items():
+            if sizes[task] >= stop:
+                inputs[task] = own[start:stop]
+            else:
+                first = np.asarray(own[:1])
+                inputs[task] = np.broadcast_to(first, (stop - start, *first.shape[1:]))
+        tasks = [task for task in x if sizes[task] >= stop]
+        yield _piece(tasks, inputs, y, sample_weight, start, stop)
+        start = stop
+
+
+def _check_independent(model: keras.Model, x: Mapping[str, Any]) -> None:
+    """Refuse networks in which a task's output depends on the inputs of others.
+
+    Every two tasks differ in a bit of their numbers. For each bit, the inputs of one half
+    of the tasks are others: the outputs of the other half must stay.
+    """
+    tasks = list(x)
+    first = {task: np.asarray(own[:1]) for task, own in x.items()}
+    last = {task: np.asarray(own[-1:]) for task, own in x.items()}
+    before = model(first, training=False)
+    for bit in range((len(tasks) - 1).bit_length()):
+        for side in (0, 1):
+            moved = [t for number, t in enumerate(tasks) if number >> bit & 1 == side]
+            after = model({**first, **{t: last[t] for t in moved}}, training=False)
+            for task in set(tasks) - set(moved):
+                a, b = (keras.ops.convert_to_numpy(o[task]) for o in (before, after))
+                if not np.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True):
+                    raise ValueError(
+                        f"{name_of(model)}: the output of task {task!r} depends on the "
+                        "inputs of other tasks, so that these must belong together, "
+                        f"example by example. Received: different examples for {tasks}, "
+                        f"of lengths {[len(own) for own in x.values()]}."
+                    )

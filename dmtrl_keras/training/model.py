@@ -21,12 +21,15 @@ from dmtrl_keras.ground.keras_private import (
     attached,
     functional_constructor,
     has_losses,
+    loss_tracker,
     losses_by_output,
+    set_loss_tracker,
     sharing_scope,
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.training.metrics import TotalLoss
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 
 # By this name the features of a training step ride on its outputs.
@@ -198,6 +201,10 @@ class MultiTaskModel(ModelOfReplicas):
         by_task = loss if isinstance(loss, dict) else dict.fromkeys(self.task_names, loss)
         # Not a dict: Keras would track the losses in it.
         self._losses_given = tuple(by_task.items())
+        losses = tree.flatten([own for _, own in self._losses_given])
+        counted = sum(getattr(one, "counts_labels", False) for one in losses)
+        if counted:
+            set_loss_tracker(self, TotalLoss(counted))
 
     def _check_replicas(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
@@ -314,6 +321,12 @@ class MultiTaskModel(ModelOfReplicas):
             ValueError: on labels that are no dict by task, of unknown tasks, or missing for
                 a task with a loss; if the model has no losses.
         """
+        return self._losses_by_task(y, y_pred, sample_weight)[:2]
+
+    def _losses_by_task(
+        self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any
+    ) -> tuple[dict[str, Tensor], dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """As `task_losses`, and the weighted losses of counted labels with the counts."""
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         self._check_labels(y, sample_weight)
@@ -364,7 +377,9 @@ class MultiTaskModel(ModelOfReplicas):
             )
         parts = []
         if has_losses(self) and y is not None:
-            losses, weights = self.task_losses(y, y_pred, sample_weight)
+            losses, weights, counted = self._losses_by_task(y, y_pred, sample_weight)
+            if counted:
+                loss_tracker(self).set_counted(counted)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
         parts += self._values_of_terms(y, y_pred, sample_weight, features)

@@ -155,7 +155,7 @@ class MaskedLoss(Masked, keras.losses.Loss):
 
     Raises:
         ValueError: on labels that can't belong to the predictions, are no real numbers, or
-            of an unsigned type that can't have the mark; on fractional classes (on
+            integers of a type that can't have the mark; on fractional classes (on
             TensorFlow `tf.errors.InvalidArgumentError`; not in code that XLA compiles); on
             a bad `missing`; on a loss whose value at one label depends on others (`CTC`,
             `Circle`, a mean over the batch).

@@ -245,8 +245,8 @@ def checked_labels(y_true: Any, missing: float, owner: str) -> Tensor:
     """Labels as a tensor, if they are real numbers that may have the mark.
 
     Raises:
-        ValueError: on strings and complex numbers; on unsigned numbers, none of which can
-            be `missing`.
+        ValueError: on strings and complex numbers; on integers of a type that does not have
+            `missing`.
     """
     if not hasattr(y_true, "dtype"):
         y_true = np.asarray(y_true)
@@ -257,8 +257,11 @@ def checked_labels(y_true: Any, missing: float, owner: str) -> Tensor:
     wanted = None
     if not kind.startswith(("float", "bfloat", "int", "uint", "bool")):
         wanted = "real numbers"
-    elif kind.startswith("uint") and (missing < 0 or missing % 1):
-        wanted = f"a type that has {missing:g}, which marks the missing ones"
+    elif kind.startswith(("int", "uint")) and not math.isnan(missing):
+        # The mark would have become another number, such as 255 for -1.
+        size = np.iinfo(kind)
+        if missing % 1 or not size.min <= missing <= size.max:
+            wanted = f"a type that has {missing:g}, which marks the missing ones"
     if wanted is not None:
         raise ValueError(f"{owner}: expected labels of {wanted}. Received: dtype={kind}.")
     return ops.convert_to_tensor(y_true)

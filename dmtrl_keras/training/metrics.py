@@ -185,38 +185,46 @@ class TotalLoss(keras.metrics.Mean):
 
     def __init__(self, losses: int, name: str = "loss") -> None:
         super().__init__(name=name)
-        self.counted = [keras.metrics.Mean(name=f"counted_{n}") for n in range(losses)]
+
+        def add(name: str) -> keras.Variable:
+            return self.add_variable((losses,), "zeros", name=name)
+
+        self.sums, self.labels = add("sums"), add("labels")
         # Those of the step whose total is to come: Keras gives the total alone.
-        self.pending = self.add_variable((), "zeros", name="pending")
+        self.step_values, self.step_labels = add("step_values"), add("step_labels")
 
     def set_counted(self, counted: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Say what of the next total counts by labels.
 
         Args:
-            counted: pairs of a weighted loss of the batch, as it is in the total, and its
+            counted: for each of the losses its weighted value, as it is in the total, and its
                 number of labels.
         """
-        values = [unscaled_loss(ops.cast(value, self.dtype)) for value, _ in counted]
-        for tracker, value, (_, count) in zip(self.counted, values, counted):
-            tracker.update_state(value, sample_weight=count)
-        self.pending.assign(sum(values))
+        values, labels = zip(*counted)
+        values = [unscaled_loss(ops.cast(value, self.dtype)) for value in values]
+        self.step_values.assign(ops.stack(values))
+        self.step_labels.assign(ops.stack([ops.cast(n, self.dtype) for n in labels]))
 
     def update_state(self, values: Tensor, sample_weight: Tensor | None = None) -> None:
         """Add a batch."""
-        rest = ops.cast(values, self.dtype) - ops.convert_to_tensor(self.pending)
-        super().update_state(rest, sample_weight=sample_weight)
-        self.pending.assign(0)
+        values = ops.cast(values, self.dtype) - ops.sum(self.step_values)
+        super().update_state(values, sample_weight=sample_weight)
+        self.sums.assign_add(self.step_values * self.step_labels)
+        self.labels.assign_add(self.step_labels)
+        self._forget(self.step_values, self.step_labels)
 
     def result(self) -> Tensor:
         """The total of all batches since the last reset."""
-        return super().result() + sum(tracker.result() for tracker in self.counted)
+        return super().result() + ops.sum(ops.divide_no_nan(self.sums, self.labels))
 
     def reset_state(self) -> None:
         """Forget all batches."""
         super().reset_state()
-        for tracker in self.counted:
-            tracker.reset_state()
-        self.pending.assign(0)
+        self._forget(self.sums, self.labels, self.step_values, self.step_labels)
+
+    def _forget(self, *variables: keras.Variable) -> None:
+        for variable in variables:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")

@@ -93,7 +93,7 @@ def test_nothing_missing_is_the_loss_itself(name, rng):
     """Complete labels: the wrapped loss."""
     outputs = rng.dirichlet(np.ones(3), size=8).astype("float32")
     labels = np.eye(3, dtype="float32")[rng.integers(3, size=8)]
-    expected = np.mean(keras.losses.get(name)(labels, outputs))
+    expected = float(np.mean(keras.losses.get(name)(labels, outputs)))
     assert value(MaskedLoss(name), labels, outputs) == pytest.approx(expected, rel=1e-4)
 
 

@@ -208,6 +208,21 @@ def predict_by_task(model, inputs, batch_size):
     return {name: outputs[name][: len(x)] for name, x in inputs.items()}
 
 
+def hits(outputs, labels):
+    """Which examples were classified right, by their greatest output.
+
+    Args:
+        outputs: array `(n, classes)`.
+        labels: int array `(n,)`.
+
+    Returns:
+        A float array `(n,)`: 1 where right, 0 where wrong, NaN where an output is NaN, so
+        that a network that diverged has no accuracy.
+    """
+    found = (outputs.argmax(axis=-1) == labels).astype(float)
+    return np.where(np.isnan(outputs).any(axis=-1), np.nan, found)
+
+
 def decaying(options, steps):
     """The optimizer whose learning rate falls along half a cosine.
 

@@ -36,6 +36,7 @@ from .experiment import (
     digest_of,
     figure_of,
     held_out_by_task,
+    hits,
     predict_by_task,
     ticking,
     timed,
@@ -297,8 +298,8 @@ def train_and_test(
     outputs = predict_by_task(model, inputs, 100)
     accuracy = {}
     for name, task in tasks.items():
-        found = outputs[name].argmax(axis=-1)
-        accuracy[name] = float(np.mean(found == task.labels[parts[name][1]]))
+        values = hits(outputs[name], task.labels[parts[name][1]])
+        accuracy[name] = float(np.mean(values))
     results = {
         "accuracy": accuracy,
         "losses": losses,

@@ -31,7 +31,16 @@ from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import TRL
 
 from .arguments import MOMENTUM, add_images, real, whole, whole_batches
-from .experiment import Experiment, Table, decaying, digest_of, figure_of, held_out, timed
+from .experiment import (
+    Experiment,
+    Table,
+    decaying,
+    digest_of,
+    figure_of,
+    held_out,
+    hits,
+    timed,
+)
 from .reading import DataError, cached_arrays, open_zip, read_image, read_text, reading
 from .resnet import STAGES, resnet18
 from .results import mean_and_spread
@@ -352,10 +361,9 @@ def train_and_test(options, method, training, testing, seed, tick, callbacks=Non
         model, (mean, deviation) = train(options, method, training, seed, tick, watch)
     features = features_of(model, testing.images)
     predicted = features["output"]["landmarks"] * deviation + mean
-    found = np.argmax(features["output"]["pose"], axis=-1)
     results = {
         "error": normalized_mean_error(testing.landmarks, predicted),
-        "accuracy": float(np.mean(found == testing.pose)),
+        "accuracy": float(np.mean(hits(features["output"]["pose"], testing.pose))),
         "similarity": similarities_of(features, testing),
         "weights": model.count_params(),
         "seconds": took.seconds,

@@ -45,6 +45,7 @@ from .experiment import (
     digest_of,
     figure_of,
     held_out_by_task,
+    hits,
     predict_by_task,
     timed,
     trainable_parameters,
@@ -265,11 +266,11 @@ class Trainer:
         return model
 
     def correct(self, model, parts):
-        """For each domain, which examples were classified right, a boolean array."""
+        """For each domain, which examples were classified right, as `hits` says."""
         inputs = {n: self.domains[n].x[i] for n, i in parts.items()}
         outputs = predict_by_task(model, inputs, PREDICT_BATCH)
         return {
-            name: output.argmax(axis=-1) == self.domains[name].labels[parts[name]]
+            name: hits(output, self.domains[name].labels[parts[name]])
             for name, output in outputs.items()
         }
 
@@ -353,7 +354,8 @@ def train_and_test(trainer, options, method, parts, seed):
     with timed() as took:
         if len(grid) > 1:
             accuracies = trainer.cross_validate(method, train, seed, grid)
-            best = grid[int(np.argmax(accuracies))]
+            # A setting with which training diverges has none.
+            best = grid[int(np.argmax(np.nan_to_num(accuracies, nan=-1)))]
             results["cross_validation"] = [
                 {"learning_rate": rate, "strength": strength, "accuracy": accuracy}
                 for (rate, strength), accuracy in zip(grid, accuracies)

@@ -121,6 +121,8 @@ class Search(kt.Tuner):
                 raise errors.FatalValueError(
                     f"--objective: expected one of {sorted(metrics)}. Received: {name!r}."
                 )
+        # A training that diverged has no results, also where an objective has a value.
+        for name in (*options.objectives, *metrics):
             if not np.isfinite(metrics[name]):
                 raise ValueError(f"{name} is {metrics[name]}")
         if options.repeats > 1:

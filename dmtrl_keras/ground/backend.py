@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dmtrl_keras.ground.keras_private import torch_scope
+from dmtrl_keras.ground.keras_private import MASK, attach, attached, torch_scope
 from dmtrl_keras.ground.types import Tensor
 
 
@@ -179,6 +179,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x if context is None else context.all_reduce(distribute.ReduceOp.SUM, x)
 
 
+def mean_over_replicas(x: Tensor) -> Tensor:
+    """The mean of a tensor over all replicas, where there are several."""
+    if replicas_in_sync() == 1:
+        return x
+    distribute = tensorflow().distribute
+    context = distribute.get_replica_context()
+    return x if context is None else context.all_reduce(distribute.ReduceOp.MEAN, x)
+
+
 def share_of_replica(x: Tensor) -> Tensor:
     """A loss that all replicas have in common, divided among them.
 
@@ -202,10 +211,12 @@ def check_replicas(outputs: Tensor, owner: str) -> Tensor:
     """
     if replicas_in_sync() == 1:
         return outputs
-    return checked(
+    found = checked(
         outputs,
         keras.ops.shape(outputs)[0] > 0,
         f"{owner}: a replica got no example. With {replicas_in_sync()} replicas "
         "every batch, also the last one, must have as many examples at least: use "
         "batch(n, drop_remainder=True), or see distribution.divisible.",
     )
+    attach(found, MASK, attached(outputs, MASK))
+    return found

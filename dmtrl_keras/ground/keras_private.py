@@ -92,6 +92,9 @@ def convnext_layers() -> tuple[type, type]:
 
 # --- what rides on tensors --------------------------------------------------------
 
+# By this name Keras's masks ride on tensors: false where a time step is padding.
+MASK = "_keras_mask"
+
 
 def attach(tensor: Any, name: str, value: Any) -> None:
     """Let a value ride on a tensor, as Keras's masks do, on every backend."""
@@ -156,13 +159,28 @@ def unscaled_loss(value: Any) -> Any:
     return loss_module.unscale_loss_for_distribution(value)
 
 
+def set_loss_tracker(model: keras.Model, tracker: keras.metrics.Mean) -> None:
+    """Give a compiled model another metric for its total loss."""
+    from keras.src.utils.tracking import DotNotTrackScope
+
+    # Keras names it among the metrics by itself.
+    with DotNotTrackScope():
+        model._loss_tracker = tracker
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """The metric of a compiled model's total loss."""
+    return model._loss_tracker
+
+
 def losses_by_output(
     model: keras.Model, y: Mapping[str, Any], y_pred: Mapping[str, Any], sample_weight: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
     """The loss of each output, and its weight, before they are added.
 
     What Keras's own sum of the compiled losses does, step by step: the logs get the
-    unweighted values.
+    unweighted values. A loss that `counts_labels` is logged as the
+    mean over all labels of an epoch, not over its batches.
 
     Args:
         model: a compiled model with a dict of outputs.
@@ -171,8 +189,9 @@ def losses_by_output(
         sample_weight: None, a tensor, or a dict of them.
 
     Returns:
-        `(losses, weights)`: dicts by output, of scalars, and of floats or scalars; an
-        output with several losses has their weighted sum, with weight 1.
+        `(losses, weights, counted)`: dicts by output, of scalars, and of floats or scalars; an
+        output with several losses has their weighted sum, with weight 1. And pairs of the
+        weighted value and the count of each loss that counts its labels.
     """
     compiled = model._compile_loss
     if not compiled.built:
@@ -182,28 +201,38 @@ def losses_by_output(
     metrics = compiled.metrics or [None] * len(compiled._flat_losses)
     values: dict[str, Any] = {}
     weights: dict[str, Any] = {}
+    counted = []
     several = collections.Counter(entry[0][0] for entry in compiled._flat_losses)
     for (path, loss, weight, _), metric in zip(compiled._flat_losses, metrics):
         name = path[0]
+        counts = getattr(loss, "counts_labels", False)
         if name not in y:
+            if counts:
+                counted.append((keras.ops.zeros(()), keras.ops.zeros(())))
             continue
         own = sample_weight
         if isinstance(sample_weight, Mapping):
             own = sample_weight.get(name)
-        value = keras.ops.cast(loss(y[name], y_pred[name], own), compiled.dtype)
-        if metric is not None:
+        if counts:
+            value, size = loss.value_and_count(y[name], y_pred[name], own)
+        else:
+            value = loss(y[name], y_pred[name], own)
             # Not the static size: unknown in a graph of TensorFlow, where a last batch
             # of one example would count as much as a full one.
             size = keras.ops.shape(y_pred[name])[0]
+        value = keras.ops.cast(value, compiled.dtype)
+        if metric is not None:
             metric.update_state(unscaled_loss(value), sample_weight=size)
         weight = 1.0 if weight is None else weight
         if not isinstance(weight, float):
             weight = keras.ops.cast(weight.variable, compiled.dtype)
+        if counts:
+            counted.append((value * weight, size))
         if several[name] > 1:
             value, weight = value * weight, 1.0
         values[name] = values[name] + value if name in values else value
         weights[name] = weight
-    return values, weights
+    return values, weights, counted
 
 
 def compiled_metrics(

@@ -9,13 +9,18 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
+from dmtrl_keras.ground.backend import mean_over_replicas
+from dmtrl_keras.ground.keras_private import MASK, attach, attached, function_of
 from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.missing import (
+    CROSSENTROPIES,
+    OVERLAPS,
     Masked,
-    align,
+    Parts,
+    crossentropy,
+    like_labels,
     same_shape,
-    split_missing,
     weights_for,
 )
 
@@ -94,9 +99,15 @@ class TaskHinge(keras.losses.Loss):
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
+        mask = attached(y_pred, MASK)
+        y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
         if sample_weight is not None:
-            values = ops.convert_to_tensor(y_pred, dtype=self.dtype)
-            sample_weight = weights_for(values, sample_weight)
+            sample_weight = weights_for(y_pred, sample_weight, name_of(self))
+        if mask is not None:
+            # Each value is of a task, a mask of Keras of an example. The tensor itself is
+            # others' too.
+            y_pred = ops.copy(y_pred)
+            attach(y_pred, MASK, like_labels(mask, y_pred, name_of(self)))
         return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
@@ -113,9 +124,13 @@ class TaskHinge(keras.losses.Loss):
 class MaskedLoss(Masked, keras.losses.Loss):
     """Any Keras loss, with missing labels left out.
 
-    The loss is the mean over what is present (its weighted mean, with
+    The loss is the mean over the labels that the batch has (its weighted mean, with
     `reduction="mean_with_sample_weight"`), and 0, with zero gradients, in a batch that
-    has no label at all.
+    has no label at all. Under `tf.distribute` it is the mean over the global batch. What
+    Keras's masks leave out, padding for instance, counts as missing.
+
+    `MultiTaskModel` logs the mean over all labels of an epoch, whatever the batch size.
+    (A plain `keras.Model` logs means over batches; a `MaskedMetric` is right there, too.)
 
     Args:
         loss: a `keras.losses.Loss`, or its name or config. Its own reduction is not used.
@@ -129,15 +144,21 @@ class MaskedLoss(Masked, keras.losses.Loss):
         reduction: `"sum_over_batch_size"`, `"mean"` (the same), `"sum"`,
             `"mean_with_sample_weight"`, or None.
         name: str.
-        dtype: as in `keras.losses.Loss`.
+        dtype: as in `keras.losses.Loss`; by default that of `loss`.
 
     Call arguments:
-        y_true: labels as `loss` takes them, with `missing` where there is none.
-        y_pred: predictions.
+        y_true: labels as `loss` takes them, with `missing` where there is none. Classes
+            without an axis of their own may have any number of axes, `(batch, ...)`
+            beside predictions `(batch, ..., classes)`; also for `Dice` and `Tversky`.
+        y_pred: predictions. Where the label is missing they may be anything, NaN too.
         sample_weight: None, or weights that broadcast to the values of the loss.
 
     Raises:
-        ValueError: on labels that can't belong to the predictions, on a bad `missing`.
+        ValueError: on labels that can't belong to the predictions, are no real numbers, or
+            integers of a type that can't have the mark; on fractional classes (on
+            TensorFlow `tf.errors.InvalidArgumentError`; not in code that XLA compiles); on
+            a bad `missing`; on a loss whose value at one label depends on others (`CTC`,
+            `Circle`, a mean over the batch).
 
     Example:
 
@@ -160,58 +181,119 @@ class MaskedLoss(Masked, keras.losses.Loss):
         dtype: DType = None,
     ) -> None:
         wrapped = _as_loss(loss)
+        if isinstance(wrapped, (keras.losses.CTC, keras.losses.Circle)):
+            raise ValueError(
+                f"{type(self).__name__}: expected a loss with a value for each label. "
+                f"Received: {name_of(wrapped)}, in which labels depend on each other."
+            )
         name = name or f"masked_{wrapped.name}"
+        dtype = dtype or wrapped.dtype
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self.loss = wrapped
         self._set_missing(missing, elementwise)
+        # A mean over the labels present is a sum by weights that the count has divided.
+        how = "sum_over_batch_size" if self.counts_labels else reduction
+        self._reduced = _Reduced(name=name, reduction=how, dtype=dtype)
+
+    @property
+    def counts_labels(self) -> bool:
+        """Whether the loss is a mean, over a number of labels that it can tell."""
+        return self.reduction not in ("sum", "none", None)
 
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
-        y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
-        y_true = ops.convert_to_tensor(y_true, dtype=self.dtype)
-        y_true = align(y_true, y_pred, self._takes_each_label(), name_of(self))
+        return self.value_and_count(y_true, y_pred, sample_weight)[0]
+
+    def value_and_count(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and the number of labels, or sum of weights, that it is a mean over.
+
+        Args:
+            y_true: as in a call.
+            y_pred: as in a call.
+            sample_weight: as in a call.
+
+        Returns:
+            `(value, count)`, scalars. Under `tf.distribute` the count is the mean over the
+            replicas, and the value, as of any loss of Keras, one to be summed over them.
+        """
         values, present = self._values(y_true, y_pred)
+        if self.reduction not in ("none", None) and not values.shape:
+            # Keras would scale no scalar for distribution.
+            values, present = (ops.reshape(x, (1,)) for x in (values, present))
         weights = ops.cast(present, values.dtype)
-        # A value at a missing label may be anything; 0 * inf would be NaN.
-        values = ops.where(present, values, ops.zeros_like(values))
         count = ops.sum(weights)
         if sample_weight is not None:
-            weights = weights * weights_for(values, sample_weight)
-        values = values * weights
-        if self.reduction in (None, "none"):
-            return values
-        total = ops.sum(values)
-        if self.reduction == "sum":
-            return total
+            weights = weights * weights_for(values, sample_weight, name_of(self))
         if self.reduction == "mean_with_sample_weight":
             count = ops.sum(weights)
-        return ops.divide_no_nan(total, count)
-
-    def _values(self, y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
-        """One loss value for each label, and whether it is present."""
-        shared = same_shape(y_true.shape, y_pred.shape)
-        elementwise = self._takes_each_label()
-        # Sparse class labels have no last axis of their own.
-        labels, present = split_missing(y_true, self.missing, elementwise or not shared)
-        if not elementwise:
-            values = self.loss.call(labels, y_pred)
-        elif getattr(self.loss, "elementwise", False):
-            values = self.loss.call(labels, y_pred)
-        else:
-            values = self.loss.call(labels[..., None], y_pred[..., None])
-        if len(present.shape) > len(values.shape):
-            present = ops.squeeze(present, axis=-1)
-        return values, present
+        count = mean_over_replicas(count)
+        if self.counts_labels:
+            size = math.prod(ops.shape(values))
+            weights = weights * ops.divide_no_nan(ops.cast(size, count.dtype), count)
+        return self._reduced(present, values, weights), count
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        return self._values(y_true, y_pred)[0]
+        """One value for each label, with Keras's mask of those present."""
+        values, present = self._values(y_true, y_pred)
+        attach(values, MASK, present)
+        return values
+
+    def _values(self, y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
+        """One loss value for each label, 0 where there is none; and which are present."""
+        mask = attached(y_pred, MASK)
+        y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
+        parts = self._parts(y_true, y_pred, self.dtype, mask)
+        y_true, y_pred, present = parts.y_true, parts.y_pred, parts.present
+        each = self._takes_each_label()
+        if function_of(self.loss) in OVERLAPS:
+            return self._overlap(parts)
+        if each and not getattr(self.loss, "elementwise", False):
+            y_true, y_pred = y_true[..., None], y_pred[..., None]
+        values = self.loss.call(y_true, y_pred)
+        # That of `ignore_class`, for instance.
+        mask = attached(values, MASK)
+        if mask is not None:
+            present = ops.logical_and(present, like_labels(mask, present, name_of(self)))
+        if not same_shape(values.shape, present.shape):
+            raise ValueError(
+                f"{name_of(self)}: expected a loss with a value for each label, of shape "
+                f"{tuple(present.shape)}. Received: {name_of(self.loss)} with values of "
+                f"shape {tuple(values.shape)}."
+            )
+        return ops.where(present, values, ops.zeros_like(values)), present
+
+    def _overlap(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """A loss of sums over many labels, to which zeros add nothing."""
+        y_true, y_pred, present = parts.y_true, parts.y_pred, parts.present
+        if parts.sparse:
+            shape = tuple(ops.shape(y_pred))
+            classes = ops.cast(ops.reshape(y_true, shape[:-1]), "int32")
+            y_true = ops.one_hot(classes, shape[-1], dtype=self.dtype)
+        if len(present.shape) < len(y_true.shape):
+            present = ops.expand_dims(present, -1)
+        present = ops.logical_and(present, ops.ones_like(y_true, dtype="bool"))
+        y_true = ops.where(present, y_true, ops.zeros_like(y_true))
+        values = self.loss.call(y_true, y_pred)
+        present = ops.any(present, axis=getattr(self.loss, "axis", None))
+        return ops.where(present, values, ops.zeros_like(values)), present
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "reduction": self.reduction}
 
 
+class _Reduced(keras.losses.Loss):
+    """Values of a loss as Keras reduces them, by weights and over replicas."""
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        return y_pred
+
+
 def _as_loss(loss: Any) -> keras.losses.Loss:
+    if isinstance(loss, str) and loss.lower() in CROSSENTROPIES:
+        return _FunctionLoss(crossentropy, name=loss)
     if isinstance(loss, str):
         # By class where there is one: a function has no config of its own.
         camel = "".join(part.capitalize() for part in loss.split("_"))

@@ -26,7 +26,9 @@ from dmtrl_keras.ground.keras_private import (
     functional_constructor,
     has_losses,
     logs_as_list,
+    loss_tracker,
     losses_by_output,
+    set_loss_tracker,
     sharing_scope,
     sum_of_losses,
     track_layers,
@@ -41,6 +43,7 @@ from dmtrl_keras.training.lengths import (
     different_lengths,
     one_set_each,
 )
+from dmtrl_keras.training.metrics import TotalLoss
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 from dmtrl_keras.training.weights import (
     MovingWeights,
@@ -230,6 +233,10 @@ class MultiTaskModel(ModelOfReplicas):
         all_weights = {task: weights.get(task, 1.0) for task in by_task}
         object.__setattr__(self, "_loss_weights", _Untracked(all_weights))
         object.__setattr__(self, "_moving_weights", moving_weights(weights))
+        losses = tree.flatten([own for _, own in self._losses_given])
+        counted = sum(getattr(one, "counts_labels", False) for one in losses)
+        if counted:
+            set_loss_tracker(self, TotalLoss(counted))
 
     def _check_replicas(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
@@ -380,6 +387,12 @@ class MultiTaskModel(ModelOfReplicas):
             ValueError: on labels that are no dict by task, of unknown tasks, or missing for
                 a task with a loss; if the model has no losses.
         """
+        return self._losses_by_task(y, y_pred, sample_weight)[:2]
+
+    def _losses_by_task(
+        self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any
+    ) -> tuple[dict[str, Tensor], dict[str, float], list[tuple[Tensor, Tensor]]]:
+        """As `task_losses`, and the weighted losses of counted labels with the counts."""
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         y = self._labels(y, sample_weight, self._tasks_with_loss, "a loss")
@@ -432,8 +445,9 @@ class MultiTaskModel(ModelOfReplicas):
             )
         parts = []
         if has_losses(self) and y is not None:
-            # It checks the labels.
-            losses, weights = self.task_losses(y, y_pred, sample_weight)
+            losses, weights, counted = self._losses_by_task(y, y_pred, sample_weight)
+            if counted:
+                loss_tracker(self).set_counted(counted)
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
         parts += self._values_of_terms(y, y_pred, sample_weight, features)

@@ -9,7 +9,7 @@ import pytest
 import applications
 from applications import experiment
 from applications.arguments import real
-from applications.experiment import Experiment, Table, held_out
+from applications.experiment import Experiment, Table, held_out, hits
 
 
 class Toy(Experiment):
@@ -215,3 +215,10 @@ def test_held_out():
     assert np.bincount(labels[valid]).tolist() == [6, 2] and len(train) == 32
     train, valid = held_out(np.arange(5), np.array([0, 0, 1, 2, 3]), 0.2, 0)
     assert len(valid) == 1 and len(train) == 4
+
+
+def test_hits():
+    """Which are right; a network that diverged has no accuracy."""
+    outputs = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, np.nan]])
+    np.testing.assert_array_equal(hits(outputs, np.array([1, 1, 0])), [1, 0, np.nan])
+    assert hits(outputs[:2], np.array([1, 1])).mean() == 0.5

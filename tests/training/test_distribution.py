@@ -21,6 +21,8 @@ import keras
 import numpy as np
 from dmtrl_keras import Relation, TaskRelationModel, TensorNormalRegularizer, multitask
 from dmtrl_keras.layers import CrossStitch
+from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.metrics import MaskedMetric
 from dmtrl_keras.parameterizations import LAF, TT, SimilarKernels, Tucker
 
 rng = np.random.default_rng(0)
@@ -28,6 +30,9 @@ TASKS = ["a", "b"]
 X = rng.normal(size=(24, 8, 8, 1)).astype("float32")
 # One feature of the image and its square, so that there is something to learn.
 Y = {"a": X.mean((1, 2, 3), keepdims=True)[:, 0, 0], "b": X[:, 0, 0] ** 2}
+# Of every batch of 8 the replicas have another number of labels, of the first the second
+# one has none, and the last batch has none at all.
+Y["a"][[1, 4, 5, 6, 7, 8, 10, 11, *range(16, 24)]] = np.nan
 
 
 def backbone(sizes, *layers):
@@ -77,7 +82,9 @@ def make(name):
         model = multitask(backbone(dict(fc=6), convolution), TASKS, **arguments)
         relations = [Relation("output", 0.5), Relation("fc", 0.5)]
         model = TaskRelationModel(model, relations, momentum=0.5)
-    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    losses = {"a": MaskedLoss("mse"), "b": "mse"}
+    metrics = {"a": [MaskedMetric("mae", name="mae")], "b": ["mae"]}
+    model.compile(keras.optimizers.Adam(0.01), losses, metrics=metrics)
     return model
 
 
@@ -203,6 +210,67 @@ for wrong in ({"jit_compile": True}, {"steps_per_execution": 2}):
 """
 
 
+MISSING = """
+import keras
+import numpy as np
+from dmtrl_keras import MultiTaskModel
+from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.metrics import MaskedMetric
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(16, 3)).astype("float32")
+full = (x[:, :1] + rng.normal(size=(16, 1))).astype("float32")
+# Padding, which Keras's masks leave out: as much on each replica, since Keras itself
+# takes means of means.
+x[[2, 6, 10, 14]] = 0
+few = full.copy()
+few[[1, 4, 5, 6, 7, 12, 13]] = np.nan
+weight = rng.uniform(size=16)
+losses = {
+    "plain": "mse",
+    "full": MaskedLoss("mse"),
+    "few": MaskedLoss("mse"),
+    "weighted": MaskedLoss("mse", reduction="mean_with_sample_weight"),
+}
+y = {task: full if task in ("plain", "full") else few for task in losses}
+given = dict(sample_weight={task: weight for task in losses}, batch_size=8, verbose=0)
+
+
+def learn(strategy):
+    with strategy.scope():
+        inputs = keras.Input((3,))
+        heads = {t: keras.layers.Dense(1, kernel_initializer="zeros") for t in losses}
+        seen = keras.layers.Masking()(inputs)
+        model = MultiTaskModel(inputs, {t: head(seen) for t, head in heads.items()})
+        metrics = {t: [MaskedMetric("mse", name="mse")] for t in losses}
+        model.compile(keras.optimizers.SGD(0.05), losses, weighted_metrics=metrics)
+    history = model.fit(x, y, epochs=2, shuffle=False, **given).history
+    logs = model.evaluate(x, y, return_dict=True, **given)
+    return history, logs, {task: head.get_weights() for task, head in heads.items()}
+
+
+one, logs, weights = learn(tf.distribute.get_strategy())
+history, found, moved = learn(two)
+np.testing.assert_allclose(found["full_loss"], found["plain_loss"], rtol=1e-6)
+# Of an epoch, by labels: what the metric is, with and without the weights in the divisor.
+np.testing.assert_allclose(found["weighted_loss"], found["weighted_mse"], rtol=1e-6)
+for key in logs:
+    np.testing.assert_allclose(found[key], logs[key], rtol=1e-6, err_msg=key)
+    np.testing.assert_allclose(history[key], one[key], rtol=1e-6, err_msg=key)
+for task in losses:
+    for ours, expected in zip(moved[task], weights[task]):
+        np.testing.assert_allclose(ours, expected, atol=1e-7, err_msg=task)
+for masked, plain in zip(moved["full"], moved["plain"]):
+    np.testing.assert_allclose(masked, plain, atol=1e-7)
+"""
+
+
+@tensorflow_only
+def test_missing_labels_on_two_devices(on_two_devices):
+    """The mean over the labels of the global batch, beside a task that has them all."""
+    on_two_devices(TWO + MISSING)
+
+
 @tensorflow_only
 def test_families_on_two_devices(on_two_devices):
     """Losses, weights and state of one device, and equal replicas."""
@@ -213,16 +281,19 @@ REPLICAS = """
 import keras
 import numpy as np
 from dmtrl_keras import relationship_network, task_covariance
+from dmtrl_keras.losses import MaskedLoss
 
 rng = np.random.default_rng(0)
 x = {name: rng.normal(size=(32, 6)).astype("float32") for name in "abc"}
 y = {name: rng.integers(4, size=32) for name in "abc"}
+y["a"][8:20] = -1
+losses = {t: MaskedLoss("sparse_categorical_crossentropy", missing=-1) for t in "abc"}
 found = []
 for strategy in (tf.distribute.get_strategy(), two):
     keras.utils.set_random_seed(0)
     with strategy.scope():
         model = relationship_network((6,), list("abc"), 4, 5, prior="mrn", strength=0.1)
-        model.compile("sgd", "sparse_categorical_crossentropy")
+        model.compile("sgd", losses)
     model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
     found.append(task_covariance(model))
 for layer, matrix in found[0].items():

@@ -9,6 +9,7 @@ from keras import ops
 
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.losses import MaskedLoss, TaskHinge, one_vs_rest
+from dmtrl_keras.metrics import MaskedMetric, MeanBinaryError, MulticlassError
 
 NAN = math.nan
 ELEMENTWISE = [
@@ -92,7 +93,7 @@ def test_nothing_missing_is_the_loss_itself(name, rng):
     """Complete labels: the wrapped loss."""
     outputs = rng.dirichlet(np.ones(3), size=8).astype("float32")
     labels = np.eye(3, dtype="float32")[rng.integers(3, size=8)]
-    expected = np.mean(keras.losses.get(name)(labels, outputs))
+    expected = float(np.mean(keras.losses.get(name)(labels, outputs)))
     assert value(MaskedLoss(name), labels, outputs) == pytest.approx(expected, rel=1e-4)
 
 
@@ -148,6 +149,178 @@ def test_gradients_of_present_labels_only():
     np.testing.assert_allclose(tape.gradient(loss, outputs), [[1, 0], [0, 2]])
 
 
+def test_outputs_beside_nothing():
+    """NaN and infinite outputs without a label have no value and no gradient."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("gradients are compared on TensorFlow")
+    tf = tensorflow()
+
+    def likelihood(y, f):
+        return -ops.sum(y * ops.log(f), axis=-1)
+
+    onehot = np.array([[1.0, 0.0], [NAN, NAN], [NAN, NAN]])
+    given = {
+        MaskedLoss("mse"): onehot,
+        MaskedLoss("categorical_crossentropy"): onehot,
+        MaskedLoss("sparse_categorical_crossentropy", -1): np.array([0, -1, -1]),
+        MaskedLoss(likelihood): onehot,
+        MaskedLoss("dice"): onehot,
+    }
+    outputs = tf.constant([[0.75, 0.25], [NAN, 0.5], [math.inf, -math.inf]])
+    for loss, labels in given.items():
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            found = loss(labels, outputs)
+        assert float(found) == pytest.approx(
+            float(loss(labels[:1], outputs[:1])), rel=1e-6
+        ), loss.name
+        gradient = tape.gradient(found, outputs).numpy()
+        assert np.all(np.isfinite(gradient)) and np.any(gradient[0] != 0), loss.name
+        np.testing.assert_array_equal(gradient[1:], 0, err_msg=loss.name)
+
+
+@pytest.mark.parametrize(
+    ("before", "x"),
+    [
+        (lambda: keras.layers.Masking(0.0), np.array([[1.0], [0.0]])),
+        (lambda: keras.layers.Embedding(3, 1, mask_zero=True), np.array([[1, 0], [0, 2]])),
+    ],
+    ids=["masking", "embedding"],
+)
+def test_masks_of_keras(before, x):
+    """Padding is left out, of the masked loss and metric as of the plain ones."""
+    zero = keras.layers.Dense(1, kernel_initializer="zeros")
+    outputs = keras.Sequential([before(), zero])(x)
+    labels = np.where(x[..., None] if x.dtype == int else x, 2.0, 9.0)
+    assert value(keras.losses.MeanSquaredError(), labels, outputs) == pytest.approx(4)
+    assert value(MaskedLoss("mse"), labels, outputs) == pytest.approx(4)
+    assert value(MaskedLoss("mse", reduction="sum"), labels, outputs) == pytest.approx(
+        4 * np.sum(labels == 2)
+    )
+    metric = MaskedMetric("mse")
+    metric.update_state(labels, outputs)
+    assert float(metric.result()) == pytest.approx(4)
+    # Both what is padding and what has no label.
+    labels[0] = NAN
+    if x.dtype == int:
+        assert value(MaskedLoss("mse"), labels, outputs) == pytest.approx(4)
+    else:
+        assert value(MaskedLoss("mse"), labels, outputs) == 0
+
+
+def test_masks_and_tasks():
+    """A mask of examples, and losses and metrics with a value for each task."""
+    x = np.array([[1.0], [0.0]])
+    zero = keras.layers.Dense(3, kernel_initializer="zeros")
+    outputs = keras.Sequential([keras.layers.Masking(0.0), zero])(x)
+    labels = np.array([[1.0, -1, NAN], [1, 1, 1]])
+    whole = np.array([[1.0, -1, 1], [5, 5, 5]])
+    weights = np.array([2.0, 3.0])
+    for weight, expected in ((None, 1), (weights, 2), (weights[:, None], 2)):
+        assert value(TaskHinge(), whole, outputs, weight) == pytest.approx(expected)
+        loss = MaskedLoss(TaskHinge())
+        assert value(loss, labels, outputs, weight) == pytest.approx(expected)
+    binary, multiclass = MeanBinaryError(), MulticlassError()
+    binary.update_state(whole, outputs)
+    multiclass.update_state(np.array([0, 1]), outputs)
+    assert (float(binary.result()), float(multiclass.result())) == pytest.approx((2 / 3, 0))
+
+
+def test_ignored_classes():
+    """What the loss itself ignores counts as missing."""
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=2)
+    outputs = np.full((4, 3), 1 / 3)
+    outputs[0] = [0.5, 0.25, 0.25]
+    found = value(MaskedLoss(loss, missing=-1), np.array([0, 1, 2, -1]), outputs)
+    assert found == pytest.approx((math.log(2) + math.log(3)) / 2)
+    # As does what a masked loss within leaves out.
+    inner = MaskedLoss("sparse_categorical_crossentropy", missing=-1)
+    found = value(MaskedLoss(inner, missing=2), np.array([0, 1, 2, -1]), outputs)
+    assert found == pytest.approx((math.log(2) + math.log(3)) / 2)
+
+
+def test_maps_of_classes(rng):
+    """Integer maps beside probabilities, against what is present alone."""
+    outputs = rng.dirichlet(np.ones(3), size=(2, 4, 5)).astype("float32")
+    labels = rng.integers(-1, 3, size=(2, 4, 5))
+    present = labels >= 0
+    chosen = np.take_along_axis(outputs, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    loss = MaskedLoss("sparse_categorical_crossentropy", missing=-1)
+    expected = -np.log(chosen[present]).mean()
+    assert value(loss, labels, outputs) == pytest.approx(expected, rel=1e-5)
+    assert value(loss, labels[..., None], outputs) == pytest.approx(expected, rel=1e-5)
+    onehot = np.eye(3, dtype="float32")[labels]
+    both = np.sum(onehot[present] * outputs[present])
+    expected = 1 - 2 * both / (2 * present.sum())
+    marked = np.where(present[..., None], onehot, NAN)
+    for name in ("dice", "tversky"):
+        for missing, given in ((-1, labels), (NAN, marked)):
+            found = value(MaskedLoss(name, missing), given, outputs)
+            assert found == pytest.approx(expected, rel=1e-5)
+    # One value for each image, of which the second has no label.
+    single = MaskedLoss(keras.losses.Dice(axis=(1, 2, 3)), -1)
+    expected = value(MaskedLoss("dice", -1), labels[:1], outputs[:1])
+    labels[1] = -1
+    assert value(single, labels, outputs) == pytest.approx(expected, rel=1e-5)
+    assert value(single, labels, outputs, np.array([2.0, 5.0])) == pytest.approx(
+        2 * expected, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["crossentropy", "ce"])
+def test_names_by_shape(name):
+    """Binary, one-hot and sparse labels, as `compile` tells them apart."""
+    outputs = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+    sparse = MaskedLoss(name, missing=-1)
+    assert value(sparse, np.array([0, -1]), outputs) == pytest.approx(math.log(2))
+    assert value(sparse, np.array([[2], [-1]]), outputs) == pytest.approx(math.log(4))
+    onehot = np.array([[0.0, 1, 0], [NAN, NAN, NAN]])
+    assert value(MaskedLoss(name), onehot, outputs) == pytest.approx(math.log(4))
+    binary = np.array([1.0, NAN])
+    for labels in (binary, binary[:, None]):
+        found = value(MaskedLoss(name), labels, np.array([[0.25], [0.5]]))
+        assert found == pytest.approx(math.log(4), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 1, 255], "uint8"), "a type that has -1.*dtype=uint8"),
+        (np.array([0, 1, 2], "uint16"), "a type that has -1.*dtype=uint16"),
+        (np.array(["0", "1", "2"]), "real numbers.*dtype=<U1"),
+        ([None, 1, 2], "real numbers.*dtype=object"),
+        (np.array([0, 1, 2], complex), "real numbers.*dtype=complex128"),
+        (np.array([0.5, 1, -1]), "whole numbers.*fractional"),
+    ],
+)
+def test_labels_of_wrong_types(labels, message):
+    """Labels that would be read as others, or not at all."""
+    errors = [ValueError]
+    if keras.config.backend() == "tensorflow":
+        errors.append(tensorflow().errors.InvalidArgumentError)
+    outputs = np.full((3, 3), 1 / 3, "float32")
+    loss = MaskedLoss("sparse_categorical_crossentropy", missing=-1)
+    with pytest.raises(tuple(errors), match=f"MaskedLoss.*{message}"):
+        loss(labels, outputs)
+    metric = MaskedMetric("accuracy", missing=-1)
+    with pytest.raises(tuple(errors), match=f"MaskedMetric.*{message}"):
+        metric.update_state(labels, outputs)
+    with pytest.raises(ValueError, match=r"a type that has 255.*dtype=int8"):
+        MaskedLoss("mse", missing=255)(np.array([0, -1], "int8"), np.zeros(2))
+
+
+def test_labels_of_many_types():
+    """Those that can have the mark, or that have none."""
+    outputs = np.array([[0.5, 0.25, 0.25]] * 2)
+    for dtype in ("uint8", "int8", "int64", "float16", "float64"):
+        loss = MaskedLoss("sparse_categorical_crossentropy", missing=100)
+        found = value(loss, np.array([0, 100], dtype), outputs)
+        assert found == pytest.approx(math.log(2))
+    whole = MaskedLoss("sparse_categorical_crossentropy")
+    assert value(whole, np.array([0, 0], "uint8"), outputs) == pytest.approx(math.log(2))
+    assert value(MaskedLoss("mse"), np.ones(2, bool), np.zeros(2)) == 1
+
+
 def test_sample_weights():
     """Weights of samples, and the two means."""
     labels = np.array([[1.0, NAN], [3.0, 5.0]])
@@ -189,6 +362,7 @@ def test_own_functions():
         MaskedLoss(keras.losses.BinaryCrossentropy(label_smoothing=0.3), -1, True, "sum"),
         MaskedLoss(TaskHinge()),
         MaskedLoss(keras.losses.mean_absolute_error),
+        MaskedLoss("crossentropy"),
         TaskHinge("sum"),
     ],
     ids=lambda loss: loss.name,
@@ -240,6 +414,26 @@ def test_training_with_missing_labels(tmp_path, rng):
         (
             lambda: MaskedLoss("hinge")(np.ones((2, 3, 4)), np.ones((2, 3))),
             r"masked_hinge.*\(2, 3\).*\(2, 3, 4\)",
+        ),
+        (
+            lambda: MaskedLoss("dice", -1)(np.ones((2, 3, 3)), np.ones((2, 6, 6, 2))),
+            r"masked_dice.*\(2, 6, 6, 2\).*\(2, 3, 3\)",
+        ),
+        (lambda: MaskedLoss(keras.losses.CTC()), "a value for each label.*CTC"),
+        (lambda: MaskedLoss(keras.losses.Circle()), "a value for each label.*Circle"),
+        (
+            lambda: MaskedLoss(keras.losses.CategoricalCrossentropy(axis=1))(
+                np.ones((2, 3, 3)), np.ones((2, 3, 3))
+            ),
+            "along the last axis.*CategoricalCrossentropy.*axis=1",
+        ),
+        (
+            lambda: MaskedLoss(lambda y, f: ops.mean(y - f))(np.ones((2, 3)), np.eye(2, 3)),
+            r"of shape \(2,\).*<lambda>.*of shape \(\)",
+        ),
+        (
+            lambda: MaskedLoss("mse")(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 4))),
+            r"broadcast to \(2, 3\).*\(2, 4\)",
         ),
     ],
 )

@@ -113,6 +113,151 @@ def test_whole_labels_left_out(rng):
     assert value(metric, (onehot, outputs)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["accuracy", "acc", "Accuracy"])
+def test_accuracy_by_shape(name, rng):
+    """The one that Keras means for labels and outputs of such shapes."""
+    halves = np.array([[0.9], [0.1]])
+    for labels in (np.array([[1.0], [0.0]]), np.array([1.0, 0.0]), np.array([1.0, NAN])):
+        assert value(MaskedMetric(name), (labels, halves)) == 1
+    outputs = rng.dirichlet(np.ones(3), size=(8, 5)).astype("float32")
+    classes = rng.integers(-1, 3, size=(8, 5))
+    present = classes >= 0
+    expected = np.mean((outputs.argmax(-1) == classes)[present])
+    onehot = np.where(present[..., None], np.eye(3)[classes], NAN)
+    for missing, labels in ((-1, classes), (-1, classes[..., None]), (NAN, onehot)):
+        found = value(MaskedMetric(name, missing), (labels, outputs))
+        assert found == pytest.approx(expected)
+    # The object is what it says: equality.
+    exact = MaskedMetric(keras.metrics.Accuracy())
+    assert value(exact, (np.array([[1.0], [0.0]]), halves)) == 0
+    metric = MaskedMetric(name)
+    assert metric.name == name
+    again = MaskedMetric.from_config(metric.get_config())
+    assert value(again, (np.array([[1.0], [0.0]]), halves)) == 1
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "accuracy",
+        "sparse_categorical_accuracy",
+        keras.metrics.SparseTopKCategoricalAccuracy(1),
+        keras.metrics.MeanIoU(2, sparse_y_pred=False),
+        keras.metrics.IoU(2, [0, 1], sparse_y_pred=False),
+    ],
+    ids=lambda metric: getattr(metric, "name", metric),
+)
+def test_maps_of_classes(metric):
+    """Integer maps beside probabilities; the last label is missing, and wrong."""
+    outputs = np.eye(2, dtype="float32")[[0, 1, 1]][None]
+    for labels in (np.array([[0, 1]]), np.array([[0, 1, -1]])):
+        found = value(MaskedMetric(metric, -1), (labels, outputs[:, : labels.size]))
+        assert found == pytest.approx(1)
+
+
+def test_each_column_has_its_own_labels(rng):
+    """Metrics with a value for each column: what the column's labels alone give."""
+    labels = rng.integers(2, size=(60, 3)).astype("float32")
+    outputs = rng.uniform(size=(60, 3)).astype("float32")
+    weights = rng.uniform(0.5, 2, size=(60, 3)).astype("float32")
+    present = rng.random((60, 3)) < 0.5
+    given = np.where(present, labels, NAN)
+    outputs[0, 0], given[0, 0] = NAN, NAN
+    present[0, 0] = False
+
+    def by_column(make, weight=None):
+        found = []
+        for t in range(3):
+            metric, own = make(), present[:, t]
+            one = [x[own, t][:, None] for x in (labels, outputs)]
+            metric.update_state(*one, None if weight is None else weight[own, t])
+            found.append(np.ravel(metric.result())[0])
+        return np.array(found)
+
+    def ours(metric, *more):
+        metric = MaskedMetric(metric)
+        for part in (slice(20), slice(20, None)):
+            metric.update_state(given[part], outputs[part], *(x[part] for x in more))
+        return np.array(metric.result())
+
+    area, several = keras.metrics.AUC, keras.metrics.AUC(multi_label=True)
+    assert ours(several) == pytest.approx(by_column(area).mean(), abs=1e-5)
+    several = keras.metrics.AUC(multi_label=True, thresholds=[0.2, 0.5])
+    uneven = by_column(lambda: area(thresholds=[0.2, 0.5]))
+    assert ours(several) == pytest.approx(uneven.mean(), abs=1e-5)
+    for more in ((), (weights,)):
+        scores = by_column(lambda: keras.metrics.F1Score(threshold=0.5), *more)
+        found = ours(keras.metrics.F1Score(threshold=0.5), *more)
+        np.testing.assert_allclose(found, scores, rtol=1e-5)
+        found = ours(keras.metrics.F1Score("macro", threshold=0.5), *more)
+        assert found == pytest.approx(scores.mean(), rel=1e-5)
+        scores = by_column(keras.metrics.R2Score, *more)
+        found = ours(keras.metrics.R2Score(class_aggregation=None), *more)
+        np.testing.assert_allclose(found, scores, rtol=1e-4)
+    adjusted = keras.metrics.R2Score(num_regressors=2)
+    adjusted.update_state(labels[present][:, None], outputs[present][:, None])
+    pooled = keras.metrics.R2Score()
+    pooled.update_state(labels[present][:, None], outputs[present][:, None])
+    masked = MaskedMetric(keras.metrics.R2Score(num_regressors=2))
+    masked.update_state(given.reshape(-1, 1), outputs.reshape(-1, 1))
+    assert float(masked.result()) == pytest.approx(float(adjusted.result()), rel=1e-4)
+    second = keras.metrics.Precision()
+    second.update_state(labels[present[:, 1], 1], outputs[present[:, 1], 1])
+    found = ours(keras.metrics.Precision(class_id=1))
+    assert found == pytest.approx(float(second.result()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.metrics.AUC(multi_label=True),
+        lambda: keras.metrics.AUC(label_weights=[1.0, 2.0, 3.0]),
+        lambda: keras.metrics.F1Score(),
+        lambda: keras.metrics.F1Score("weighted", threshold=0.5),
+        lambda: keras.metrics.R2Score(),
+        lambda: keras.metrics.Precision(top_k=1),
+        lambda: keras.metrics.OneHotMeanIoU(3),
+        lambda: keras.metrics.BinaryIoU(),
+        lambda: keras.metrics.CosineSimilarity(),
+        lambda: keras.metrics.PearsonCorrelation(),
+    ],
+)
+def test_nothing_missing_is_the_metric_itself(make, rng):
+    labels = np.eye(3)[rng.integers(3, size=20)].astype("float32")
+    outputs = rng.dirichlet(np.ones(3), size=20).astype("float32")
+    plain, masked = make(), MaskedMetric(make())
+    for metric in (plain, masked):
+        metric.update_state(labels, outputs)
+    np.testing.assert_allclose(masked.result(), plain.result(), rtol=1e-5)
+
+
+def test_nan_in_nan_out():
+    """Outputs of a training that diverged have no error and no accuracy."""
+    outputs = np.full((10, 10), NAN, "float32")
+    classes = np.arange(10)
+    labels = one_vs_rest(classes, 10)
+    for metric, given in (
+        (MeanBinaryError(), labels),
+        (MulticlassError(), classes),
+        (MaskedMetric("accuracy"), classes),
+        (MaskedMetric(MeanBinaryError()), labels),
+        (MaskedMetric(keras.metrics.AUC()), labels > 0),
+    ):
+        assert math.isnan(value(metric, (given, outputs))), metric.name
+        metric.reset_state()
+        assert value(metric, (given, np.eye(10))) in (0, 1), metric.name
+    # A single one is enough; without a label it is none.
+    outputs = np.eye(10)
+    outputs[3, 7] = NAN
+    assert math.isnan(value(MulticlassError(), (classes, outputs)))
+    assert math.isnan(value(MeanBinaryError(), (labels, outputs)))
+    labels[3, 7] = NAN
+    assert value(MaskedMetric(MeanBinaryError()), (labels, outputs)) == 0
+    scores = MaskedMetric(keras.metrics.F1Score())
+    scores.update_state(np.eye(10), np.full((10, 10), NAN))
+    assert np.all(np.isnan(scores.result()))
+
+
 def test_own_metrics_and_weights(rng):
     """MeanBinaryError with missing tasks; sample weights beside."""
     labels = np.array([[1.0, NAN], [-1.0, 1.0]])

@@ -7,6 +7,7 @@ from keras import layers as kl
 
 from dmtrl_keras import MultiTaskModel
 from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.losses import MaskedLoss
 
 LOSS = "sparse_categorical_crossentropy"
 
@@ -177,3 +178,64 @@ def test_image_layers_keep_inference(rng, tmp_path):
         np.testing.assert_allclose(loaded.serve(images)["a"], expected["a"], atol=1e-5)
     trained = model(images, training=True)
     assert np.abs(trained["a"] - expected["a"]).max() > 1e-2
+
+
+def few_labels(losses):
+    """64 examples, of which three have a label of a; zero weights, which stay so."""
+    inputs = keras.Input((1,))
+    heads = {task: kl.Dense(1, kernel_initializer="zeros") for task in losses}
+    model = MultiTaskModel(inputs, {task: head(inputs) for task, head in heads.items()})
+    labels = np.full((64, 1), np.nan)
+    labels[[3, 20, 40]] = [[1], [1], [3]]
+    return model, np.ones((64, 1)), {"a": labels, "b": np.full((64, 1), 2.0)}
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+def test_logged_losses_of_missing_labels(reduction):
+    """The mean over the labels of an epoch, whatever the batch size; and in the total."""
+    losses = {"a": MaskedLoss("mse", reduction=reduction), "b": "mse"}
+    model, x, y = few_labels(losses)
+    weights = {"a": 3.0, "b": 0.5}
+    eagerly = reduction == "mean_with_sample_weight"
+    model.compile(keras.optimizers.SGD(0.0), losses, weights, run_eagerly=eagerly)
+    for size in (64, 32, 16, 8):
+        logs = model.evaluate(x, y, batch_size=size, verbose=0, return_dict=True)
+        expected = {"loss": 11 + 2, "a_loss": 11 / 3, "b_loss": 4}
+        assert logs == pytest.approx(expected), size
+    fitted = model.fit(x, y, batch_size=16, epochs=2, verbose=0).history
+    assert fitted == {key: pytest.approx([found] * 2) for key, found in expected.items()}
+    # Weights of the labels; with them in the divisor or not.
+    weights = np.ones(64)
+    weights[40] = 0.5
+    divisor = 3 if reduction == "sum_over_batch_size" else 2.5
+    logs = model.evaluate(
+        x,
+        y,
+        batch_size=8,
+        sample_weight={"a": weights, "b": weights},
+        return_dict=True,
+        verbose=0,
+    )
+    assert logs["a_loss"] == pytest.approx(6.5 / divisor)
+
+
+def test_logged_total_of_one_task():
+    """Of a task alone Keras logs the total only; a penalty is beside it."""
+    losses = {"a": MaskedLoss("mse")}
+    model, x, y = few_labels(losses)
+    del y["b"]
+    (head,) = (layer for layer in model.layers if isinstance(layer, kl.Dense))
+    head.kernel.regularizer = lambda kernel: 0 * keras.ops.sum(kernel) + 0.25
+    model.compile("sgd", losses["a"], run_eagerly=True)
+    for size in (64, 16):
+        logs = model.evaluate(x, y, batch_size=size, verbose=0, return_dict=True)
+        assert logs == {"loss": pytest.approx(11 / 3 + 0.25)}
+    # A sum is a sum: the mean over batches, as in Keras.
+    model.compile("sgd", MaskedLoss("mse", reduction="sum"), run_eagerly=True)
+    logs = model.evaluate(x, y, batch_size=16, verbose=0, return_dict=True)
+    assert logs == {"loss": pytest.approx(11 / 4 + 0.25)}
+    # Of an epoch without any label: nothing.
+    y["a"][:] = np.nan
+    model.compile("sgd", losses, run_eagerly=True)
+    logs = model.evaluate(x, y, batch_size=32, verbose=0, return_dict=True)
+    assert logs == {"loss": pytest.approx(0.25)}

@@ -197,8 +197,8 @@ class TotalLoss(keras.metrics.Mean):
         """Say what of the next total counts by labels.
 
         Args:
-            counted: for each of the losses its weighted value, as it is in the total, and its
-                number of labels.
+            counted: for each of the losses its weighted value, as it is in the total, and
+                its number of labels.
         """
         values, labels = zip(*counted)
         values = [unscaled_loss(ops.cast(value, self.dtype)) for value in values]

@@ -90,6 +90,13 @@ def convnext_layers() -> tuple[type, type]:
     return convnext.LayerScale, convnext.StochasticDepth
 
 
+def inception_resnet_layer() -> type:
+    """`CustomScaleLayer` of Keras's InceptionResNetV2, not public by itself."""
+    from keras.src.applications import inception_resnet_v2
+
+    return inception_resnet_v2.CustomScaleLayer
+
+
 # --- what rides on tensors --------------------------------------------------------
 
 

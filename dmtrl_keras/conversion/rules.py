@@ -91,6 +91,12 @@ def rule_of(operation: Any) -> "Rule | None":
     return _OPERATION if known and is_keras_operation(operation) else None
 
 
+def alone(operation: Any) -> Any:
+    """An operation without what only training needs, see `Rule.alone`."""
+    rule = rule_of(operation)
+    return operation if rule is None else rule.alone(operation)
+
+
 def is_elementwise(activation: Any) -> bool:
     """Whether an activation function takes every number for itself."""
     return activation is None or activation in _ELEMENTWISE_ACTIVATIONS

@@ -57,12 +57,6 @@ def functional_constructor(init: _Init) -> _Init:
     return cast(_Init, constructor)
 
 
-def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[Any]]:
-    """The operation that made a symbolic tensor, and the tensors that it took."""
-    operation, node, _ = tensor._keras_history
-    return operation, operation._inbound_nodes[node].input_tensors
-
-
 def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """All layers in a layer, however deep, without itself."""
     return list(layer._flatten_layers(include_self=False))

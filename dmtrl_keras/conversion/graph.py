@@ -280,8 +280,8 @@ def number_of_tasks(model: keras.Model) -> int:
     counts = {layer.tasks for layer in layers if hasattr(layer, "tasks")}
     if len(counts) != 1:
         raise ValueError(
-            f"Model {model.name!r} is not one of a known number of tasks: it has no dict of "
-            f"outputs by task, and its layers have {sorted(counts)}."
+            f"Model {model.name!r} is not one of a known number of tasks: it has no dict "
+            f"of outputs by task, and its layers have {sorted(counts)}."
         )
     return counts.pop()
 

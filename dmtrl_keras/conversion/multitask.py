@@ -21,7 +21,7 @@ from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import clean_name, task_names
+from dmtrl_keras.ground.validation import check_task_names, clean_name, task_names
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import StatefulRegularizer
@@ -84,7 +84,8 @@ def multitask(
         heads: what comes after the backbone: an int, the classes (a `Dense` layer with
             softmax, for 1 with sigmoid; images of features are averaged first); a
             function of the features that returns the output tensor, or a Keras
-            layer; or a dict of these by task name. None: the backbone's output.
+            layer; or a dict of these by task name. None: the backbone's output. A head
+            without a name of its own is named `<task>_head`.
         prior: a regularizer of the stacked kernels with state that learns how the tasks are
             related, such as `TensorNormalRegularizer` (DRN, MRN); or a dict of them by
             layer name or pattern, as for `sharing`. Each layer has a state of its own.
@@ -133,6 +134,7 @@ def multitask(
     {'age': (None, 8), 'gender': (None, 2)}
     """
     names = task_names(tasks, "multitask")
+    check_task_names(names, "multitask")
     backbone = checked_functional(backbone, "multitask")
     surveyed = survey(backbone, share_until)
     options = {"rank": rank, "tolerance": tolerance}

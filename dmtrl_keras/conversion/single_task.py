@@ -107,8 +107,8 @@ def _position(value: Value, index: int, by_number: bool, label: str) -> int:
     if by_number or value.tasks <= 1:
         return index if by_number else 0
     raise ValueError(
-        f"single_task: the output {label!r} has the features of {value.tasks} tasks side by "
-        "side; a TaskSplit takes them apart."
+        f"single_task: the output {label!r} has the features of {value.tasks} tasks side "
+        "by side; a TaskSplit takes them apart."
     )
 
 
@@ -258,7 +258,9 @@ class _Taker:
         operation = rules.alone(call.operation)
         rule = rules.rule_of(operation)
         index = self._demand.index(call)
-        known = isinstance(operation, TaskLayer) or id(call.operation) in self._demand.problems
+        known = (
+            isinstance(operation, TaskLayer) or id(call.operation) in self._demand.problems
+        )
         if rule is None or known or index is None or _form(call) != Form.GROUPED:
             return
         try:

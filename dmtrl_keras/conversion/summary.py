@@ -23,7 +23,6 @@ from dmtrl_keras.ground.tables import make_console, print_table
 from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
-
 # A terminal of the usual width shows the table, and so does a page.
 _WIDTH = 80
 # From so many layers on, those that are alike for each task stand in one line.
@@ -137,7 +136,7 @@ def _users(traced: Trace, tasks: int) -> dict[Call, set[str]]:
 def _in_order_of_tasks(
     rows: dict[int, LayerSummary], owners: dict[int, str | None], names: list[str]
 ) -> list[LayerSummary]:
-    """Rows in the order of the calls; in the places of single tasks' in that of the tasks."""
+    """Rows in the order of the calls; single tasks' side by side in that of the tasks."""
     place = {name: number for number, name in enumerate(names)}
     ordered = []
     for owned, keys in itertools.groupby(rows, key=lambda key: owners[key] is not None):
@@ -225,9 +224,7 @@ def _print(model: keras.Model, tasks: int, rows: Sequence[LayerSummary]) -> None
     title = f"{model.name}, T = {tasks}"
     console = make_console()
     console.width = min(console.width, _WIDTH)
-    print_table(
-        title, columns, cells, texts=3, totals=1, caption=caption, console=console
-    )
+    print_table(title, columns, cells, texts=3, totals=1, caption=caption, console=console)
 
 
 def _alike(rows: Sequence[LayerSummary]) -> list[list[LayerSummary]]:

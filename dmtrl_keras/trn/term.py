@@ -237,8 +237,8 @@ class TaskRelations(LossTerm):
         if not known or values[0].form != Form.GROUPED:
             raise ValueError(
                 f"{name_of(self)}: layer {relation.at!r} of {name_of(relation)} does not "
-                f"have the channels of all the tasks {list(tasks)} side by side. Give a "
-                "dict from task to the name of its layer."
+                f"have the channels of all tasks side by side, among them {list(tasks)}. "
+                "Give a dict from task to the name of its layer."
             )
         parts = list(TaskSplit(count)(output).values())
         return {task: parts[positions[task][1]] for task in tasks}

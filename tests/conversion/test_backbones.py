@@ -120,9 +120,7 @@ def test_scaled_sums(rng):
     images = rng.normal(size=(2, 6, 6, 3)).astype("float32")
     model = multitask(backbone, ["a", "b"], shared_input=False)
     expected = ops.convert_to_numpy(backbone(images))
-    np.testing.assert_allclose(
-        model({"a": images, "b": images})["b"], expected, atol=1e-6
-    )
+    np.testing.assert_allclose(model({"a": images, "b": images})["b"], expected, atol=1e-6)
     alone = single_task(model, "b")
     assert type(alone.layers[-1]) is CustomScaleLayer
     np.testing.assert_allclose(alone(images), expected, atol=1e-6)

@@ -182,7 +182,8 @@ def test_edited_and_wrapped_networks():
 def test_ranks(capsys):
     """Factorised layers show their ranks."""
     inputs = keras.Input((8,))
-    x = layers.TuckerDense(16, tasks=4, rank=(2, 3, 4), shared_input=True)(inputs)
+    layer = layers.TuckerDense(16, 4, rank=(2, 3, 4), shared_input=True, name="fc")
+    x = layer(inputs)
     (row,) = task_summary(keras.Model(inputs, x))
     assert "rank 2 3 4" in " ".join(capsys.readouterr().out.split())
     assert row.rank == (2, 3, 4) and row.sharing == "tucker"

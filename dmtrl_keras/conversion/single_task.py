@@ -248,8 +248,9 @@ class _Taker:
         elif isinstance(call.operation, (TaskStack, TaskBatch, TaskGroup, TaskRepeat)):
             self._tensors[call.outputs] = tensors[0]
         elif isinstance(call.operation, TaskSplit):
-            part = list(call.outputs.values())[self._demand.index(call)]
-            self._tensors[part] = tensors[0]
+            for part in call.outputs.values():
+                if self._demand.wants(part):
+                    self._tensors[part] = tensors[0]
         else:
             self._through_layer(call)
 

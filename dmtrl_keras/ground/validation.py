@@ -151,6 +151,19 @@ def check_task_names(names: Sequence[str], owner: str) -> None:
             "first one a letter, a digit or a dot, since TensorFlow takes no others in a "
             f"SavedModel. Received: {bad}. Possible: {[clean_name(n) for n in bad]}."
         )
+    check_endpoints(names, owner)
+
+
+def check_endpoints(names: Sequence[str], owner: str) -> None:
+    """Task names that the endpoints of a SavedModel can have.
+
+    Args:
+        names: sequence of strings.
+        owner: str, the class or function to name in the error.
+
+    Raises:
+        ValueError: if a SavedModel has something else of that name.
+    """
     reserved = sorted(_RESERVED.intersection(names))
     if reserved:
         raise ValueError(

@@ -9,6 +9,7 @@ from keras import ops
 from dmtrl_keras import (
     LossTerm,
     MultiTaskModel,
+    export_tasks,
     multitask,
     relationship_network,
     single_task,
@@ -233,7 +234,10 @@ def test_files_with_such_names_load(tmp_path, monkeypatch):
     inputs = keras.Input((4,))
     model = MultiTaskModel(inputs, {"my age": kl.Dense(1, name="head")(inputs)})
     model.save(tmp_path / "old.keras")
+    serving = MultiTaskModel(inputs, {"serve": model.output["my age"]})
     monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"export_tasks: .*Received: \['serve'\]"):
+        export_tasks(serving, tmp_path / "saved")
     loaded = keras.saving.load_model(tmp_path / "old.keras")
     assert loaded.task_names == ("my age",)
     assert MultiTaskModel.from_config(model.get_config()).task_names == ("my age",)

@@ -164,7 +164,7 @@ def _row(call: Call, users: set[str], tasks: int) -> LayerSummary:
         # What only training needs is no part of the network.
         states = (layer.selection, layer.prior)
         parameters -= sum(state.count_params() for state in states if state is not None)
-        bias = tasks * layer.bias.shape[0] if layer.use_bias else 0
+        bias = layer.tasks * layer.bias.shape[0] if layer.use_bias else 0
         independent = math.prod(layer.stacked_kernel_shape) + bias
         flops = layer.flops(input_shape) // NOMINAL_BATCH
     elif form == Form.GROUPED:

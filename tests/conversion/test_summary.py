@@ -169,6 +169,7 @@ def test_edited_and_wrapped_networks():
     assert rows["trunk"].parameters_if_independent == rows["trunk"].parameters
     # The layer has the kernels of both tasks still.
     assert rows["fc"].parameters == 24 * 7 * 2 + 7 * 2
+    assert rows["fc"].parameters_if_independent == rows["fc"].parameters
     inputs = keras.Input((8, 8, 3))
     outputs = dict(model(kl.Rescaling(2.0)(inputs)))
     outputs["c"] = kl.Dense(1, name="hc")(kl.Flatten()(inputs))

@@ -7,6 +7,7 @@ from keras import tree
 
 from dmtrl_keras.conversion import single_task
 from dmtrl_keras.ground.types import PathLike
+from dmtrl_keras.ground.validation import check_endpoints
 from dmtrl_keras.training.model import MultiTaskModel
 
 _ALL_TASKS = "serve"
@@ -26,8 +27,8 @@ def export_tasks(model: MultiTaskModel, filepath: PathLike, verbose: bool = True
         verbose: bool, whether to print the endpoints.
 
     Raises:
-        ValueError: if the model is no `MultiTaskModel`, if a task has the name
-            `"serve"`, or a task can't be had alone.
+        ValueError: if the model is no `MultiTaskModel`, if a SavedModel has something else
+            of the name of a task, such as `"serve"`, or a task can't be had alone.
 
     Example:
 
@@ -49,11 +50,8 @@ def export_tasks(model: MultiTaskModel, filepath: PathLike, verbose: bool = True
             "export_tasks: expected a MultiTaskModel. "
             f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
         )
-    if _ALL_TASKS in model.task_names:
-        raise ValueError(
-            f"export_tasks: {_ALL_TASKS!r} is the endpoint of all tasks, so that no task "
-            f"can have this name. Received: tasks {list(model.task_names)}."
-        )
+    # Files of earlier versions may have such names.
+    check_endpoints(model.task_names, "export_tasks")
     archive = keras.export.ExportArchive()
     archive.track(model)
     _add(archive, _ALL_TASKS, model)

@@ -1,6 +1,9 @@
 """Walking through a functional or Sequential model, call by call."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import keras
@@ -10,9 +13,9 @@ from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.keras_private import (
     as_functional,
     flatten_layers,
-    producer_of,
     run_through_graph,
 )
+from dmtrl_keras.ground.validation import clean_name
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -123,43 +126,168 @@ def form_of(operation: Any, forms: Sequence[Form]) -> Form:
     return next((form for form in order if form in forms), Form.SHARED)
 
 
+class Names:
+    """The names of the layers of a new network, each of them once.
+
+    Args:
+        taken: names that it has already, such as those of its inputs.
+    """
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = set(taken)
+
+    def new(self, name: str, path: tuple[str, ...] = ()) -> str:
+        """A name that no other layer has, from one and the nested models it was in."""
+        candidates = [
+            clean_name("_".join((*path[start:], name)))
+            for start in range(len(path), -1, -1)
+        ]
+        numbered = (f"{candidates[-1]}_{n}" for n in itertools.count(1))
+        for candidate in itertools.chain(candidates, numbered):
+            if candidate not in self._taken:
+                self._taken.add(candidate)
+                return candidate
+        raise AssertionError("there are more names than layers")
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """A symbolic tensor of a network of T tasks, and what is known of it.
+
+    Attributes:
+        spec: the symbolic tensor, by itself.
+        form: the `Form`, see `form_of`.
+        tasks: int, the tasks whose features are side by side in it, in the channels or in
+            the batch; 0 where there are no such.
+        parts: which parts of which calls of `TaskSplit` it was computed from, a set of
+            `(call, position)`.
+    """
+
+    spec: keras.KerasTensor
+    form: Form = Form.SHARED
+    tasks: int = 0
+    parts: frozenset[tuple["Call", int]] = frozenset()
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """A call of an operation of a network, nested models entered.
+
+    Attributes:
+        operation: the layer or operation.
+        args: its arguments, with `Value`s in place of tensors.
+        kwargs: likewise.
+        path: names of the nested models that it is in.
+        outputs: the `Value`s that it returns, in any structure.
+    """
+
+    operation: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    path: tuple[str, ...]
+    outputs: Any = None
+
+    @property
+    def inputs(self) -> list[Value]:
+        """All values among the arguments."""
+        return values_in(Value, self.args, self.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """The calls of a network in order, and what goes in and comes out.
+
+    Attributes:
+        inputs: `Value`s in the structure of the model's input.
+        outputs: `Value`s in the structure of its output.
+        calls: list of `Call`.
+    """
+
+    inputs: Any
+    outputs: Any
+    calls: list[Call]
+
+    @property
+    def by_task(self) -> dict[str, Value] | None:
+        """The outputs by task name in the order of the channels; None: no dict of them.
+
+        Which part of the channels is a task's is known by the `TaskSplit` that its output
+        comes from; tasks without one are last.
+        """
+        if not isinstance(self.outputs, dict):
+            return None
+        if not all(isinstance(value, Value) for value in self.outputs.values()):
+            return None
+        found = self.positions
+        order = sorted(self.outputs, key=lambda task: found.get(task, (0, math.inf))[1])
+        return {task: self.outputs[task] for task in order}
+
+    @property
+    def positions(self) -> dict[str, tuple[int, int]]:
+        """`(tasks, position)` by task: of how many parts of the channels its is which.
+
+        Tasks whose outputs come from no `TaskSplit`, or from several parts, have none.
+        """
+        found = {}
+        for task, value in self.outputs.items():
+            parts = {(call.operation.tasks, position) for call, position in value.parts}
+            if len(parts) == 1:
+                found[task] = parts.pop()
+        return found
+
+
+def trace(model: keras.Model) -> Trace:
+    """Every call of a functional model, with the forms of all values."""
+    calls: list[Call] = []
+
+    def visit(
+        operation: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        path: tuple[str, ...],
+    ) -> Any:
+        call = Call(operation, args, kwargs, path)
+        calls.append(call)
+        form = form_of(operation, [value.form for value in call.inputs])
+        args, kwargs = replaced(Value, args, kwargs, lambda value: value.spec)
+        specs = output_spec(operation, args, kwargs)
+        if isinstance(operation, TaskSplit):
+            call.outputs = {
+                task: Value(spec, form, parts=frozenset([(call, position)]))
+                for position, (task, spec) in enumerate(specs.items())
+            }
+            return call.outputs
+        tasks, parts = 0, frozenset[tuple[Call, int]]()
+        if form in (Form.GROUPED, Form.BATCHED):
+            found = (value.tasks for value in call.inputs if value.tasks)
+            tasks = getattr(operation, "tasks", None) or next(found, 0)
+        else:
+            parts = parts.union(*(value.parts for value in call.inputs))
+        call.outputs = tree.map_structure(lambda x: Value(x, form, tasks, parts), specs)
+        return call.outputs
+
+    inputs = tree.map_structure(Value, model.input)
+    return Trace(inputs, run(model, inputs, visit), calls)
+
+
 def number_of_tasks(model: keras.Model) -> int:
-    """T of a network, as its layers and outputs say it.
+    """T of a network without outputs by task, as its layers say it.
 
     Raises:
         ValueError: if they say nothing, or different numbers.
     """
     layers = flatten_layers(model)
     counts = {layer.tasks for layer in layers if hasattr(layer, "tasks")}
-    if isinstance(model.output, dict):
-        counts.add(len(model.output))
     if len(counts) != 1:
         raise ValueError(
-            f"Model {model.name!r} is not one of a known number of tasks: its layers and "
-            f"outputs have {sorted(counts)}."
+            f"Model {model.name!r} is not one of a known number of tasks: it has no dict "
+            f"of outputs by task, and its layers have {sorted(counts)}."
         )
     return counts.pop()
 
 
 def names_of_tasks(model: keras.Model) -> tuple[str, ...]:
-    """The task names in the order of the channels; none where nothing says them."""
+    """The task names that the layers have, in the order of the channels, if any has."""
     layers = flatten_layers(model)
-    named = [layer.task_names for layer in layers if hasattr(layer, "task_names")]
-    if isinstance(model.output, dict):
-        # A layer knows the order; the dict need not have it.
-        named = [names for names in named if set(names) == set(model.output)]
-        named.append(tuple(model.output))
-    return named[0] if named else ()
-
-
-def form_of_tensor(tensor: keras.KerasTensor) -> Form:
-    """The form (see `form_of`) of a symbolic tensor of a functional model."""
-    known = {}
-
-    def form(x: keras.KerasTensor) -> Form:
-        if id(x) not in known:
-            operation, parents = producer_of(x)
-            known[id(x)] = form_of(operation, [form(parent) for parent in parents])
-        return known[id(x)]
-
-    return form(tensor)
+    named = (layer.task_names for layer in layers if hasattr(layer, "task_names"))
+    return next(named, ())

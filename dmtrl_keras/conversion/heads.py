@@ -8,6 +8,12 @@ import keras
 from keras import tree
 
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.keras_private import (
+    is_called_once,
+    is_named_by_keras,
+    producer_of,
+    rename,
+)
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.layout import TaskSplit
 
@@ -51,7 +57,8 @@ def outputs_by_task(
             "for each task that makes one output tensor of them."
         )
     parts = [_per_task(features, new_name) for features in flat]
-    result = {}
+    result: dict[str, keras.KerasTensor] = {}
+    made: dict[str, keras.layers.Layer | None] = {}
     for task in names:
         features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
         head = heads[task]
@@ -65,7 +72,28 @@ def outputs_by_task(
                 f"Received: {features!r}."
             )
         result[task] = features
+        if callable(head):
+            ends = [part[task] for part in parts]
+            made[task] = _last_with_weights(result[task], ends)
+    for task, layer in made.items():
+        # A layer of several tasks is nobody's head.
+        if layer is not None and is_named_by_keras(layer) and is_called_once(layer):
+            rename(layer, new_name(f"{task}_head"))
     return result
+
+
+def _last_with_weights(
+    output: keras.KerasTensor, features: list[Any]
+) -> keras.layers.Layer | None:
+    """The last layer with weights between features and the output of a head, or None."""
+    while not any(output is end for end in features):
+        operation, parents = producer_of(output)
+        if isinstance(operation, keras.layers.Layer) and operation.weights:
+            return operation
+        if len(parents) != 1:
+            break
+        (output,) = parents
+    return None
 
 
 def _per_task(

@@ -1,7 +1,6 @@
 """From a Keras model to the network of T tasks."""
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from keras import tree
 
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
+    Names,
     checked_functional,
     replaced,
     run,
@@ -21,7 +21,7 @@ from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import clean_name, task_names
+from dmtrl_keras.ground.validation import check_task_names, clean_name, task_names
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import StatefulRegularizer
@@ -84,7 +84,8 @@ def multitask(
         heads: what comes after the backbone: an int, the classes (a `Dense` layer with
             softmax, for 1 with sigmoid; images of features are averaged first); a
             function of the features that returns the output tensor, or a Keras
-            layer; or a dict of these by task name. None: the backbone's output.
+            layer; or a dict of these by task name. None: the backbone's output. A head
+            without a name of its own is named `<task>_head`.
         prior: a regularizer of the stacked kernels with state that learns how the tasks are
             related, such as `TensorNormalRegularizer` (DRN, MRN); or a dict of them by
             layer name or pattern, as for `sharing`. Each layer has a state of its own.
@@ -133,6 +134,7 @@ def multitask(
     {'age': (None, 8), 'gender': (None, 2)}
     """
     names = task_names(tasks, "multitask")
+    check_task_names(names, "multitask")
     backbone = checked_functional(backbone, "multitask")
     surveyed = survey(backbone, share_until)
     options = {"rank": rank, "tolerance": tolerance}
@@ -142,8 +144,8 @@ def multitask(
     heads = checked_heads(heads, names)
     prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
     fusion_of = _fusion_of(between, surveyed)
-    builder = _Builder(names, surveyed, choose, prior_of, fusion_of)
     inputs = _inputs(backbone, names, shared_input)
+    builder = _Builder(names, surveyed, choose, prior_of, fusion_of, inputs)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
     _check_effects(given, builder)
@@ -306,15 +308,17 @@ class _Builder:
         choose: Callable[[str, bool], Parameterization],
         prior_of: Callable[[str], StatefulRegularizer | None],
         fusion_of: Callable[[str], Callable[..., Any] | None],
+        inputs: Any,
     ) -> None:
         self.names = names
+        # A name for a layer that no other layer of the network has.
+        self.new_name = Names(x.name for x in tree.flatten(inputs)).new
         self.tasks = len(names)
         self._survey = surveyed
         self._choose = choose
         self._prior_of = prior_of
         self._fusion_of = fusion_of
         self._made: dict[tuple[int, str], Any] = {}
-        self._taken: set[str] = set()
         # Names of layers of which `sharing`, and what is said of kernels, made something.
         self.reached: dict[str, set[str]] = {"sharing": set(), "kernels": set()}
 
@@ -326,25 +330,11 @@ class _Builder:
             if option in type(self._choose(name, True)).short_forms
         }
 
-    def new_name(self, name: str, path: tuple[str, ...] = ()) -> str:
-        """A name that no other layer of the network has, from one and where it was."""
-        candidates = [
-            clean_name("_".join((*path[start:], name)))
-            for start in range(len(path), -1, -1)
-        ]
-        numbered = (f"{candidates[-1]}_{n}" for n in itertools.count(1))
-        for candidate in itertools.chain(candidates, numbered):
-            if candidate not in self._taken:
-                self._taken.add(candidate)
-                return candidate
-        raise AssertionError("there are more names than layers")
-
     def _features(self, form: Form, tensor: Tensor, source: str) -> Features:
         return Features(self.names, form, tensor, source, self.new_name)
 
     def enter(self, backbone: keras.Model, inputs: Any, shared_input: bool) -> Any:
         """The features that the inputs of the network are."""
-        self._taken.update(x.name for x in tree.flatten(inputs))
         if shared_input:
             return tree.map_structure(
                 lambda x: self._features(Form.SHARED, x, x.name), inputs

@@ -15,7 +15,11 @@ import keras
 import numpy as np
 from keras import layers as kl
 
-from dmtrl_keras.ground.keras_private import convnext_layers, is_keras_operation
+from dmtrl_keras.ground.keras_private import (
+    convnext_layers,
+    inception_resnet_layer,
+    is_keras_operation,
+)
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
@@ -85,6 +89,12 @@ def rule_of(operation: Any) -> "Rule | None":
     kind = type(operation)
     known = kind.__name__ in _ELEMENTWISE_OPERATIONS
     return _OPERATION if known and is_keras_operation(operation) else None
+
+
+def alone(operation: Any) -> Any:
+    """An operation without what only training needs, see `Rule.alone`."""
+    rule = rule_of(operation)
+    return operation if rule is None else rule.alone(operation)
 
 
 def is_elementwise(activation: Any) -> bool:
@@ -557,6 +567,8 @@ def _register_keras() -> None:
         kl.Average,
         kl.Maximum,
         kl.Minimum,
+        # One input plus a multiple of another.
+        inception_resnet_layer(),
         rule=_OnlyIf(_same_channels),
     )
     register_rule(

@@ -1,7 +1,6 @@
 """From a network of T tasks to the ordinary Keras model of one task."""
 
 import numbers
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -9,16 +8,17 @@ from keras import tree
 
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
+    Call,
+    Names,
+    Trace,
+    Value,
     checked_functional,
-    form_of,
     names_of_tasks,
     number_of_tasks,
     replaced,
-    run,
-    values_in,
+    trace,
 )
 from dmtrl_keras.ground.forms import Form
-from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import clean_name
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
@@ -31,11 +31,15 @@ def single_task(
 
     Kernels are composed once. The outputs are those of the network of all tasks, and the
     saved model needs nothing of this library. What other tasks alone need is left out.
+    Nested models are taken apart. Which of the T kernels of a layer are the task's is
+    known by the `TaskSplit` that its output comes from, so that tasks may have been
+    removed or added.
 
     Args:
         model: a functional or Sequential model of T tasks: one that `multitask` made, or
             one made by hand of this library's layers.
-        task: name of the task, or its number, an int in [0, T).
+        task: name of the task, or its number, an int in [0, T), in the order of the
+            channels.
         name: name of the new model. None: that of the model and the task.
 
     Returns:
@@ -61,52 +65,29 @@ def single_task(
     >>> np.allclose(alone(x), model(x)["gender"], atol=1e-5)
     True
     """
-    model = checked_functional(model, "single_task")
-    tasks = number_of_tasks(model)
-    names = names_of_tasks(model)
-    index = _index(task, names, tasks, model)
-    outputs = model.output
-    if isinstance(outputs, dict) and names and set(outputs) == set(names):
-        outputs = outputs[names[index]]
-    # Of the other tasks' layers only those remain that this task depends on.
-    part = keras.Model(model.input, outputs)
-    taker = _Taker(tasks, index)
-    inputs = _inputs(model.input, names)
-    values = tree.map_structure(lambda x: _One(x, Form.SHARED), inputs)
-    outputs = run(part, values, taker.visit)
-    if taker.problems:
-        lines = "\n".join(f"- {line}" for line in taker.problems.values())
+    graph = checked_functional(model, "single_task")
+    traced = trace(graph)
+    by_task = traced.by_task
+    names = names_of_tasks(graph) if by_task is None else tuple(by_task)
+    index = _index(task, names, len(names) or number_of_tasks(graph), graph)
+    label = names[index] if names else f"task_{index}"
+    outputs = traced.outputs if by_task is None else by_task[label]
+    demand = _Demand(traced)
+    for value in tree.flatten(outputs):
+        demand.want(value, _position(value, index, by_task is None, label))
+    demand.back_to_inputs()
+    inputs = _inputs(graph.input, traced.inputs, demand)
+    taker = _Taker(demand, inputs, traced.inputs)
+    outputs = taker.take(outputs)
+    if demand.problems:
+        lines = "\n".join(f"- {line}" for line in demand.problems.values())
         raise ValueError(
-            f"single_task: model {model.name!r} has {len(taker.problems)} layers that "
+            f"single_task: model {model.name!r} has {len(demand.problems)} layers that "
             f"task {task!r} can't have alone:\n{lines}"
         )
-    outputs = tree.map_structure(lambda value: value.tensor, outputs)
-    if taker.apart and _is_by_task(inputs, names):
-        inputs = inputs[names[index]]
-    label = names[index] if names else f"task_{index}"
-    name = name or clean_name(f"{model.name}_{label}")
-    return keras.Model(inputs, outputs, name=name)
-
-
-def _is_by_task(inputs: Any, names: Sequence[str]) -> bool:
-    return isinstance(inputs, dict) and set(inputs) == set(names)
-
-
-def _inputs(inputs: Any, names: Sequence[str]) -> Any:
-    """New inputs in the same structure."""
-
-    def like(x: keras.KerasTensor, name: str | None = None) -> keras.KerasTensor:
-        return keras.Input(x.shape[1:], dtype=x.dtype, name=name or x.name)
-
-    if not _is_by_task(inputs, names):
-        return tree.map_structure(like, inputs)
-    # In a dict of one task's inputs each has the name that it has there.
-    return {
-        task: {key: like(x, key) for key, x in own.items()}
-        if isinstance(own, dict)
-        else tree.map_structure(like, own)
-        for task, own in inputs.items()
-    }
+    if isinstance(inputs, dict) and demand.apart and len(inputs) == 1:
+        (inputs,) = inputs.values()
+    return keras.Model(inputs, outputs, name=name or clean_name(f"{model.name}_{label}"))
 
 
 def _index(task: Any, names: tuple[str, ...], tasks: int, model: keras.Model) -> int:
@@ -121,113 +102,229 @@ def _index(task: Any, names: tuple[str, ...], tasks: int, model: keras.Model) ->
     )
 
 
-class _One:
-    """The features of one task, in the new model.
+def _position(value: Value, index: int, by_number: bool, label: str) -> int:
+    """Which part of an output's channels is the task's, where they are side by side."""
+    if by_number or value.tasks <= 1:
+        return index if by_number else 0
+    raise ValueError(
+        f"single_task: the output {label!r} has the features of {value.tasks} tasks side "
+        "by side; a TaskSplit takes them apart."
+    )
+
+
+def _inputs(inputs: Any, values: Any, demand: "_Demand") -> Any:
+    """New inputs in the same structure; where tasks have their own, those of this one."""
+
+    def like(x: keras.KerasTensor, name: str | None = None) -> keras.KerasTensor:
+        return keras.Input(x.shape[1:], dtype=x.dtype, name=name or x.name)
+
+    if not (demand.apart and isinstance(inputs, dict)):
+        return tree.map_structure(like, inputs)
+    own = {
+        key: value
+        for key, value in inputs.items()
+        if any(demand.wants(x) for x in tree.flatten(values[key]))
+    }
+    # In a dict of one task's inputs each has the name that it has there.
+    alone = len(own) == 1
+    return {
+        task: {key: like(x, key) for key, x in value.items()}
+        if alone and isinstance(value, dict)
+        else tree.map_structure(like, value)
+        for task, value in own.items()
+    }
+
+
+class _Demand:
+    """What one task needs of the calls of a network, found from its outputs backwards.
 
     Attributes:
-        tensor: the symbolic tensor; None: features of other tasks.
-        form: the form in which the network of all tasks has them, see `form_of`.
-        lost: bool; they come from a layer that this task can't have alone.
+        problems: dict of what it can't have alone, texts by operation.
+        apart: bool, whether one of the inputs that each task has for itself was chosen.
     """
 
-    def __init__(self, tensor: Tensor, form: Form, lost: bool = False) -> None:
-        self.tensor = tensor
-        self.form = form
-        self.lost = lost
+    def __init__(self, traced: Trace) -> None:
+        self.calls = traced.calls
+        self._wanted: dict[Value, set[int | None]] = {}
+        self._indices: dict[Call, int | None] = {}
+        self.problems: dict[int, str] = {}
+        self.apart = False
+
+    def want(self, value: Value, index: int | None) -> None:
+        """The task needs a value; of several tasks' features the part of one index."""
+        self._wanted.setdefault(value, set()).add(index if value.tasks else None)
+
+    def wants(self, value: Value) -> bool:
+        """Whether the task needs a value."""
+        return value in self._wanted
+
+    def needs(self, call: Call) -> bool:
+        """Whether the task needs a call, whose problems may be in `problems`."""
+        return call in self._indices
+
+    def index(self, call: Call) -> int | None:
+        """Which of the tasks in a call this one is."""
+        return self._indices[call]
+
+    def back_to_inputs(self) -> None:
+        """Find what the wanted values need."""
+        for call in reversed(self.calls):
+            indices = self._indices_of(call)
+            if not indices:
+                continue
+            self._indices[call] = next(iter(indices))
+            if len(indices) > 1 or _mixes(call):
+                self.add_problem(call, "it needs the features of other tasks")
+            else:
+                self._want_inputs(call)
+
+    def _indices_of(self, call: Call) -> set[int | None]:
+        values = tree.flatten(call.outputs)
+        if isinstance(call.operation, TaskSplit):
+            parts = enumerate(call.outputs.values())
+            return {position for position, value in parts if self.wants(value)}
+        return {index for value in values for index in self._wanted.get(value, ())}
+
+    def _want_inputs(self, call: Call) -> None:
+        index = self._indices[call]
+        own = own_input(call, index)
+        if own is not None:
+            self.apart = True
+            self.want(own, None)
+            return
+        for value in call.inputs:
+            self.want(value, index)
+
+    def add_problem(self, call: Call, error: object) -> None:
+        """Note why the task can't have what a call gives."""
+        place = "/".join((*call.path, call.operation.name))
+        kind = type(rules.alone(call.operation)).__name__
+        self.problems[id(call.operation)] = f"{kind} {place!r}: {error}"
+
+
+def own_input(call: Call, index: int | None) -> Value | None:
+    """Of a call with a tensor for each task the one of a task; None: it has no such."""
+    kinds = (TaskStack, TaskBatch)
+    if not isinstance(call.operation, kinds) or isinstance(call.args[0], Value):
+        return None
+    assert index is not None
+    return call.operation._in_order(call.args[0], lambda x: False)[index]
+
+
+def _mixes(call: Call) -> bool:
+    """Whether an ordinary operation takes several parts of one `TaskSplit`."""
+    if isinstance(call.operation, (TaskStack, TaskBatch)):
+        return False
+    parts = {part for value in call.inputs for part in value.parts}
+    return len(parts) > len({split for split, _ in parts})
 
 
 class _Taker:
-    """Makes the layers of one task, call by call of the network of all tasks."""
+    """Makes the layers of one task, call by call of those that it needs."""
 
-    def __init__(self, tasks: int, index: int) -> None:
-        self._tasks = tasks
-        self._index = index
-        self._made: dict[int, Any] = {}
-        self.problems: dict[int, str] = {}
-        # Whether every task has inputs of its own.
-        self.apart = False
+    def __init__(self, demand: _Demand, inputs: Any, values: Any) -> None:
+        self._demand = demand
+        self._made: dict[tuple[int, int | None], Any] = {}
+        self._names = Names(x.name for x in tree.flatten(inputs))
+        # What the task has in the place of a value; None: it can't have it.
+        self._tensors: dict[Value, keras.KerasTensor | None] = {}
+        for key in inputs if isinstance(inputs, dict) else [None]:
+            given, known = (x if key is None else x[key] for x in (inputs, values))
+            self._tensors.update(zip(tree.flatten(known), tree.flatten(given)))
 
-    def visit(
-        self,
-        operation: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        path: tuple[str, ...],
-    ) -> Any:
-        """What a call of the network becomes for this task; takes and returns `_One`."""
-        rule = rules.rule_of(operation)
-        if rule is not None:
-            operation = rule.alone(operation)
-        values = values_in(_One, args, kwargs)
-        form = form_of(operation, [value.form for value in values])
-        if any(value.lost for value in values):
-            # What comes from a lost layer may be one that can't be had either.
-            if rule is not None and not isinstance(operation, TaskLayer):
-                try:
-                    rule.single(operation, self._tasks, self._index)
-                except ValueError as error:
-                    self._add_problem(operation, path, error)
-            lost = _One(None, form, lost=True)
-            split = isinstance(operation, TaskSplit)
-            return dict.fromkeys(operation.task_names, lost) if split else lost
-        if isinstance(operation, (TaskStack, TaskBatch, TaskGroup, TaskRepeat)):
-            own = values[0]
-            if not isinstance(args[0], _One):
-                own = operation._in_order(args[0], lambda x: False)[self._index]
-                self.apart = True
-            return _One(own.tensor, form)
-        if isinstance(operation, TaskSplit):
-            parts = {name: _One(None, form) for name in operation.task_names}
-            parts[operation.task_names[self._index]] = _One(values[0].tensor, form)
-            return parts
-        try:
-            layer = self._layer(operation, values)
-        except ValueError as error:
-            self._add_problem(operation, path, error)
-            return _One(None, form, lost=True)
-        args, kwargs = replaced(_One, args, kwargs, lambda one: one.tensor)
-        fresh = not getattr(layer, "built", True)
-        layer.name = clean_name(layer.name)
-        outputs = layer(*args, **kwargs)
-        if fresh and layer.weights:
-            rules.load_weights(layer, self._weights(operation, form))
-        return tree.map_structure(lambda x: _One(x, form), outputs)
+    def take(self, outputs: Any) -> Any:
+        """The tensors of the task in the place of some values."""
+        for call in self._demand.calls:
+            if self._demand.needs(call):
+                self._call(call)
+        return tree.map_structure(self._tensors.get, outputs)
 
-    def _add_problem(self, operation: Any, path: tuple[str, ...], error: Exception) -> None:
-        place = "/".join((*path, operation.name))
-        self.problems[id(operation)] = f"{type(operation).__name__} {place!r}: {error}"
-
-    def _layer(self, operation: Any, values: Sequence[_One]) -> Any:
-        """The layer of one task; a ValueError says why there is none."""
-        if any(value.tensor is None for value in values):
-            raise ValueError("it needs the features of other tasks")
-        if id(operation) in self._made:
-            return self._made[id(operation)]
-        grouped = {value.form == Form.GROUPED for value in values}
-        rule = rules.rule_of(operation)
-        if isinstance(operation, TaskLayer):
-            if grouped == {operation.shared_input}:
-                raise ValueError(
-                    "with `shared_input=True` it mixes the tasks"
-                    if operation.shared_input
-                    else "its input is grouped, but not by a layer such as TaskStack"
-                )
-            assert rule is not None
-            layer = rule.single(operation, self._tasks, self._index)
-        elif grouped == {False}:
-            layer = rules.copy_of(operation)
-        elif rule is None:
-            raise ValueError("how it treats grouped channels is not known")
-        elif len(grouped) > 1:
-            raise ValueError("it takes grouped features and others together")
+    def _call(self, call: Call) -> None:
+        own = own_input(call, self._demand.index(call))
+        values = call.inputs if own is None else [own]
+        tensors = [self._tensors.get(value) for value in values]
+        if any(tensor is None for tensor in tensors):
+            self._lost(call)
+        elif isinstance(call.operation, (TaskStack, TaskBatch, TaskGroup, TaskRepeat)):
+            self._tensors[call.outputs] = tensors[0]
+        elif isinstance(call.operation, TaskSplit):
+            for part in call.outputs.values():
+                if self._demand.wants(part):
+                    self._tensors[part] = tensors[0]
         else:
-            layer = rule.single(operation, self._tasks, self._index)
-        self._made[id(operation)] = layer
-        return layer
+            self._through_layer(call)
 
-    def _weights(self, operation: Any, form: Form) -> list[Any]:
-        if form == Form.GROUPED:
-            rule = rules.rule_of(operation)
-            assert rule is not None
-            return rule.single_weights(operation, self._tasks, self._index)
+    def _lost(self, call: Call) -> None:
+        """What comes from a layer that can't be had may be one that can't be had either."""
+        operation = rules.alone(call.operation)
+        rule = rules.rule_of(operation)
+        index = self._demand.index(call)
+        known = (
+            isinstance(operation, TaskLayer) or id(call.operation) in self._demand.problems
+        )
+        if rule is None or known or index is None or _form(call) != Form.GROUPED:
+            return
+        try:
+            rule.single(operation, _tasks_of(call), index)
+        except ValueError as error:
+            self._demand.add_problem(call, error)
+
+    def _through_layer(self, call: Call) -> None:
+        operation = rules.alone(call.operation)
+        key = (id(operation), self._demand.index(call))
+        try:
+            layer = self._made.get(key) or self._layer(operation, call)
+        except ValueError as error:
+            self._demand.add_problem(call, error)
+            return
+        fresh = key not in self._made
+        if fresh:
+            layer.name = self._names.new(layer.name, call.path)
+            self._made[key] = layer
+        args, kwargs = replaced(Value, call.args, call.kwargs, self._tensors.__getitem__)
+        outputs = layer(*args, **kwargs)
+        if fresh and getattr(layer, "weights", None):
+            rules.load_weights(layer, self._weights(operation, call))
+        values, tensors = tree.flatten(call.outputs), tree.flatten(outputs)
+        self._tensors.update(zip(values, tensors))
+
+    def _layer(self, operation: Any, call: Call) -> Any:
+        """The layer of one task; a ValueError says why there is none."""
+        grouped = {value.form == Form.GROUPED for value in call.inputs}
+        tasks, index = _tasks_of(call), self._demand.index(call)
+        own = getattr(operation, "tasks", tasks)
+        if isinstance(operation, TaskLayer) and grouped == {operation.shared_input}:
+            raise ValueError(
+                "with `shared_input=True` it mixes the tasks"
+                if operation.shared_input
+                else "its input is grouped, but not by a layer such as TaskStack"
+            )
+        if True in grouped and own != tasks:
+            raise ValueError(f"it is for {own} tasks, its input has those of {tasks}")
+        if grouped == {False} and not isinstance(operation, TaskLayer):
+            return rules.copy_of(operation)
+        rule = rules.rule_of(operation)
+        if rule is None:
+            raise ValueError("how it treats grouped channels is not known")
+        if len(grouped) > 1:
+            raise ValueError("it takes grouped features and others together")
+        if index is None:
+            raise ValueError("it needs the features of all tasks")
+        return rule.single(operation, tasks or own, index)
+
+    def _weights(self, operation: Any, call: Call) -> list[Any]:
+        if _form(call) == Form.GROUPED:
+            rule, index = rules.rule_of(operation), self._demand.index(call)
+            assert rule is not None and index is not None
+            tasks = tree.flatten(call.outputs)[0].tasks
+            return rule.single_weights(operation, tasks, index)
         return operation.get_weights()
+
+
+def _form(call: Call) -> Form:
+    return tree.flatten(call.outputs)[0].form
+
+
+def _tasks_of(call: Call) -> int:
+    """Of how many tasks the features are that a call takes side by side; 0: of none."""
+    return max((value.tasks for value in call.inputs), default=0)

@@ -1,28 +1,33 @@
 """What the layers of a network of T tasks share and cost, as a table."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import tree
 
 from dmtrl_keras.conversion.graph import (
+    Call,
+    Trace,
+    Value,
     checked_functional,
-    form_of,
     number_of_tasks,
-    output_spec,
-    replaced,
-    run,
-    values_in,
+    trace,
 )
 from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
 from dmtrl_keras.ground.forms import Form
-from dmtrl_keras.ground.tables import print_table
+from dmtrl_keras.ground.tables import make_console, print_table
 from dmtrl_keras.ground.types import Shape
-from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
+
+# A terminal of the usual width shows the table, and so does a page.
+_WIDTH = 80
+# From so many layers on, those that are alike for each task stand in one line.
+_ALIKE = 3
+_NUMBERS = ("parameters", "parameters_if_independent", "flops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +40,8 @@ class LayerSummary:
         output_shape: tuple.
         sharing: str: name of the parameterization; `"hard"` for an ordinary layer that
             serves all tasks; `"independent"` for one with weights for each task, such as
-            batch normalization on grouped channels; or the name of the one task
-            whose layer it is, in parentheses.
+            batch normalization on grouped channels; the name of the one task whose
+            layer it is, in parentheses; or `"unused"`, if no output needs it.
         rank: tuple of ints, or None.
         parameters: int, numbers in its weights, trainable or not.
         parameters_if_independent: int, those that T separate networks would have.
@@ -57,16 +62,21 @@ class LayerSummary:
 def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]:
     """What every layer with weights shares and costs.
 
+    In the printed table layers that are alike and belong to one task each, such as
+    heads, share a line.
+
     Args:
         model: a functional or Sequential model of T tasks, such as one from `multitask`.
+            With outputs by task, T is their number.
         verbose: bool, whether to print the table, with the totals.
 
     Returns:
-        A list of `LayerSummary`, in the order of the calls.
+        A list of `LayerSummary`, in the order of the calls; layers of one task each in the
+        order of the tasks.
 
     Raises:
-        ValueError: if the model is not functional, or no layer says how many tasks
-            it has.
+        ValueError: if the model is not functional, or neither outputs nor layers say how
+            many tasks it has.
 
     Example:
 
@@ -79,55 +89,74 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
     ('tucker', (2, 2, 2), 128, 576)
     """
     model = checked_functional(model, "task_summary")
-    tasks = number_of_tasks(model)
-    by_layer: dict[int, LayerSummary] = {}
-
-    def visit(
-        operation: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        path: tuple[str, ...],
-    ) -> Any:
-        values = values_in(_Value, args, kwargs)
-        form = form_of(operation, [value.form for value in values])
-        owners = {value.task for value in values if value.task is not None}
-        owner = owners.pop() if len(owners) == 1 else None
-        args, kwargs = replaced(_Value, args, kwargs, lambda value: value.spec)
-        outputs = output_spec(operation, args, kwargs)
-        if isinstance(operation, keras.layers.Layer) and operation.weights:
-            shape = tuple(values[0].spec.shape)
-            row = _row(operation, form, owner, tasks, shape, outputs)
-            seen = by_layer.get(id(operation))
-            if seen is not None:
-                row = dataclasses.replace(row, flops=seen.flops + row.flops)
-            by_layer[id(operation)] = row
-        if isinstance(operation, TaskSplit):
-            return {name: _Value(spec, form, name) for name, spec in outputs.items()}
-        return tree.map_structure(lambda spec: _Value(spec, form, owner), outputs)
-
-    inputs = tree.map_structure(lambda x: _Value(x, Form.SHARED, None), model.input)
-    run(model, inputs, visit)
-    rows = list(by_layer.values())
+    traced = trace(model)
+    by_task = traced.by_task
+    tasks = number_of_tasks(model) if by_task is None else len(by_task)
+    users = _users(traced, tasks)
+    rows: dict[int, LayerSummary] = {}
+    owners: dict[int, str | None] = {}
+    for call in traced.calls:
+        layer = call.operation
+        if not (isinstance(layer, keras.layers.Layer) and layer.weights):
+            continue
+        using = users[call]
+        row = _row(call, using, tasks)
+        seen = rows.get(id(layer))
+        if seen is not None:
+            row = dataclasses.replace(row, flops=seen.flops + row.flops)
+        rows[id(layer)] = row
+        owners[id(layer)] = next(iter(using)) if row.sharing == _of_one(using) else None
+    ordered = _in_order_of_tasks(rows, owners, list(by_task or ()))
     if verbose:
-        _print(model, tasks, rows)
-    return rows
+        _print(model, tasks, ordered)
+    return ordered
 
 
-@dataclasses.dataclass
-class _Value:
-    spec: keras.KerasTensor
-    form: Form
-    task: str | None
+def _users(traced: Trace, tasks: int) -> dict[Call, set[str]]:
+    """The tasks whose outputs need a call."""
+    using: dict[Value, set[str]] = {}
+    users: dict[Call, set[str]] = {}
+    everybody = {f"task_{n}" for n in range(tasks)}
+    for task, value in (traced.by_task or {}).items():
+        using.setdefault(value, set()).add(task)
+    for call in reversed(traced.calls):
+        users[call] = set().union(
+            *(using.get(value, ()) for value in tree.flatten(call.outputs))
+        )
+        for value in call.inputs:
+            using.setdefault(value, set()).update(users[call])
+        if traced.by_task is None:
+            # Without outputs by task, by the parts of the channels.
+            parts = {part for value in call.inputs for part in value.parts}
+            names = {split.operation.task_names[n] for split, n in parts}
+            users[call] = names or everybody
+    return users
 
 
-def _row(
-    layer: keras.layers.Layer,
-    form: Form,
-    owner: str | None,
-    tasks: int,
-    input_shape: Shape,
-    outputs: Any,
-) -> LayerSummary:
+def _in_order_of_tasks(
+    rows: dict[int, LayerSummary], owners: dict[int, str | None], names: list[str]
+) -> list[LayerSummary]:
+    """Rows in the order of the calls; single tasks' side by side in that of the tasks."""
+    place = {name: number for number, name in enumerate(names)}
+    ordered = []
+    for owned, keys in itertools.groupby(rows, key=lambda key: owners[key] is not None):
+        group = list(keys)
+        if owned:
+            group.sort(key=lambda key: place.get(str(owners[key]), len(place)))
+        ordered += [rows[key] for key in group]
+    return ordered
+
+
+def _of_one(users: set[str]) -> str:
+    """How a layer is called that one task has."""
+    return f"({next(iter(users))})" if len(users) == 1 else ""
+
+
+def _row(call: Call, users: set[str], tasks: int) -> LayerSummary:
+    layer = call.operation
+    input_shape = tuple(call.inputs[0].spec.shape)
+    outputs = tree.map_structure(lambda value: value.spec, call.outputs)
+    form = tree.flatten(call.outputs)[0].form
     parameters = layer.count_params()
     independent, rank = parameters, None
     if isinstance(layer, TaskLayer):
@@ -135,7 +164,7 @@ def _row(
         # What only training needs is no part of the network.
         states = (layer.selection, layer.prior)
         parameters -= sum(state.count_params() for state in states if state is not None)
-        bias = tasks * layer.bias.shape[0] if layer.use_bias else 0
+        bias = layer.tasks * layer.bias.shape[0] if layer.use_bias else 0
         independent = math.prod(layer.stacked_kernel_shape) + bias
         flops = layer.flops(input_shape) // NOMINAL_BATCH
     elif form == Form.GROUPED:
@@ -144,9 +173,12 @@ def _row(
         if not rule.of_independent_tasks:
             independent = 0
     else:
-        sharing = "hard" if owner is None else f"({owner})"
-        flops = _flops(layer, outputs) * (tasks if form == Form.BATCHED else 1)
-        independent = parameters * (tasks if owner is None else 1)
+        batches = call.inputs[0].tasks if form == Form.BATCHED else 1
+        flops = _flops(layer, outputs) * batches
+        alone = len(users) == 1 and (tasks > 1 or form == Form.APART)
+        sharing = _of_one(users) if alone else "hard" if users else "unused"
+        # Each of the tasks that use it would have its own.
+        independent = parameters * len(users)
     shape = tree.map_structure(lambda spec: tuple(spec.shape), outputs)
     return LayerSummary(
         layer=layer.name,
@@ -171,24 +203,59 @@ def _flops(layer: keras.layers.Layer, output: Any) -> int:
 
 
 def _print(model: keras.Model, tasks: int, rows: Sequence[LayerSummary]) -> None:
-    columns = ["Layer", "Output shape", "Sharing", "Rank"]
-    columns += ["Parameters", "If independent", "FLOPs"]
-    names = ("parameters", "parameters_if_independent", "flops")
-    cells = [
-        [
-            f"{row.layer} ({row.kind})",
-            row.output_shape,
-            row.sharing,
-            "" if row.rank is None else row.rank,
-            *(f"{getattr(row, name):,}" for name in names),
-        ]
-        for row in rows
-    ]
-    totals = [sum(getattr(row, name) for row in rows) for name in names]
-    cells.append(["Total", "", "", "", *(f"{total:,}" for total in totals)])
+    columns = ["Layer", "Output", "Sharing", "Weights", "If separate", "FLOPs"]
+    cells = []
+    for alike in _alike(rows):
+        row = alike[0]
+        # In words, so that it may take several lines.
+        rank = "" if row.rank is None else f", rank {' '.join(map(str, row.rank))}"
+        layer, sharing = f"{row.layer} ({row.kind}{rank})", row.sharing
+        if len(alike) > 1:
+            layer = f"{row.layer} to {alike[-1].layer} ({len(alike)} {row.kind})"
+            sharing = "(each one)"
+        shape = _short_shape(row.output_shape)
+        cells.append([layer, shape, sharing, *_numbers(alike)])
+    cells.append(["Total", "", "", *_numbers(rows)])
+    totals = [sum(getattr(row, name) for row in rows) for name in _NUMBERS]
     caption = None
     if totals[1]:
         ratio = totals[0] / totals[1]
         caption = f"{ratio:.3f} of the parameters of {tasks} independent networks"
     title = f"{model.name}, T = {tasks}"
-    print_table(title, columns, cells, texts=4, totals=1, caption=caption)
+    console = make_console()
+    console.width = min(console.width, _WIDTH)
+    print_table(title, columns, cells, texts=3, totals=1, caption=caption, console=console)
+
+
+def _alike(rows: Sequence[LayerSummary]) -> list[list[LayerSummary]]:
+    """The rows by line: layers of one task each that differ in nothing but the task."""
+    lines: dict[Any, list[LayerSummary]] = {}
+    for number, row in enumerate(rows):
+        one = row.sharing.startswith("(")
+        kind = dataclasses.replace(row, layer="", sharing="") if one else number
+        lines.setdefault(str(kind), []).append(row)
+    found: list[list[LayerSummary]] = []
+    for line in lines.values():
+        found += [line] if len(line) >= _ALIKE else [[row] for row in line]
+    return found
+
+
+def _numbers(rows: Sequence[LayerSummary]) -> list[str]:
+    """The sums of some rows; of the FLOPs three digits are enough."""
+    *parameters, flops = (sum(getattr(row, name) for row in rows) for name in _NUMBERS)
+    return [*(f"{count:,}" for count in parameters), _short(flops)]
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 999.5 or unit == "T":
+            break
+        number /= 1000
+    return f"{number:.3g}{unit}" if unit else f"{number}"
+
+
+def _short_shape(shape: Any) -> str:
+    """A shape without the batch, such as `8x8x64`; of several tensors as it is."""
+    if not isinstance(shape, tuple) or any(isinstance(d, tuple) for d in shape):
+        return str(shape)
+    return "x".join("?" if d is None else str(d) for d in shape[1:])

@@ -7,12 +7,16 @@ import collections
 import contextlib
 import functools
 import inspect
+import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
 from keras import tree
+from keras.src.backend.common import global_state
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
+from keras.src.utils.naming import to_snake_case
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -63,6 +67,26 @@ def producer_of(tensor: keras.KerasTensor) -> tuple[keras.Operation, list[Any]]:
     return operation, operation._inbound_nodes[node].input_tensors
 
 
+def is_named_by_keras(layer: keras.layers.Layer) -> bool:
+    """Whether a layer's name is one that Keras gives where the user gives none."""
+    own = re.escape(to_snake_case(type(layer).__name__))
+    return re.fullmatch(rf"{own}(_\d+)?", layer.name) is not None
+
+
+def is_called_once(layer: keras.layers.Layer) -> bool:
+    """Whether a layer has one call in all models."""
+    return len(layer._inbound_nodes) == 1
+
+
+def rename(layer: keras.layers.Layer, name: str) -> None:
+    """Another name for a built layer, in the paths of its variables too."""
+    for variable in layer.weights:
+        first, *rest = variable._path.split("/")
+        if first == layer.name:
+            variable._path = "/".join([name, *rest])
+    layer.name = name
+
+
 def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """All layers in a layer, however deep, without itself."""
     return list(layer._flatten_layers(include_self=False))
@@ -88,6 +112,13 @@ def convnext_layers() -> tuple[type, type]:
     from keras.src.applications import convnext
 
     return convnext.LayerScale, convnext.StochasticDepth
+
+
+def inception_resnet_layer() -> type:
+    """`CustomScaleLayer` of Keras's InceptionResNetV2, not public by itself."""
+    from keras.src.applications import inception_resnet_v2
+
+    return inception_resnet_v2.CustomScaleLayer
 
 
 # --- what rides on tensors --------------------------------------------------------
@@ -119,12 +150,27 @@ def symbolic_build(model: keras.Model, batch: Any) -> None:
     model._maybe_symbolic_build(data_batch=batch)
 
 
+# By this name the outputs of a functional model's clone know what they are a clone of.
+_CLONED = "_dmtrl_keras_cloned"
+
+
 class ModelOfReplicas(keras.Model):
-    """A model whose first batch need not divide among the replicas.
+    """A functional model whose first batch need not divide among the replicas.
 
     Keras 3.15 takes the mean of the replicas' batches to know their shapes, which fails
     where they differ, and where other machines have some of them.
+
+    Its clones know it, see `cloned_model`.
     """
+
+    def _run_through_graph(self, *args: Any, **kwargs: Any) -> Any:
+        # That of `Functional`, which Keras puts among the bases.
+        outputs = super()._run_through_graph(*args, **kwargs)
+        for output in tree.flatten(outputs):
+            # Those of a clone come from its layers; a mere specification from nowhere.
+            if isinstance(output, keras.KerasTensor) and hasattr(output, "_keras_history"):
+                attach(output, _CLONED, weakref.ref(self))
+        return outputs
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         if iterator is not None and self._distribute_strategy is not None:
@@ -133,6 +179,26 @@ class ModelOfReplicas(keras.Model):
                 break
             iterator = None
         super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+
+def cloned_model(outputs: Any) -> Any:
+    """The model of which outputs are a clone's that is just being made, or None.
+
+    `keras.models.clone_model` makes the clone of a functional model from nothing but its
+    new inputs and outputs, so that whatever else it needs must come from the original.
+
+    Args:
+        outputs: what the constructor of a `ModelOfReplicas` got.
+    """
+    found = None
+    for output in tree.flatten(outputs):
+        symbolic = isinstance(output, keras.KerasTensor)
+        reference = attached(output, _CLONED) if symbolic else None
+        if reference is not None:
+            found = reference()
+            # Other models of these outputs are no clones.
+            attach(output, _CLONED, None)
+    return found
 
 
 def local_part(values: Any, strategy: Any) -> Any:
@@ -189,7 +255,7 @@ def losses_by_output(
         sample_weight: None, a tensor, or a dict of them.
 
     Returns:
-        `(losses, weights, counted)`: dicts by output, of scalars, and of floats or scalars; an
+        `(losses, weights, counted)`: dicts by output, of scalars, and of numbers; an
         output with several losses has their weighted sum, with weight 1. And pairs of the
         weighted value and the count of each loss that counts its labels.
     """
@@ -331,13 +397,22 @@ def sharing_scope() -> Iterator[None]:
     objects that are nested in configurations, so that `shared_object` has others.
     """
     from keras.src.saving import serialization_lib
-    from keras.src.saving.serialization_lib import global_state
 
-    if global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None:
+    if in_sharing_scope():
         yield
         return
     with serialization_lib.ObjectSharingScope():
         yield
+
+
+def in_sharing_scope() -> bool:
+    """Whether objects are being made from files or configurations."""
+    return global_state.get_global_attribute("shared_objects/id_to_obj_map") is not None
+
+
+def saving_as_h5() -> bool:
+    """Whether a configuration is for a whole model in a legacy HDF5 file."""
+    return bool(global_state.get_global_attribute("use_legacy_config", False))
 
 
 def shared_object(key: str, make: Callable[[], Any]) -> Any:

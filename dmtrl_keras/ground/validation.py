@@ -3,6 +3,7 @@
 import math
 import numbers
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -104,6 +105,72 @@ def task_names(tasks: Tasks, owner: str) -> tuple[str, ...]:
             )
         return tuple(tasks)
     return tuple(f"task_{t}" for t in range(check_tasks(tasks, owner)))
+
+
+# What a loaded SavedModel has beside the endpoints of the tasks.
+_RESERVED = frozenset(
+    {
+        "graph_debug_info",
+        "non_trainable_variables",
+        "serve",
+        "signatures",
+        "tensorflow_git_version",
+        "tensorflow_version",
+        "trainable_variables",
+        "variables",
+    }
+)
+
+
+def check_task_names(names: Sequence[str], owner: str) -> None:
+    """Task names that a model can be trained and exported with.
+
+    TensorFlow takes them in the names of the losses' means, and of the outputs and the
+    endpoints of a SavedModel; not all texts may be such names.
+
+    Args:
+        names: sequence of distinct strings.
+        owner: str, the class or function to name in the error.
+
+    Raises:
+        ValueError: if some can't be such names.
+
+    Example:
+
+    >>> check_task_names(["5_o_Clock_Shadow", "age"], "multitask")
+    >>> try:
+    ...     check_task_names(["5_o'Clock_Shadow", "age"], "multitask")
+    ... except ValueError as error:
+    ...     print(str(error).split("Received: ")[1])
+    ["5_o'Clock_Shadow"]. Possible: ['5_o_Clock_Shadow'].
+    """
+    bad = [name for name in names if clean_name(name) != name]
+    if bad:
+        raise ValueError(
+            f"{owner}: task names must be of the letters A to Z, digits and `_ . - >`, the "
+            "first one a letter, a digit or a dot, since TensorFlow takes no others in a "
+            f"SavedModel. Received: {bad}. Possible: {[clean_name(n) for n in bad]}."
+        )
+    check_endpoints(names, owner)
+
+
+def check_endpoints(names: Sequence[str], owner: str) -> None:
+    """Task names that the endpoints of a SavedModel can have.
+
+    Args:
+        names: sequence of strings.
+        owner: str, the class or function to name in the error.
+
+    Raises:
+        ValueError: if a SavedModel has something else of that name.
+    """
+    reserved = sorted(_RESERVED.intersection(names))
+    if reserved:
+        raise ValueError(
+            f"{owner}: no task can have a name that a SavedModel, in which every task is "
+            f"an endpoint, has for something else: {sorted(_RESERVED)}. "
+            f"Received: {reserved}."
+        )
 
 
 def channels_per_task(channels: int | None, tasks: int, owner: str, shape: Shape) -> int:

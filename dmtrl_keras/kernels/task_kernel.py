@@ -286,7 +286,12 @@ class TaskKernel(keras.layers.Layer):
     # --- the forward pass -------------------------------------------------------
 
     def call(self, training: bool | None = None) -> None:
-        """Let the states learn, in training; once in a step, before `apply`."""
+        """Let the states learn, in training; once in a step, before `apply`.
+
+        Of frozen kernels they stay as they are, as the statistics of Keras's frozen batch
+        normalization do.
+        """
+        training = bool(training) and self.trainable
         for state in (self.selection, self.prior):
             if state is not None:
                 state(training=training)

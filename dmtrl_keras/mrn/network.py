@@ -8,7 +8,7 @@ import keras
 from dmtrl_keras.conversion import multitask
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tasks
-from dmtrl_keras.ground.validation import check_positive, task_names
+from dmtrl_keras.ground.validation import check_positive, check_task_names, task_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.forms import Features
@@ -101,6 +101,7 @@ def relationship_network(
     """
     owner = "relationship_network"
     names = list(task_names(tasks, owner))
+    check_task_names(names, owner)
     check_positive("classes", classes, owner)
     if bottleneck is not None:
         check_positive("bottleneck", bottleneck, owner, " or None")

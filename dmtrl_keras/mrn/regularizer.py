@@ -35,7 +35,8 @@ class TensorNormalRegularizer(StatefulRegularizer):
     As `kernel_regularizer` of the layers with T kernels (`TaskDense`, `TTConv2D`, ...) it
     applies to the stacked kernel, also where that is composed of factors. For any other
     Keras layer wrap it: `layers.TensorNormalPrior(keras.layers.Dense(10), regularizer)`.
-    The covariances move in training only, never in `evaluate` or `predict`. They are
+    The covariances move in training only, never in `evaluate` or `predict`, and not while
+    the layer is frozen (`trainable = False`), which has no penalty then either. They are
     non-trainable weights: saved, restored, and the same on all replicas. A layer that is
     called twice in a step also updates twice.
 

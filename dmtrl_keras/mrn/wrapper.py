@@ -114,7 +114,9 @@ class TensorNormalPrior(keras.layers.Wrapper):
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None, **kwargs: Any) -> Tensor:
-        self.prior(training=training)
+        # Of a frozen kernel nothing is learned.
+        learns = self.trainable and self.layer.trainable
+        self.prior(training=bool(training) and learns)
         return self.layer(inputs, **kwargs)
 
     def compute_output_shape(self, input_shape: Any) -> Any:

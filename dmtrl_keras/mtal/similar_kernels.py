@@ -55,8 +55,8 @@ class SimilarKernels(Parameterization):
     - *In which order.* All tasks at once, from the kernels as they were; a loop over
       tasks that overwrites them would depend on the order of the tasks.
     - *When.* The pairs are chosen anew in training, at every step (the paper's algorithm)
-      or every `update_every`. `evaluate`, `predict` and an exported model use the last
-      choice.
+      or every `update_every`. `evaluate`, `predict`, an exported model and a layer that is
+      frozen (`trainable = False`) use the last choice.
 
     Source: Feng & Chen, "Learning Twofold Heterogeneous Multi-Task by Sharing Similar
     Convolution Kernel Pairs", 2021.

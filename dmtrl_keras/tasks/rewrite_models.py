@@ -43,8 +43,11 @@ def with_layers(
         copies.append((copy, layer, replaced))
         return copy
 
+    # A model of T tasks brings along what is not in its layers.
+    like = getattr(model, "like", None)
+    network = model if like is None else model.inference_network()
     with sharing_scope():
-        new = keras.models.clone_model(model, clone_function=clone, recursive=True)
+        new = keras.models.clone_model(network, clone_function=clone, recursive=True)
     for copy, layer, replaced in copies:
         if not replaced:
             copy.set_weights(layer.get_weights())
@@ -53,8 +56,6 @@ def with_layers(
             copy.bias.assign(layer.bias)
         if layer.prior is not None:
             copy.prior.set_weights(layer.prior.get_weights())
-    # A model of T tasks brings along what is not in its layers.
-    like = getattr(model, "like", None)
     return new if like is None else like(new)
 
 

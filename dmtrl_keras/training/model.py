@@ -22,19 +22,23 @@ from dmtrl_keras.ground.keras_private import (
     attach,
     attached,
     build_losses,
+    cloned_model,
     compiled_metrics,
+    flatten_layers,
     functional_constructor,
     has_losses,
+    in_sharing_scope,
     logs_as_list,
     loss_tracker,
     losses_by_output,
+    saving_as_h5,
     set_loss_tracker,
     sharing_scope,
     sum_of_losses,
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import check_task_names, name_of
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.lengths import (
     Piece,
@@ -75,7 +79,8 @@ class MultiTaskModel(ModelOfReplicas):
         **kwargs: `trainable`.
 
     Raises:
-        ValueError: if the outputs are no dict of single tensors by name.
+        ValueError: if the outputs are no dict of single tensors by name, or a name is one
+            that TensorFlow takes in no SavedModel.
 
     Example:
 
@@ -121,7 +126,13 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{type(self).__name__}: `outputs` must be a dict from task name to one "
                 f"output tensor. Received: outputs={outputs!r}."
             )
+        if not in_sharing_scope():
+            # Files of earlier versions may have others.
+            check_task_names(list(outputs), type(self).__name__)
+        original = cloned_model(outputs)
         super().__init__(inputs, outputs, name=name, **kwargs)
+        if original is not None and not terms:
+            terms = original.new_terms()
         terms = checked_terms(terms, name_of(self))
         if terms:
             self._terms = terms
@@ -146,6 +157,10 @@ class MultiTaskModel(ModelOfReplicas):
         """The terms of the loss beside those of the tasks."""
         return tuple(self._terms)
 
+    def new_terms(self) -> list[LossTerm]:
+        """Terms like those of this model, for another one, as they were at the start."""
+        return [type(term).from_config(term.get_config()) for term in self._terms]
+
     def inference_network(self) -> "MultiTaskModel":
         """The network without what only training needs; it has the same layers."""
         if not self._terms:
@@ -165,8 +180,9 @@ class MultiTaskModel(ModelOfReplicas):
         """
         if not self._terms:
             return network
-        terms = [type(term).from_config(term.get_config()) for term in self._terms]
-        new = MultiTaskModel(network.input, network.output, terms=terms, name=self.name)
+        new = MultiTaskModel(
+            network.input, network.output, terms=self.new_terms(), name=self.name
+        )
         for mine, theirs in zip(self._terms, new._terms):
             theirs.set_weights(mine.get_weights())
         return new
@@ -259,7 +275,54 @@ class MultiTaskModel(ModelOfReplicas):
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
+    def save(
+        self,
+        filepath: PathLike,
+        overwrite: bool = True,
+        zipped: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as a `.keras` file; arguments as in `keras.Model.save`.
+
+        Raises:
+            ValueError: on an HDF5 file.
+        """
+        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+            self._refuse_h5()
+        super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+
+    def _refuse_h5(self) -> None:
+        raise ValueError(
+            f"{name_of(self)}: a whole model goes into a `.keras` file, since legacy HDF5 "
+            "files (`.h5`) can't hold layers that aren't Keras's own. Of weights alone, "
+            "`save_weights` makes a `.weights.h5` file."
+        )
+
+    def quantize(
+        self, mode: Any = None, config: Any = None, filters: Any = None, **kwargs: Any
+    ) -> None:
+        """Quantize the layers of Keras; arguments as in `keras.Model.quantize`.
+
+        Raises:
+            ValueError: if the model has layers with T kernels, which can't be quantized,
+                and no `filters` say which layers are meant.
+        """
+        layers = [x.name for x in flatten_layers(self) if hasattr(x, "task_kernel")]
+        if layers and filters is None:
+            raise ValueError(
+                f"{name_of(self)}: layers with a kernel for each task can't be quantized. "
+                "Quantize the networks of single tasks, single_task(model, task)"
+                ".quantize(...), or give `filters` for the other layers. "
+                f"Received: quantize({mode!r}) with the layers {layers}."
+            )
+        given = {"mode": mode, "config": config, "filters": filters}
+        # Keras before 3.15 doesn't know all of them.
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        super().quantize(**kwargs)
+
     def get_config(self) -> dict[str, Any]:
+        if saving_as_h5():
+            self._refuse_h5()
         config = super().get_config()
         if self._terms:
             config["terms"] = [

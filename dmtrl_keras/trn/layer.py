@@ -170,7 +170,8 @@ class TRL(keras.layers.Layer):
     In training the covariances of the batch join moving ones (TRN Algorithm 1), `S <- m S +
     (1 - m) S_batch`, which start as the identity, and the similarities (Eq. 11) are those
     of the updated covariances. The gradient flows into the batch's part alone. At
-    inference the layer returns the similarities that it has, and changes nothing. Batch
+    inference the layer returns the similarities that it has, and changes nothing. Frozen
+    (`trainable = False`) it keeps its moving covariances in training, too. Batch
     covariances are divided by the batch size less one, where the paper's listing takes
     sums, so that the batch size makes no difference. Under several replicas the batch is
     the global one.
@@ -323,8 +324,9 @@ class TRL(keras.layers.Layer):
             present = [present[name] for name in names]
         covariance = self._updated(values, present)
         similarity = self._similarities(covariance)
-        self.covariance.assign(ops.stop_gradient(covariance))
-        self.similarity.assign(ops.stop_gradient(similarity))
+        if self.trainable:
+            self.covariance.assign(ops.stop_gradient(covariance))
+            self.similarity.assign(ops.stop_gradient(similarity))
         return similarity
 
     def _updated(

@@ -6,6 +6,11 @@ from typing import Any, Self
 import keras
 
 from dmtrl_keras.conversion.graph import checked_functional
+from dmtrl_keras.ground.keras_private import (
+    cloned_model,
+    functional_constructor,
+    saving_as_h5,
+)
 from dmtrl_keras.training.model import MultiTaskModel
 from dmtrl_keras.trn.layer import Method
 from dmtrl_keras.trn.relation import Pair, Relation
@@ -56,6 +61,7 @@ class TaskRelationModel(MultiTaskModel):
     ['label_similarity_pose_landmarks', 'landmarks_loss']
     """
 
+    @functional_constructor
     def __init__(
         self,
         network: keras.Model,
@@ -67,8 +73,13 @@ class TaskRelationModel(MultiTaskModel):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        original = cloned_model(relations)
+        if original is not None:
+            # `clone_model` gives inputs and outputs, as to any functional model.
+            network, (term,) = keras.Model(network, relations), original.new_terms()
+        else:
+            term = TaskRelations(relations, label_similarity, momentum, ridge, method)
         network = checked_functional(network, type(self).__name__)
-        term = TaskRelations(relations, label_similarity, momentum, ridge, method)
         super().__init__(
             network.input,
             network.output,
@@ -108,6 +119,8 @@ class TaskRelationModel(MultiTaskModel):
         return new
 
     def get_config(self) -> dict[str, Any]:
+        if saving_as_h5():
+            self._refuse_h5()
         term = self._relation_term.get_config()
         del term["name"]
         return {

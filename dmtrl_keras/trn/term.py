@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from dmtrl_keras.conversion.graph import form_of_tensor, names_of_tasks
+from dmtrl_keras.conversion.graph import trace
 from dmtrl_keras.ground.backend import share_of_replica
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import DType, Tensor
@@ -228,14 +228,20 @@ class TaskRelations(LossTerm):
                 for task in tasks
             }
         output = self._output_of(network, relation, relation.at)
-        if form_of_tensor(output) != Form.GROUPED:
+        layer, traced = network.get_layer(relation.at), trace(network)
+        values = [call.outputs for call in traced.calls if call.operation is layer]
+        (count,) = {value.tasks for value in values} or {0}
+        # Which channels are a task's: those of its output.
+        positions = traced.positions
+        known = all(positions.get(task, (0, 0))[0] == count > 0 for task in tasks)
+        if not known or values[0].form != Form.GROUPED:
             raise ValueError(
                 f"{name_of(self)}: layer {relation.at!r} of {name_of(relation)} does not "
-                "have the channels of all tasks side by side. Give a dict from task to "
-                "the name of its layer."
+                f"have the channels of all tasks side by side, among them {list(tasks)}. "
+                "Give a dict from task to the name of its layer."
             )
-        split = TaskSplit(names_of_tasks(network))(output)
-        return {task: split[task] for task in tasks}
+        parts = list(TaskSplit(count)(output).values())
+        return {task: parts[positions[task][1]] for task in tasks}
 
     def _output_of(self, network: keras.Model, relation: Relation, name: str) -> Any:
         names = [layer.name for layer in network.layers]

@@ -1,6 +1,7 @@
 """Every backbone of the list: T independent networks at once, and back to one."""
 
 import gc
+import inspect
 import os
 
 import keras
@@ -9,6 +10,8 @@ import pytest
 from keras import ops
 
 from dmtrl_keras import multitask, single_task
+from dmtrl_keras.conversion.survey import survey
+from dmtrl_keras.ground.keras_private import flatten_layers
 
 # The smallest images that each takes without its default size being asked for.
 SIZES = {
@@ -22,6 +25,7 @@ SIZES = {
     "EfficientNetV2B0": 32,
     "DenseNet121": 32,
     "InceptionV3": 75,
+    "InceptionResNetV2": 75,
     "Xception": 71,
     "NASNetMobile": 32,
     "ConvNeXtTiny": 32,
@@ -75,3 +79,48 @@ def test_round_trip(name, rng):
         np.testing.assert_allclose(alone(second), expected[1], **tolerance)
     keras.utils.clear_session(free_memory=False)
     gc.collect()
+
+
+FUNCTIONS = sorted(
+    name for name, value in vars(keras.applications).items() if inspect.isfunction(value)
+)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_application_converts(name):
+    """What `multitask` asks of every layer before it builds anything, without a weight."""
+    with keras.StatelessScope(initialize_variables=False):
+        backbone = getattr(keras.applications, name)(weights=None)
+        surveyed = survey(backbone, None)
+    # Nested models are entered; the statistics of an input normalization are settings.
+    others = (keras.Model, keras.layers.Normalization)
+    with_weights = {
+        layer.name
+        for layer in flatten_layers(backbone)
+        if layer.weights and not isinstance(layer, others)
+    }
+    assert set(surveyed.with_weights) == with_weights
+    keras.utils.clear_session(free_memory=False)
+
+
+def test_there_are_forty():
+    """Of Keras 3.13 to 3.15; the guide says so."""
+    assert len(FUNCTIONS) == 40
+
+
+def test_scaled_sums(rng):
+    """The sums of InceptionResNetV2's blocks, `x + scale * r`, and back to one task."""
+    from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+
+    inputs = keras.Input((6, 6, 3))
+    x = keras.layers.Conv2D(4, 1, name="x")(inputs)
+    r = keras.layers.Conv2D(4, 1, name="r")(x)
+    outputs = CustomScaleLayer(0.17, name="sum")([x, r])
+    backbone = keras.Model(inputs, outputs)
+    images = rng.normal(size=(2, 6, 6, 3)).astype("float32")
+    model = multitask(backbone, ["a", "b"], shared_input=False)
+    expected = ops.convert_to_numpy(backbone(images))
+    np.testing.assert_allclose(model({"a": images, "b": images})["b"], expected, atol=1e-6)
+    alone = single_task(model, "b")
+    assert type(alone.layers[-1]) is CustomScaleLayer
+    np.testing.assert_allclose(alone(images), expected, atol=1e-6)

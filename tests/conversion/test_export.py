@@ -6,7 +6,7 @@ import pytest
 from keras import layers as kl
 from keras import ops
 
-from dmtrl_keras import export_tasks, multitask, task_layers
+from dmtrl_keras import MultiTaskModel, export_tasks, multitask, task_layers
 from dmtrl_keras.ground.backend import tensorflow
 
 NAMES = ["zeta", "alpha"]
@@ -209,26 +209,49 @@ def test_normalization_in_onnx(shared_input, after, rng, tmp_path):
     assert_close({k: np.array(v) for k, v in loaded(given).items()}, expected)
 
 
-def test_names_that_tensorflow_refuses(rng, tmp_path):
-    """Layers that start with an underscore, tasks with blanks; all can be exported."""
+@pytest.mark.parametrize("shared_input", [True, False])
+def test_names_that_tensorflow_takes(shared_input, rng, tmp_path):
+    """An attribute of CelebA starts with a digit, layers with an underscore."""
     inputs = keras.Input((4,), name="x")
     x = kl.BatchNormalization(name="_norm")(kl.Dense(3, name="_a dense")(inputs))
-    model = multitask(keras.Model(inputs, x), ["my age", "_b"], heads=2)
-    assert {"norm", "a_dense", "my_age_head"} <= {layer.name for layer in model.layers}
+    names = ["5_o_Clock_Shadow", "a.b-c"]
+    model = multitask(keras.Model(inputs, x), names, shared_input=shared_input, heads=2)
+    made = {layer.name for layer in model.layers}
+    assert {"norm", "a_dense", "5_o_Clock_Shadow_head"} <= made
+    model.compile("sgd", "sparse_categorical_crossentropy")
     data = rng.normal(size=(3, 4)).astype("float32")
-    expected = {k: ops.convert_to_numpy(v) for k, v in model(data).items()}
+    given = data if shared_input else dict.fromkeys(names, data)
+    model.train_on_batch(given, {name: np.array([0, 1, 1]) for name in names})
+    expected = {k: ops.convert_to_numpy(v) for k, v in model(given).items()}
     export_tasks(model, tmp_path / "saved", verbose=False)
     loaded = tensorflow().saved_model.load(str(tmp_path / "saved"))
-    assert_close(loaded.serve(data), expected)
-    output = getattr(loaded, "my age")(data)
-    np.testing.assert_allclose(output, expected["my age"], atol=1e-5)
+    assert_close(loaded.serve(given), expected)
+    output = getattr(loaded, names[0])(data)
+    np.testing.assert_allclose(output, expected[names[0]], atol=1e-5)
+
+
+def test_endpoints_of_an_edited_network(rng, tmp_path):
+    """A network called inside another, two of its tasks kept, one added."""
+    inputs = keras.Input((4,), name="x")
+    backbone = keras.Model(inputs, kl.Dense(3, name="fc")(inputs))
+    inner = multitask(backbone, ["a", "b", "c"], heads=2)
+    outputs = inner(kl.Rescaling(2.0)(inputs))
+    outputs = {"c": outputs["c"], "b": outputs["b"], "d": kl.Dense(1)(inputs)}
+    model = MultiTaskModel(inputs, outputs)
+    for layer in inner.layers:
+        layer.set_weights([rng.normal(size=w.shape) for w in layer.get_weights()])
+    x = rng.normal(size=(3, 4)).astype("float32")
+    expected = {k: ops.convert_to_numpy(v) for k, v in model(x).items()}
+    export_tasks(model, tmp_path / "saved", verbose=False)
+    loaded = tensorflow().saved_model.load(str(tmp_path / "saved"))
+    assert_close(loaded.serve(x), expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(loaded, name)(x), value, atol=1e-5)
 
 
 def test_errors(tmp_path):
-    """No MultiTaskModel; a task with the name of the joint endpoint."""
+    """No MultiTaskModel."""
     inputs = keras.Input((4,))
     backbone = keras.Model(inputs, kl.Dense(2)(inputs))
     with pytest.raises(ValueError, match=r"expected a MultiTaskModel.*Functional"):
         export_tasks(backbone, tmp_path)
-    with pytest.raises(ValueError, match="'serve' is the endpoint of all tasks"):
-        export_tasks(multitask(backbone, ["serve", "b"]), tmp_path)

@@ -709,3 +709,39 @@ def test_tasks_drop_by_themselves(kind, rng):
         assert np.all(own == own[:, :1]) and 8 < own[:, 0].sum() < 56
     assert not np.array_equal(dropped[0], dropped[1])
     assert not np.array_equal(dropped[1], dropped[2])
+
+
+def names_and_paths(model):
+    """The names of the layers, and the first parts of their weights' paths."""
+    paths = {w.path.split("/")[0] for w in model.weights}
+    return {layer.name for layer in model.layers}, paths
+
+
+def test_names_of_heads():
+    """A head is named after its task unless it has a name, however it is made."""
+    backbone = keras.Sequential([keras.Input((4,)), kl.Dense(3, name="fc")])
+    hidden = kl.Dense(5, name="hidden")
+    heads = {
+        "layer": kl.Dense(1),
+        "named": kl.Dense(1, name="mine"),
+        "function": lambda x: kl.Softmax()(kl.Dense(2)(x)),
+        "deep": lambda x: kl.Dense(2)(hidden(x)),
+        "count": 2,
+        "own": None,
+    }
+    for shared in ("hard", "independent"):
+        hidden = kl.Dense(5, name="hidden")
+        heads |= {"layer": kl.Dense(1), "named": kl.Dense(1, name="mine")}
+        names, paths = names_and_paths(
+            multitask(backbone, list(heads), shared, heads=heads, verbose=False)
+        )
+        expected = {f"{task}_head" for task in ("layer", "function", "deep", "count")}
+        assert expected | {"mine", "hidden"} <= names
+        assert expected | {"mine", "hidden", "fc"} == paths
+    # One layer of two tasks is nobody's, and one that a model has keeps its name.
+    one = kl.Dense(1)
+    names, _ = names_and_paths(multitask(backbone, ["a", "b"], heads={"a": one, "b": one}))
+    assert one.name in names and "a_head" not in names
+    name = one.name
+    multitask(backbone, ["a"], heads=one)
+    assert one.name == name

@@ -228,3 +228,124 @@ def test_not_a_network_of_tasks():
         single_task(keras.Model(inputs, x), 0)
     with pytest.raises(ValueError, match="Sequential"):
         single_task(keras.Sequential([kl.Dense(2)]), 0)
+
+
+def with_heads():
+    """Kernels for three tasks, a head for each."""
+    inputs = keras.Input((6,))
+    x = layers.TuckerDense(4, tasks=3, rank=2, shared_input=True, name="fc")(inputs)
+    features = layers.TaskSplit(NAMES)(layers.TaskDense(5, 3, name="hidden")(x))
+    outputs = {n: kl.Dense(2, name=f"{n}_head")(features[n]) for n in NAMES}
+    return MultiTaskModel(inputs, outputs)
+
+
+def check_each(model, x, own_inputs=False):
+    """Every task alone gives what the network gives, by name and by number."""
+    expected = model(x)
+    for name in model.task_names:
+        alone = single_task(model, name)
+        given = x[name] if own_inputs else x
+        np.testing.assert_allclose(alone(given), expected[name], atol=1e-5)
+    return expected
+
+
+def test_called_inside_another(rng):
+    """A network with heads is a layer of another: what others need is left out."""
+    inner, inputs = with_heads(), keras.Input((6,))
+    model = MultiTaskModel(inputs, inner(kl.Rescaling(2.0)(inputs)))
+    check_each(model, rng.normal(size=(3, 6)).astype("float32"))
+    alone = single_task(model, "alpha")
+    kinds = [type(layer).__name__ for layer in alone.layers]
+    assert kinds == ["InputLayer", "Rescaling", "Dense", "Dense", "Dense"]
+    # Once more, on its own outputs.
+    twice = model(kl.Dense(6)(model.output["mid"]))
+    check_each(MultiTaskModel(inputs, twice), rng.normal(size=(3, 6)).astype("float32"))
+    # A task of one call beside, and together with, another of another call.
+    other = inner(kl.Rescaling(3.0)(inputs))
+    outputs = {"mid": other["mid"], "zeta": model.output["zeta"]}
+    outputs["sum"] = kl.Add()([other["mid"], model.output["zeta"]])
+    check_each(MultiTaskModel(inputs, outputs), rng.normal(size=(3, 6)).astype("float32"))
+
+
+def test_layers_of_one_name_in_two_networks(rng):
+    """Nested models have names for themselves; in one model they are told apart."""
+    inputs = keras.Input((6,))
+    first, second = with_heads(), with_heads()
+    first.name, second.name = "first", "second"
+    y = first(inputs)["mid"]
+    model = MultiTaskModel(inputs, second(kl.Dense(6)(y)))
+    check_each(model, rng.normal(size=(3, 6)).astype("float32"))
+    names = {layer.name for layer in single_task(model, "zeta").layers}
+    assert {"fc", "second_fc", "mid_head", "zeta_head"} <= names
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_tasks_removed_and_added(own_inputs, rng):
+    """The kernels of a layer are known by its TaskSplit, not by counting outputs."""
+    if own_inputs:
+        model = by_hand()
+        x = {name: rng.normal(size=(5, 8, 8, 2)).astype("float32") for name in NAMES}
+    else:
+        model, x = with_heads(), rng.normal(size=(3, 6)).astype("float32")
+    for kept in (["mid"], ["mid", "zeta"], ["alpha", "mid"]):
+        fewer = MultiTaskModel(model.input, {name: model.output[name] for name in kept})
+        check_each(fewer, x, own_inputs)
+        # By number: in the order of the channels.
+        ordered = [name for name in NAMES if name in kept]
+        last = single_task(fewer, len(kept) - 1)
+        given = x[ordered[-1]] if own_inputs else x
+        np.testing.assert_allclose(last(given), model(x)[ordered[-1]], atol=1e-5)
+        with pytest.raises(ValueError, match="task=1" if kept == ["mid"] else "task=2"):
+            single_task(fewer, len(kept))
+    # Under other names.
+    renamed = {f"my_{name}": model.output[name] for name in reversed(NAMES)}
+    renamed = MultiTaskModel(model.input, renamed)
+    alone = single_task(renamed, "my_alpha")
+    given = x["alpha"] if own_inputs else x
+    np.testing.assert_allclose(alone(given), model(x)["alpha"], atol=1e-5)
+
+
+def test_tasks_added(rng):
+    """On what all have in common, and on what one task has."""
+    model, x = with_heads(), rng.normal(size=(3, 6)).astype("float32")
+    features = model.get_layer("mid_head").input
+    outputs = {
+        "first": kl.Dense(1, name="on_input")(model.input),
+        **model.output,
+        "more": kl.Dense(1, name="on_mid")(features),
+        "deep": kl.Dense(1)(model.output["alpha"]),
+    }
+    larger = MultiTaskModel(model.input, outputs)
+    check_each(larger, x)
+    assert len(single_task(larger, "first").layers) == 2
+    # One that takes the features of two can't be had alone; the others can.
+    both = kl.Add(name="both")([model.output["alpha"], model.output["mid"]])
+    larger = MultiTaskModel(model.input, {**model.output, "sum": both})
+    with pytest.raises(ValueError, match=r"1 layers.*'sum'.*\n.*'both': it needs the feat"):
+        single_task(larger, "sum")
+    assert single_task(larger, "mid").output_shape == (None, 2)
+
+
+def test_two_numbers_of_tasks_in_one_network(rng):
+    """Layers of two and of three tasks, one behind the other, or beside it."""
+    model, x = with_heads(), rng.normal(size=(3, 6)).astype("float32")
+    pair = layers.TaskDense(4, 2, shared_input=True, name="pair")(model.input)
+    pair = layers.TaskSplit(["p", "q"])(pair)
+    stacked = layers.TaskStack(["p", "q"])(
+        {"p": model.output["mid"], "q": model.output["zeta"]}
+    )
+    behind = layers.TaskSplit(["r", "s"])(layers.TaskDense(3, 2, name="behind")(stacked))
+    joined = MultiTaskModel(model.input, {**model.output, **pair, **behind})
+    check_each(joined, x)
+    wrong = layers.TaskDense(2, 5, name="wrong")(layers.TaskDense(5, 2)(stacked))
+    wrong = MultiTaskModel(model.input, layers.TaskSplit(list("abcde"))(wrong))
+    with pytest.raises(ValueError, match="'wrong': it is for 5 tasks, its input has those"):
+        single_task(wrong, "a")
+
+
+def test_nothing_takes_the_tasks_apart():
+    """A dict whose output is of all tasks."""
+    inputs = keras.Input((4,))
+    x = layers.TaskDense(2, 3, shared_input=True)(inputs)
+    with pytest.raises(ValueError, match="'a' has the features of 3 tasks side by side"):
+        single_task(keras.Model(inputs, {"a": x}), "a")

@@ -82,7 +82,7 @@ def test_totals_are_those_of_keras(capsys):
     assert sum(row.parameters for row in rows) == model.count_params()
     printed = capsys.readouterr().out
     for row in rows:
-        assert f"{row.layer} ({row.kind})" in printed
+        assert f"{row.layer} " in printed and f"({row.kind})" in printed
     assert f"{model.count_params():,}" in printed
     assert "of the parameters of 2 independent networks" in printed
 
@@ -124,11 +124,69 @@ def test_flops_are_those_of_the_profiler(rng):
     assert flops == flops_of(model, (1, 32, 32, 3))
 
 
-def test_ranks():
+def of_50_tasks(sharing):
+    """50 heads on one layer, of two kinds."""
+    inputs = keras.Input((4,))
+    backbone = keras.Model(inputs, kl.Dense(3, name="fc")(inputs))
+    heads = {f"task_{n}": 1 if n % 3 else 4 for n in range(50)}
+    return multitask(backbone, list(heads), sharing=sharing, heads=heads, name="net")
+
+
+def test_many_tasks(capsys, monkeypatch):
+    """Heads that are alike share a line, in the order of the tasks, in 80 columns."""
+    rows = task_summary(of_50_tasks("independent"))
+    printed = capsys.readouterr().out
+    heads = [f"task_{n}_head" for n in range(50)]
+    assert [row.layer for row in rows] == ["fc", *heads]
+    assert [row.sharing for row in rows[1:]] == [f"(task_{n})" for n in range(50)]
+    lines = printed.splitlines()
+    assert len(lines) < 15 and max(map(len, lines)) <= 80
+    # 17 heads of 16 weights, 33 of 4.
+    first = {line.split()[0]: line.split()[-6:] for line in lines if line.split()}
+    assert first["task_0_head"] == ["4", "(each", "one)", "272", "272", "408"]
+    assert first["task_1_head"] == ["1", "(each", "one)", "132", "132", "198"]
+    assert first["Total"] == ["Total", "1,154", "1,154", "1.81k"]
+    # Where the terminal is wide, too.
+    monkeypatch.setenv("COLUMNS", "200")
+    task_summary(of_50_tasks("independent"))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_heads_on_shared_features():
+    """A head is its task's, also where nothing was taken apart before it."""
+    fc, *heads = task_summary(of_50_tasks("hard"), verbose=False)
+    assert fc.sharing == "hard" and fc.parameters_if_independent == 50 * fc.parameters
+    assert [row.sharing for row in heads] == [f"(task_{n})" for n in range(50)]
+    assert all(row.parameters_if_independent == row.parameters for row in heads)
+
+
+def test_edited_and_wrapped_networks():
+    """A task removed, one added on shared features, a network called inside another."""
+    model = network()
+    fewer = MultiTaskModel(model.input, {"a": model.output["a"]})
+    rows = {row.layer: row for row in task_summary(fewer, verbose=False)}
+    assert "hb" not in rows and rows["ha"].sharing == "(a)"
+    assert rows["trunk"].parameters_if_independent == rows["trunk"].parameters
+    # The layer has the kernels of both tasks still.
+    assert rows["fc"].parameters == 24 * 7 * 2 + 7 * 2
+    assert rows["fc"].parameters_if_independent == rows["fc"].parameters
+    inputs = keras.Input((8, 8, 3))
+    outputs = dict(model(kl.Rescaling(2.0)(inputs)))
+    outputs["c"] = kl.Dense(1, name="hc")(kl.Flatten()(inputs))
+    wrapped = MultiTaskModel(inputs, {"a": outputs["a"], "c": outputs["c"]})
+    rows = {row.layer: row for row in task_summary(wrapped, verbose=False)}
+    assert sum(row.parameters for row in rows.values()) == wrapped.count_params()
+    assert rows["hb"].sharing == "unused" and rows["hb"].parameters_if_independent == 0
+    assert (rows["ha"].sharing, rows["hc"].sharing) == ("(a)", "(c)")
+
+
+def test_ranks(capsys):
     """Factorised layers show their ranks."""
     inputs = keras.Input((8,))
-    x = layers.TuckerDense(16, tasks=4, rank=(2, 3, 4), shared_input=True)(inputs)
-    (row,) = task_summary(keras.Model(inputs, x), verbose=False)
+    layer = layers.TuckerDense(16, 4, rank=(2, 3, 4), shared_input=True, name="fc")
+    x = layer(inputs)
+    (row,) = task_summary(keras.Model(inputs, x))
+    assert "rank 2 3 4" in " ".join(capsys.readouterr().out.split())
     assert row.rank == (2, 3, 4) and row.sharing == "tucker"
     assert row.parameters == 24 + 8 * 2 + 16 * 3 + 4 * 4 + 16 * 4
 

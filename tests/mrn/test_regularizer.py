@@ -190,7 +190,7 @@ def test_choices_of_eq_13(rng):
     np.testing.assert_allclose(zero[0], np.eye(3), rtol=1e-5)
 
 
-def test_frozen_kernel_converges_to_maximum_likelihood(rng):
+def test_resting_kernel_converges_to_maximum_likelihood(rng):
     """In `fit` every covariance moves, to what `flip_flop` finds for the kernel."""
     prior = TensorNormalRegularizer(modes=MRN, epsilon=0.02)
     inputs = keras.Input((8,))
@@ -199,8 +199,7 @@ def test_frozen_kernel_converges_to_maximum_likelihood(rng):
     truth = [np.diag(np.linspace(0.2, 2, 8)), np.eye(4) + 0.5, np.eye(3) * 0.4 + 0.6]
     kernel = tensor_normal.sample(truth, seed=0)[0]
     layer.kernel.assign(kernel)
-    layer.trainable = False
-    model.compile("sgd", "mse")
+    model.compile(keras.optimizers.SGD(0.0), "mse")
     x, y = np.zeros((60, 8)), np.zeros((60, 12))
     model.fit(x, y, batch_size=2, verbose=0)
     fitted = tensor_normal.flip_flop(kernel[None], mean=np.zeros_like(kernel), ridge=0.02)
@@ -591,3 +590,32 @@ def test_no_prior():
     model = keras.Model(inputs, TaskDense(3, 2, shared_input=True)(inputs))
     with pytest.raises(ValueError, match="no layer that learns a task covariance"):
         task_covariance(model)
+
+
+@pytest.mark.parametrize("make", ["task", "composed", "wrapped", "inner", "model"])
+def test_frozen_covariances(make):
+    """Of a kernel that is not trained nothing moves, and there is no penalty."""
+    prior = TensorNormalRegularizer(0.1, modes=("feature", "class"))
+    arguments = {"kernel_regularizer": prior, "common_draw": False}
+    if make in ("wrapped", "inner"):
+        layer = TensorNormalPrior(keras.layers.Dense(3), prior)
+    elif make == "composed":
+        layer = TuckerDense(3, 2, rank=2, **arguments)
+    else:
+        layer = TaskDense(3, 2, **arguments)
+    built(layer, 4)
+    frozen = layer.layer if make == "inner" else layer
+    if make == "model":
+        inputs = keras.Input((4,))
+        frozen = keras.Model(inputs, layer(inputs))
+    train_steps(layer, 1, 4)
+    before = layer.prior.get_weights()
+    frozen.trainable = False
+    train_steps(layer, 2, 4)
+    for old, new in zip(before, layer.prior.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    assert not layer.losses
+    frozen.trainable = True
+    train_steps(layer, 1, 4)
+    assert any(np.any(a != b) for a, b in zip(before, layer.prior.get_weights()))
+    assert float(layer.losses[0]) != 0

@@ -351,3 +351,20 @@ def test_other_layers(rng):
     np.testing.assert_allclose(layer.kernel, expected, atol=1e-6)
     named = SimilarKernelConv2D(2, 3, 2)
     assert isinstance(named, TaskConv2D) and named.sharing.name == "similar"
+
+
+def test_frozen_selection(rng):
+    """Kernels that are not trained keep their pairs, and no step is counted."""
+    layer = SimilarKernelConv2D(5, 3, tasks=2, threshold=0.3, common_draw=False)
+    x = rng.normal(size=(1, 5, 5, 4)).astype("float32")
+    layer(x, training=True)
+    layer.trainable = False
+    # Without a choice anew these kernels have other pairs than theirs.
+    layer.factors["kernel"].assign(rng.normal(size=layer.factors["kernel"].shape))
+    before = layer.selection.get_weights()
+    layer(x, training=True)
+    for old, new in zip(before, layer.selection.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    layer.trainable = True
+    layer(x, training=True)
+    assert int(layer.selection.step) == 2

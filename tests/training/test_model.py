@@ -4,10 +4,19 @@ import keras
 import numpy as np
 import pytest
 from keras import layers as kl
+from keras import ops
 
-from dmtrl_keras import MultiTaskModel
+from dmtrl_keras import (
+    LossTerm,
+    MultiTaskModel,
+    export_tasks,
+    multitask,
+    relationship_network,
+    single_task,
+)
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.layers import TaskDense, TaskSplit
 
 LOSS = "sparse_categorical_crossentropy"
 
@@ -239,3 +248,152 @@ def test_logged_total_of_one_task():
     model.compile("sgd", losses, run_eagerly=True)
     logs = model.evaluate(x, y, batch_size=32, verbose=0, return_dict=True)
     assert logs == {"loss": pytest.approx(0.25)}
+
+
+NAMES_REFUSED = {
+    "a b": "a_b",
+    "é": "layer",
+    "5_o'Clock_Shadow": "5_o_Clock_Shadow",
+    "_private": "private",
+    "a/b": "a_b",
+    "a:b": "a_b",
+    "tab\t": "tab_",
+}
+
+
+@pytest.mark.parametrize("name", NAMES_REFUSED)
+def test_names_that_no_saved_model_can_hold(name):
+    """Refused before anything is trained, with one that is possible."""
+    inputs = keras.Input((4,))
+    outputs = {name: kl.Dense(1)(inputs), "other": kl.Dense(1)(inputs)}
+    possible = NAMES_REFUSED[name]
+    with pytest.raises(ValueError, match="MultiTaskModel: task names") as error:
+        MultiTaskModel(inputs, outputs)
+    text = str(error.value)
+    assert text.endswith(f"Received: {[name]}. Possible: {[possible]}.")
+    backbone = keras.Model(inputs, kl.Dense(2)(inputs))
+    for make in (
+        lambda: multitask(backbone, [name, "other"]),
+        lambda: relationship_network((4,), [name, "other"], classes=2),
+    ):
+        with pytest.raises(ValueError, match=r"^(multitask|relationship_n\w+): task names"):
+            make()
+    MultiTaskModel(inputs, {possible: outputs[name], "other": outputs["other"]})
+
+
+@pytest.mark.parametrize("name", ["signatures", "variables", "serve"])
+def test_names_that_a_saved_model_has_already(name):
+    """Every task is an endpoint of it."""
+    inputs = keras.Input((4,))
+    with pytest.raises(ValueError, match=rf"for something else.*Received: \['{name}'\]"):
+        MultiTaskModel(inputs, {name: kl.Dense(1)(inputs)})
+
+
+def test_files_with_such_names_load(tmp_path, monkeypatch):
+    """Those that were saved when the names were not checked."""
+    module = "dmtrl_keras.training.model.check_task_names"
+    monkeypatch.setattr(module, lambda names, owner: None)
+    inputs = keras.Input((4,))
+    model = MultiTaskModel(inputs, {"my age": kl.Dense(1, name="head")(inputs)})
+    model.save(tmp_path / "old.keras")
+    serving = MultiTaskModel(inputs, {"serve": model.output["my age"]})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"export_tasks: .*Received: \['serve'\]"):
+        export_tasks(serving, tmp_path / "saved")
+    loaded = keras.saving.load_model(tmp_path / "old.keras")
+    assert loaded.task_names == ("my age",)
+    assert MultiTaskModel.from_config(model.get_config()).task_names == ("my age",)
+
+
+@keras.saving.register_keras_serializable("test_model")
+class Mean(LossTerm):
+    """The mean of the first task's outputs, times a factor; counts its steps."""
+
+    def __init__(self, factor=2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def connect(self, network):
+        """Ask for the first output."""
+        self.steps = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        return next(iter(network.output.values()))
+
+    def call(self, step, training=False):
+        """Return the mean."""
+        if not training:
+            return 0.0
+        self.steps.assign_add(1)
+        return self.factor * ops.mean(step.features)
+
+    def get_config(self):
+        """Return the factor."""
+        return {**super().get_config(), "factor": self.factor}
+
+
+@pytest.mark.parametrize("function", [None, lambda x: type(x).from_config(x.get_config())])
+def test_clones_keep_terms(function, data):
+    """Terms of their own, as they were at the start; other models of the outputs do not."""
+    plain = network()
+    model = MultiTaskModel(plain.input, plain.output, terms=[Mean(3.0, name="mean")])
+    model.compile("sgd", LOSS, run_eagerly=True)
+    model.train_on_batch(*data)
+    clone = keras.models.clone_model(model, clone_function=function)
+    (term,) = clone.terms
+    assert (type(term), term.factor, term.name) == (Mean, 3.0, "mean")
+    assert float(term.steps) == 0 and float(model.terms[0].steps) == 1
+    clone.set_weights(model.get_weights())
+    assert float(term.steps) == 1
+    losses = [m.train_on_batch(*data, return_dict=True)["loss"] for m in (model, clone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not MultiTaskModel(clone.input, clone.output).terms
+    assert not clone.inference_network().terms
+    # Nor does a network around it, whose input has another shape.
+    inputs = keras.Input(batch_shape=(7, 4))
+    assert not MultiTaskModel(inputs, model(inputs)).terms
+    around = keras.Model(plain.input, model(plain.input))
+    assert not MultiTaskModel(inputs, around(inputs)).terms
+
+
+def test_h5_files(tmp_path, monkeypatch):
+    """Whole models are refused, before a file is touched; weights alone are fine."""
+    model = network()
+    path = tmp_path / "model.h5"
+    with pytest.raises(ValueError, match=r"MultiTaskModel.*`.keras` file.*`.weights.h5`"):
+        model.save(path)
+    assert not path.exists()
+    with pytest.raises(ValueError, match=r"MultiTaskModel.*`.keras` file"):
+        keras.saving.save_model(model, str(path))
+    weights = tmp_path / "model.weights.h5"
+    model.save_weights(weights)
+    other = network()
+    other.load_weights(weights)
+    np.testing.assert_array_equal(other.get_weights()[0], model.get_weights()[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method:UserWarning")
+def test_quantize(data):
+    """Keras's layers are; with layers of T kernels nothing is, not the heads alone."""
+    x, _ = data
+    model = network()
+    expected = model(x)
+    model.quantize("int8")
+    assert {layer.dtype_policy.quantization_mode for layer in dense_of(model)} == {"int8"}
+    np.testing.assert_allclose(model(x)["alpha"], expected["alpha"], atol=0.02)
+    inputs = keras.Input((4,))
+    features = TaskDense(3, 2, shared_input=True, name="fc")(inputs)
+    features = TaskSplit(["a", "b"])(features)
+    model = MultiTaskModel(inputs, {t: kl.Dense(2)(f) for t, f in features.items()})
+    with pytest.raises(ValueError, match=r"can't be quantized.*single_task.*\['fc'\]"):
+        model.quantize("int8")
+    assert all(layer.dtype_policy.name == "float32" for layer in model.layers)
+    alone = single_task(model, "a")
+    alone.quantize("int8")
+    np.testing.assert_allclose(alone(x), model(x)["a"], atol=0.05)
+    model.quantize("int8", filters="dense")
+    np.testing.assert_allclose(alone(x), model(x)["a"], atol=0.1)
+    assert {layer.dtype_policy.quantization_mode for layer in dense_of(model)} == {"int8"}
+
+
+def dense_of(model):
+    """The dense layers of Keras."""
+    return [layer for layer in model.layers if type(layer) is kl.Dense]

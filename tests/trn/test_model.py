@@ -579,3 +579,56 @@ def test_bad_batches(rng):
     wrong = y | {"landmarks": np.zeros((96, 3))}
     with pytest.raises(ValueError, match=r"task 'landmarks': expected labels that match"):
         model.fit(x, wrong, verbose=0)
+
+
+@pytest.mark.parametrize("function", [None, lambda x: type(x).from_config(x.get_config())])
+def test_clone_keeps_relations(function, rng):
+    """A model of the same class, relations and settings, with state of its own."""
+    x, y = make_data(rng)
+    model = make_model([Relation("output", 0.3)], momentum=0.4, ridge=1e-2)
+    model.train_on_batch(x, y)
+    clone = keras.models.clone_model(model, clone_function=function)
+    assert type(clone) is TaskRelationModel
+    assert clone.get_config()["relations"] == model.get_config()["relations"]
+    assert clone.terms[0].settings == model.terms[0].settings
+    assert clone.similarities()["output"] == {("pose", "landmarks"): 0}
+    clone.set_weights(model.get_weights())
+    assert clone.similarities() == model.similarities()
+    losses = [m.train_on_batch(x, y, return_dict=True)["loss"] for m in (model, clone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_frozen_relations(rng):
+    """Their covariances don't move; the gradient flows on."""
+    x, y = make_data(rng)
+    model = make_model(momentum=0.4)
+    model.train_on_batch(x, y)
+    model.terms[0].trainable = False
+    before = [ops.convert_to_numpy(w) for w in model.terms[0].weights]
+    kernel = ops.convert_to_numpy(model.get_layer("pose_hidden").kernel)
+    model.train_on_batch(x, y)
+    for old, new in zip(before, model.terms[0].weights):
+        np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
+    assert np.any(kernel != ops.convert_to_numpy(model.get_layer("pose_hidden").kernel))
+    model.terms[0].trainable = True
+    model.train_on_batch(x, y)
+    assert np.any(before[0] != ops.convert_to_numpy(model.terms[0].weights[0]))
+
+
+def test_relation_in_an_edited_network(rng):
+    """Channels are those of the tasks' outputs, whatever was removed or renamed."""
+    inputs = keras.Input((8,))
+    x = layers.TaskDense(4, 3, shared_input=True, common_draw=False, name="fc")(inputs)
+    features = layers.TaskSplit(["a", "b", "c"])(x)
+    outputs = {"last": features["c"], "first": features["a"]}
+    model = TaskRelationModel(
+        MultiTaskModel(inputs, outputs), Relation("fc"), momentum=0.4, ridge=1e-2
+    )
+    model.compile("sgd", "mse", run_eagerly=True)
+    x = rng.normal(size=(64, 8)).astype("float32")
+    sets = [ops.convert_to_numpy(model(x)[task]) for task in ("last", "first")]
+    expected = by_hand(sets, momentum=0.4, ridge=1e-2)
+    labels = {task: rng.normal(size=(64, 4)) for task in outputs}
+    model.train_on_batch(x, labels)
+    found = model.similarities()["fc"]
+    assert found[("last", "first")] == pytest.approx(expected, rel=1e-3)

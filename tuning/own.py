@@ -18,6 +18,7 @@ from .studies import Study
 
 arguments = application("arguments")
 experiment = application("experiment")
+files = application("files")
 
 
 class Whole(MultiTask):
@@ -204,7 +205,8 @@ class Own(Study):
 
     def keep(self, folder):
         path = folder / "best.keras"
-        self._trained.save(path)
+        with files.replacing(path) as part:
+            self._trained.save(part)
         return path
 
 

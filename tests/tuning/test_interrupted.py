@@ -39,7 +39,8 @@ class Study(studies.Study):
         units = options.units if options.kind == "wide" else 1
         if units == 4:
             raise ValueError("too many")
-        return {"error": (options.x - 0.3) ** 2 / units + 1 / options.epochs}
+        error = (options.x - 0.3) ** 2 / units + 1 / options.epochs
+        return {"error": error, "cost": options.x}
 
 
 def searched(folder, tuner):
@@ -54,7 +55,7 @@ def searched(folder, tuner):
             space.Int("units", 2, 4)
     objectives = [kt.Objective("error", "min")]
     if tuner == "two":
-        tuner, objectives = "bayesian", [*objectives, kt.Objective("x", "min")]
+        tuner, objectives = "bayesian", [*objectives, kt.Objective("cost", "min")]
     oracle = oracles.make_oracle(tuner, space, objectives, 7, 0, 9)
     options = argparse.Namespace(
         directory=pathlib.Path(folder),

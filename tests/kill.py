@@ -7,11 +7,12 @@ Each time in a new folder: a process is begun, killed (SIGKILL) at a random mome
 second time while it writes the next file after that, and begun again; what it ends with is
 compared to what one that is left alone ends with. No part of the test run. What is killed:
 
-- `mnist`: `applications.mnist`, three methods, two draws;
+- `mnist`: `applications.mnist`, two methods, two draws;
 - `search`: a search over a network of one's own, and the test of its best settings;
 - `script`: a script that trains four networks with Keras's `BackupAndRestore`, which has
   moments of its own: the table says where a backup was torn;
-- `saved`: the same with one file for each network, as the guide on interruptions has it.
+- `saved`: the same with dropout, and another order of the examples in each epoch, by the
+  loop of the guide on interruptions.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def data():
     }
 
 
-def backbone():
+def backbone(dropout=0.0):
     """For a search, as `--model`."""
     import keras
 
@@ -60,11 +61,12 @@ def backbone():
             keras.layers.Conv2D(4, 3, activation="relu", name="conv"),
             keras.layers.Flatten(),
             keras.layers.Dense(6, "tanh", name="fc"),
+            *([keras.layers.Dropout(dropout)] if dropout else []),
         ]
     )
 
 
-def networks():
+def networks(dropout=0.0):
     """Functions that make a network of each kind, a dict."""
     from dmtrl_keras import (
         Relation,
@@ -75,7 +77,8 @@ def networks():
     from dmtrl_keras.parameterizations import SimilarKernels
 
     def network(**arguments):
-        return multitask(backbone(), ["a", "b"], heads=1, verbose=False, **arguments)
+        common = {"heads": 1, "verbose": False}
+        return multitask(backbone(dropout), ["a", "b"], **common, **arguments)
 
     return {
         "tucker": lambda: network(sharing="tucker", tolerance=0.3),
@@ -90,12 +93,29 @@ def networks():
 # --- what is killed: a function that runs in a folder, and one that reads what it found ---
 
 
+def write_digits(folder):
+    """Few images in MNIST's files."""
+    import numpy as np
+
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 70), ("t10k", 50)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 60, (count, 28, 28)) + 15 * labels[:, None, None]
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = np.array([2048 + array.ndim, *array.shape], ">i4").tobytes()
+            path = folder / f"{part}-{name}-ubyte"
+            path.write_bytes(header + array.astype("uint8").tobytes())
+
+
 def run_mnist(folder):
     from applications import mnist
 
+    write_digits(folder / "digits")
     small = ["--epochs", "2", "--fraction", "0.0011", "--batch-size", "33", "--fc", "4"]
-    small += ["--padding", "valid", "--methods", "stl", "ud-mtl", "tucker"]
-    mnist.main([*small, "--repeats", "2", "--output", str(folder / "mnist")])
+    small += ["--padding", "valid", "--methods", "stl", "tucker"]
+    small += ["--repeats", "2", "--data", str(folder / "digits")]
+    mnist.main([*small, "--output", str(folder / "mnist")])
 
 
 def found_by_mnist(folder):
@@ -103,14 +123,18 @@ def found_by_mnist(folder):
     table = (folder / "mnist/table.md").read_text()
     # But for the seconds.
     rows = [line.split("|")[:-2] for line in table.splitlines()]
-    return {"runs": _plain(map(json.loads, lines)), "table": rows}
+    runs = _plain(map(json.loads, lines))
+    for run in runs:
+        # It has the path.
+        del run["settings"]["data"]
+    return {"runs": runs, "table": rows}
 
 
 def run_search(folder):
     from tuning import search
 
     own = ["--model", "tests.kill:backbone", "--data", "tests.kill:data"]
-    own += ["--method", "tucker", "--epochs", "2", "--max-trials", "5"]
+    own += ["--method", "tucker", "--epochs", "2", "--max-trials", "4"]
     search.main([*own, "--directory", str(folder / "search")])
 
 
@@ -149,47 +173,41 @@ def run_script(folder):
 
 def run_saved(folder):
     import keras
+    import numpy as np
 
     x, y = few_images()
-    for name, make in networks().items():
+    for name, make in networks(dropout=0.2).items():
         path = folder / f"{name}.keras"
-        keras.utils.set_random_seed(0)
         if path.exists():
             model = keras.saving.load_model(path)
         else:
+            keras.utils.set_random_seed(0)
             model = make()
             model.compile("adam", "binary_crossentropy")
-
-        def save(epoch, logs, model=model, path=path):
+        done = int(model.optimizer.iterations) // (EXAMPLES // BATCH)
+        for epoch in range(done, EPOCHS):
+            seeds = [v for v in model.variables if v.path.endswith("seed_generator_state")]
+            for number, seed in enumerate(seeds):
+                seed.assign([number, epoch * 2**16])
+            order = np.random.default_rng(epoch).permutation(EXAMPLES)
+            labels = {task: values[order] for task, values in y.items()}
+            model.fit(x[order], labels, BATCH, epochs=1, shuffle=False, verbose=0)
             part = path.with_name("part.keras")
             model.save(part)
             os.replace(part, path)
-
-        done = int(model.optimizer.iterations) // (EXAMPLES // BATCH)
-        keras.utils.set_random_seed(0)
-        saved = keras.callbacks.LambdaCallback(on_epoch_end=save)
-        if done < EPOCHS:
-            model.fit(
-                x,
-                y,
-                batch_size=BATCH,
-                initial_epoch=done,
-                epochs=EPOCHS,
-                verbose=0,
-                callbacks=[saved],
-            )
-        if not (folder / f"{name}.npz").exists():
-            _keep(model, folder / f"{name}.npz")
+        _keep(model, folder / f"{name}.npz")
 
 
 def _keep(model, path):
-    """All variables of a model, the optimizer's and the states among them."""
+    """The variables of a model, the optimizer's and the states among them."""
     import numpy as np
 
     from applications.files import replacing
 
     with replacing(path) as part:
-        np.savez(part, *[np.asarray(v) for v in model.variables])
+        # Seeds of a network that is done are drawn when it is loaded, for nothing.
+        found = [v for v in model.variables if not v.path.endswith("seed_generator_state")]
+        np.savez(part, *[np.asarray(v) for v in found])
 
 
 def found_by_script(folder):
@@ -331,6 +349,9 @@ def main(arguments=None):
     options = p.parse_args(arguments)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    # On small arrays threads only wait for each other.
+    for name in ("OMP_NUM", "OPENBLAS_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP"):
+        os.environ[f"{name}_THREADS"] = "1"
     # Processes are forked from one that has imported all, and has run nothing.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOAD)

@@ -73,7 +73,9 @@ def searched(folder, tuner):
 
 
 @pytest.mark.parametrize("share", [0.02, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize("tuner", [*oracles.TUNERS, "two"])
+@pytest.mark.parametrize(
+    "tuner", [*oracles.TUNERS, pytest.param("two", marks=pytest.mark.long)]
+)
 def test_at_any_write(tuner, share, tmp_path, monkeypatch, capsys):
     """Before or after each file takes its place: the trials are those of one go."""
     monkeypatch.setattr(gc, "collect", lambda: None)

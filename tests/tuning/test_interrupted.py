@@ -72,7 +72,7 @@ def searched(folder, tuner):
     }
 
 
-@pytest.mark.parametrize("share", [0.02, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "tuner", [*oracles.TUNERS, pytest.param("two", marks=pytest.mark.long)]
 )

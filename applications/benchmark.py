@@ -47,6 +47,7 @@ from dmtrl_keras.parameterizations import SimilarKernels
 
 from .arguments import add_page, check_page, parse_arguments, real, whole
 from .experiment import Table, publish
+from .files import working_in
 from .mnist import FACTORIZATIONS, Trainer, draw_part, lenet
 from .mnist import parse as parse_mnist
 from .reading import one_line
@@ -637,14 +638,14 @@ def main(arguments=None):
     """Run the benchmark; returns its tables, a dict of lists of data frames."""
     options = parse(arguments)
     console = make_console()
-    options.output.mkdir(parents=True, exist_ok=True)
     found = {}
-    for part in options.parts:
-        block, measure = PARTS[part]
-        tables = measure(options, console)
-        # Each as it comes: the next may take minutes.
-        publish({block: tables}, options, console)
-        found[block] = [table.frame for table in tables]
+    with working_in(options.output, "`--parts` takes the names of the others."):
+        for part in options.parts:
+            block, measure = PARTS[part]
+            tables = measure(options, console)
+            # Each as it comes: the next may take minutes.
+            publish({block: tables}, options, console)
+            found[block] = [table.frame for table in tables]
     return found
 
 

@@ -42,6 +42,7 @@ from .experiment import (
     timed,
     trainable_parameters,
 )
+from .files import write
 from .reading import MOST_TEXT, DataError, check_size, open_zip, reading, reason, shortened
 from .resnet import resnet18
 from .results import mean_and_spread
@@ -558,7 +559,7 @@ class Similarity(Celeba):
         return pd.DataFrame(matrix, list(labels), list(labels))
 
     def tables(self, options, labels, matrix):
-        matrix.to_csv(options.output / "similarity.csv")
+        write(options.output / "similarity.csv", matrix.to_csv())
         frame = similarity_table(matrix.to_numpy(), list(labels), options.pairs)
         title = f"Similarity of attributes over {len(labels):,} images"
         return {"celeba-pairs": Table(title, frame, "pairs", keys=2)}

@@ -37,6 +37,7 @@ from .arguments import (
     real,
     whole,
 )
+from .files import replacing, working_in, write
 from .reading import one_line
 from .results import Results, Run, markdown_table, run_all, write_block
 
@@ -95,8 +96,7 @@ def publish(tables, options, console, figures=()):
         for table in several:
             table.print(console)
         texts[name] = "\n".join(table.markdown() for table in several)
-        file = options.output / f"{several[0].file or name}.md"
-        file.write_text(texts[name])
+        write(options.output / f"{several[0].file or name}.md", texts[name])
     if options.page is None:
         return
     for name, text in texts.items():
@@ -104,7 +104,8 @@ def publish(tables, options, console, figures=()):
     folder = figures_of(options.page)
     for path in figures:
         folder.mkdir(exist_ok=True)
-        shutil.copy(path, folder / f"{options.output.name}_{path.name}")
+        with replacing(folder / f"{options.output.name}_{path.name}") as part:
+            shutil.copy(path, part)
 
 
 def figures_of(page):
@@ -564,12 +565,12 @@ class Experiment:
         """
         options = self.parse(arguments)
         console = make_console()
-        return self.mode(options).report(options, console)
+        with working_in(options.output):
+            return self.mode(options).report(options, console)
 
     def report(self, options, console):
         """Load, run, and write down."""
         data = self.loaded(options, console)
-        options.output.mkdir(parents=True, exist_ok=True)
         runs = self.find(options, data, console)
         tables = self.tables(options, data, runs)
         figures = self.figures(options, data, runs)

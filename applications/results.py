@@ -8,6 +8,11 @@ import typing
 import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .files import UnusableFileError, locked, write
+
+# Of every line.
+_START = b'{"settings": '
+
 
 class Results:
     """Finished runs in a JSON lines file, written as they come.
@@ -17,30 +22,43 @@ class Results:
 
     Args:
         path: path of the file; its folder is made.
+
+    Raises:
+        UnusableFileError: if a line is no run, but for a last one that was cut off.
     """
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = []
         self._runs = {}
         if self.path.exists():
             self._read()
 
     def _read(self):
-        lines = self.path.read_text().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
+        # What follows the last newline is empty, or a run but for its newline.
+        *lines, last = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate([*lines, last] if last else lines, start=1):
             try:
-                run = json.loads(line)
-                self._runs[self._key(run["settings"])] = run
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                if number == len(lines) and not line.endswith("\n"):
-                    # The last write was cut off; that run is done again.
-                    self.path.write_text("".join(lines[:-1]))
+                self._keep(line)
+            except (ValueError, KeyError, TypeError) as error:
+                cut = number > len(lines) and isinstance(error, json.JSONDecodeError)
+                if cut and _START.startswith(line[: len(_START)]):
+                    # That run is done again.
                     return
-                raise ValueError(
+                received = line[:80].decode(errors="replace")
+                raise UnusableFileError(
                     f"{self.path}, line {number}: expected a JSON object with "
-                    f"'settings' and 'results'. Received: {line[:80]!r}."
+                    f"'settings' and 'results'. Received: {received!r}. Delete the line, "
+                    "and its run is done again."
                 ) from error
+
+    def _keep(self, line):
+        run = json.loads(line)
+        if not all(isinstance(run[name], dict) for name in ("settings", "results")):
+            raise TypeError
+        self._runs[self._key(run["settings"])] = run
+        self._lines.append(line)
 
     @staticmethod
     def _key(settings):
@@ -53,11 +71,11 @@ class Results:
 
     def add(self, settings, results):
         """Write a finished run to the file."""
-        run = {"settings": settings, "results": results}
-        with self.path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
+        line = json.dumps({"settings": settings, "results": results}).encode()
+        # All lines, so that none is ever cut off.
+        write(self.path, b"".join(one + b"\n" for one in [*self._lines, line]))
         # As a later call would read it.
-        self._runs[self._key(settings)] = json.loads(json.dumps(run))
+        self._keep(line)
 
 
 def mean_and_spread(values, digits=2):
@@ -156,7 +174,15 @@ def check_marks(path, names):
         OSError: if the file can't be read.
         ValueError: if the file lacks marks.
     """
-    content = pathlib.Path(path).read_text()
+    _check(path, _content(path), names)
+
+
+def _content(path):
+    # Its newlines stay as they are.
+    return pathlib.Path(path).read_bytes().decode()
+
+
+def _check(path, content, names):
     for name in names:
         begin, end = _marks(name)
         once = content.count(begin) == content.count(end) == 1
@@ -167,6 +193,8 @@ def check_marks(path, names):
 def write_block(path, name, text):
     """Replace what stands between a file's marks `<!-- name:begin -->` and `:end`.
 
+    The file is replaced as a whole, or stays as it was; others that write it wait.
+
     Args:
         path: path of a text file.
         name: str.
@@ -175,10 +203,10 @@ def write_block(path, name, text):
     Raises:
         ValueError: if the file lacks the marks.
     """
-    path = pathlib.Path(path)
-    check_marks(path, [name])
-    begin, end = _marks(name)
-    content = path.read_text()
-    head, rest = content.split(begin)
-    _, tail = rest.split(end)
-    path.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}")
+    with locked(path):
+        content = _content(path)
+        _check(path, content, [name])
+        begin, end = _marks(name)
+        head, rest = content.split(begin)
+        _, tail = rest.split(end)
+        write(path, f"{head}{begin}\n{text.strip()}\n{end}{tail}")

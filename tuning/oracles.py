@@ -4,11 +4,18 @@ The defaults first; several objectives; workers that die.
 """
 
 import functools
+import json
+import pathlib
 import time
 
 import keras_tuner as kt
 import numpy as np
+from keras_tuner.engine.trial import Trial
 from threadpoolctl import threadpool_limits
+
+from . import application
+
+files = application("files")
 
 # Knowles (2006) takes 0.05 for the sum beside the maximum.
 _SUM = 0.05
@@ -72,6 +79,8 @@ class SearchOracle:
       ones for Hyperband, which compares trials), so that the trials spread along the front.
     - Where workers run the trials, one that hasn't been heard of for `silence` seconds
       is given up, and its trial is another's. (Keras Tuner waits for it forever.)
+    - Killed at any moment and resumed, the search goes on as if nothing had happened: files
+      are whole or not there, and what they have is brought to one state.
     """
 
     objectives = ()
@@ -129,6 +138,39 @@ class SearchOracle:
         if trial.trial_id in ongoing:
             super().end_trial(trial)
 
+    def save(self):
+        """Write down all but the trials."""
+        files.write(self._get_oracle_fname(), json.dumps(self.get_state()))
+
+    def _save_trial(self, trial):
+        path = pathlib.Path(self._get_trial_dir(trial.trial_id), "trial.json")
+        files.write(path, json.dumps(trial.get_state()))
+
+    def reload(self):
+        """Go on from the files, of which those of a trial are written before the others.
+
+        Raises:
+            UnusableFileError: if one of them can't be read.
+        """
+        folder = pathlib.Path(self._project_dir)
+        for path in folder.glob("trial_*/trial.json"):
+            _tried(Trial.load, path)
+        _tried(lambda _: super(SearchOracle, self).reload(), self._get_oracle_fname())
+        missing = sorted(set(self.start_order) - set(self.trials))
+        if missing:
+            raise files.UnusableFileError(
+                f"{folder / f'trial_{missing[0]}' / 'trial.json'} is not there. {_HOW}"
+            )
+        # In the order in which they were begun; one that was not written down begins anew.
+        self.trials = {trial_id: self.trials[trial_id] for trial_id in self.start_order}
+        again = set(self._retry_queue) - set(self.end_order)
+        self._retry_queue = [name for name in self.start_order if name in again]
+        for trial_id in again:
+            one = self.trials[trial_id]
+            # Nothing of the run that was killed.
+            fresh = Trial(one.hyperparameters, trial_id)
+            self.trials[trial_id] = fresh
+
     def populate_space(self, trial_id):
         """Values of a new trial."""
         if len(self.objectives) > 1:
@@ -164,6 +206,20 @@ class SearchOracle:
             trial.score = float(score)
 
 
+_HOW = "Put back a copy of it, or delete the folder of the search, which begins anew then."
+
+
+def _tried(read, path):
+    """Call a function that reads a file; what it raises names the file."""
+    try:
+        read(str(path))
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise files.UnusableFileError(
+            f"{path} is cut off, or no file of a search ({type(error).__name__}: {error}). "
+            f"{_HOW}"
+        ) from error
+
+
 def objective_values(trial, objectives):
     """The objectives of a completed trial, to be minimised: a list of floats."""
     return [
@@ -181,6 +237,8 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
 
     def populate_space(self, trial_id):
         """Values of a new trial."""
+        # Resumed, the search draws what it would have drawn.
+        self._random_state = np.random.RandomState([self.seed, len(self.trials)])
         # The matrices are small: several threads would do nothing but wait for each other.
         with threadpool_limits(1, "blas"):
             return super().populate_space(trial_id)
@@ -188,6 +246,20 @@ class BayesianOracle(SearchOracle, kt.oracles.BayesianOptimizationOracle):
 
 class GridOracle(SearchOracle, kt.oracles.GridSearchOracle):
     """Grid search; ten values of each continuous hyperparameter."""
+
+    def reload(self):
+        """Go on from the files, in which Keras Tuner has no place in the grid."""
+        super().reload()
+
+        def compared(one, other):
+            return self._compare(
+                *(self.trials[i].hyperparameters.values for i in (one, other))
+            )
+
+        for trial_id in sorted(self.trials, key=functools.cmp_to_key(compared)):
+            self._ordered_ids.insert(trial_id)
+        # Those whose next combination was tried are passed over.
+        self._populate_next = list(self.trials)
 
 
 class HyperbandOracle(SearchOracle, kt.oracles.HyperbandOracle):

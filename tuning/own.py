@@ -19,6 +19,7 @@ from .studies import Study
 arguments = application("arguments")
 experiment = application("experiment")
 DataError = application("reading").DataError
+files = application("files")
 
 
 class Whole(MultiTask):
@@ -205,7 +206,8 @@ class Own(Study):
 
     def keep(self, folder):
         path = folder / "best.keras"
-        self._trained.save(path)
+        with files.replacing(path) as part:
+            self._trained.save(part)
         return path
 
 

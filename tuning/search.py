@@ -11,10 +11,13 @@ used once, with the best settings, at the end. Called again, it goes on where it
 
 import argparse
 import gc
+import ipaddress
 import itertools
 import json
 import os
 import pathlib
+import shutil
+import socket
 import sys
 import threading
 import time
@@ -30,6 +33,7 @@ from .own import Own
 
 arguments = application("arguments")
 experiment = application("experiment")
+files = application("files")
 reading = application("reading")
 results = application("results")
 
@@ -56,6 +60,20 @@ class Search(kt.Tuner):
         super().__init__(
             oracle, directory=options.directory.parent, project_name=options.directory.name
         )
+
+    def _get_tuner_fname(self):
+        # By which Keras Tuner sees that there is something to go on from.
+        return os.path.join(self.project_dir, "oracle.json")
+
+    def save(self):
+        """Write down the state, all of which is the oracle's."""
+        if not _is_worker():
+            self.oracle.save()
+
+    def reload(self):
+        """Go on from what is written down."""
+        if not _is_worker():
+            self.oracle.reload()
 
     def pre_create_trial(self):
         """Wait a little where the chief had nothing to do."""
@@ -151,12 +169,21 @@ class _counted:
         self._file = folder / "starts.txt"
 
     def __enter__(self):
-        starts = int(self._file.read_text()) if self._file.exists() else 0
+        starts = self._starts() if self._file.exists() else 0
         if starts >= _MOST_STARTS:
             raise MemoryError(
                 f"the process was ended from outside in each of {starts} tries"
             )
-        self._file.write_text(str(starts + 1))
+        files.write(self._file, str(starts + 1))
+
+    def _starts(self):
+        text = self._file.read_text(errors="replace")
+        if not (text.isascii() and text.isdecimal()):
+            raise errors.FatalValueError(
+                f"{self._file}: expected how often the process was killed in this trial. "
+                f"Received: {text[:80]!r}. Delete the file: it was not, then."
+            )
+        return int(text)
 
     def __exit__(self, kind, error, trace):
         # Also when a user interrupts it, which says nothing of the trial.
@@ -266,13 +293,16 @@ def finish(study, trials, options, objectives, console):
     for trial in failed:
         console.print(f"Trial {trial.trial_id} failed: {reason_of(trial)}", highlight=False)
     if len(failed) == len(trials):
-        raise SystemExit(f"All {len(trials)} trials failed; the reasons are above.")
+        raise SystemExit(
+            f"All {len(trials)} trials failed; the reasons are above. Delete {folder} to "
+            "try the same again."
+        )
     frame = table_of(trials, objectives)
     by_id = {trial.trial_id: trial for trial in trials}
     text = shown(frame, options)
     experiment.Table("Best trials", text).print(console)
-    folder.joinpath("trials.md").write_text(results.markdown_table(text))
-    frame.to_csv(folder / "trials.csv", index=False)
+    files.write(folder / "trials.md", results.markdown_table(text))
+    files.write(folder / "trials.csv", frame.to_csv(index=False))
     if len(objectives) > 1:
         plot_pareto(frame, objectives, folder / "pareto.png")
         front = shown(frame[frame.pareto], options, len(frame))
@@ -335,8 +365,10 @@ def tested(study, settings, trial_id, options, console):
                 )
             own = study.with_settings(settings)
             with own.strategy.scope():
-                tests.add(key, study.learn(own, False, repeat, lambda: None, None))
+                result = study.learn(own, False, repeat, lambda: None, None)
+            # Before the result, with which nothing is trained again.
             path = study.keep(options.directory)
+            tests.add(key, result)
             if path is not None:
                 console.print(f"The model is {path}.")
         found.append(tests.get(key))
@@ -344,7 +376,7 @@ def tested(study, settings, trial_id, options, console):
 
 
 def _write(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 # --- the command --------------------------------------------------------------------
@@ -405,6 +437,11 @@ def parser():
     p.add_argument("--directory", type=pathlib.Path, help="results/tuning/... by default")
     arguments.add_page(p)
     p.add_argument(
+        "--insecure-bind",
+        action="store_true",
+        help="let the chief, which asks nobody who they are, listen on all interfaces",
+    )
+    p.add_argument(
         "--worker-timeout",
         type=arguments.real(above=0, most=1e6),
         default=120.0,
@@ -464,11 +501,11 @@ def _direction_of_metric(name):
 
 
 def check_same(p, study, options, objectives):
-    """Refuse to mix the trials of different searches in one directory."""
-    if _is_worker():
-        # The chief has the trials.
-        return
-    path = options.directory / "search.json"
+    """Refuse to mix the trials of different searches in one directory.
+
+    Returns:
+        A dict for `search.json`, what the next call must be the same in.
+    """
     own = study.describe() | {
         name: getattr(options, name)
         for name in (
@@ -484,24 +521,76 @@ def check_same(p, study, options, objectives):
     }
     own["objectives"] = [f"{one.name}:{one.direction}" for one in objectives]
     own = json.loads(json.dumps(own))
+    folder = options.directory
+    path = folder / "search.json"
     if path.exists():
-        there = json.loads(path.read_text())
-        different = sorted(
-            k for k in {*own, *there} if own.get(k, None) != there.get(k, None)
-        )
-        if different:
+        try:
+            there = json.loads(path.read_bytes())
+            different = sorted(k for k in {*own, *there} if own.get(k) != there.get(k))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise files.UnusableFileError(
+                f"{path} is cut off, or not a search's ({error}). If {folder} is of this "
+                "search, delete the file, and it goes on; else give another --directory."
+            ) from error
+        if different and _found_something(folder):
             p.error(
-                f"--directory: {options.directory} has a search with other {different}. "
+                f"--directory: {folder} has a search with other {different}. "
                 "Give another directory, or delete it."
             )
-    options.directory.mkdir(parents=True, exist_ok=True)
-    _write(path, own)
+        if different:
+            # Of a call that was wrong, or stopped before it had found anything.
+            for trial in folder.glob("trial_*/"):
+                shutil.rmtree(trial)
+            for name in ("oracle.json", "search.json"):
+                (folder / name).unlink(missing_ok=True)
+    return own
+
+
+def _found_something(folder):
+    """Whether a trial was completed, or says nothing and should be looked at."""
+    for path in folder.glob("trial_*/trial.json"):
+        try:
+            status = json.loads(path.read_bytes())["status"]
+        except (ValueError, LookupError, TypeError):
+            return True
+        if status == "COMPLETED":
+            return True
+    return False
+
+
+def check_address(p, options):
+    """Refuse to give out trials to everybody who can reach this machine."""
+    if not _is_chief() or options.insecure_bind:
+        return
+    address = os.environ["KERASTUNER_ORACLE_IP"]
+    try:
+        # An empty one is all of them for gRPC.
+        found = socket.getaddrinfo(address.strip("[]") or "0.0.0.0", None)
+    except OSError as error:
+        p.error(
+            "KERASTUNER_ORACLE_IP: expected the address or name of this machine, as its "
+            f"workers reach it. Received: {address!r} ({error})"
+        )
+    for *_, (host, *_) in found:
+        ip = ipaddress.ip_address(host)
+        if (getattr(ip, "ipv4_mapped", None) or ip).is_unspecified:
+            p.error(
+                f"KERASTUNER_ORACLE_IP: {address!r} is every interface of this machine, "
+                "and the chief asks nobody who they are: whoever reaches it can read and "
+                "change the search. Give an address that only the workers reach, or "
+                "--insecure-bind"
+            )
 
 
 def _is_worker():
     """Whether another process, the chief, gives out the trials (see Keras Tuner)."""
+    return "KERASTUNER_ORACLE_IP" in os.environ and not _is_chief()
+
+
+def _is_chief():
+    """Whether this process gives out the trials."""
     tuner_id = os.environ.get("KERASTUNER_TUNER_ID", "")
-    return "KERASTUNER_ORACLE_IP" in os.environ and "chief" not in tuner_id
+    return "KERASTUNER_ORACLE_IP" in os.environ and "chief" in tuner_id
 
 
 @reading.one_line()
@@ -518,12 +607,32 @@ def main(arguments=None):
     if options.directory is None:
         name = f"{study.name}_{study.family}_{options.tuner}"
         options.directory = pathlib.Path("results", "tuning", name)
-    check_same(p, study, options, objectives)
+    check_address(p, options)
+    # Workers are many, each with its own name.
+    name = f"lock-{os.environ['KERASTUNER_TUNER_ID']}" if _is_worker() else "lock"
+    with files.working_in(options.directory, name=name):
+        return run(p, study, options, objectives)
+
+
+def run(p, study, options, objectives):
+    """Search, in a directory that is this process's.
+
+    Args:
+        p: `argparse.ArgumentParser`, for `p.error`.
+        study: `studies.Study`.
+        options: parsed arguments of the search.
+        objectives: list of `keras_tuner.Objective`.
+    """
+    # The chief of workers has the trials.
+    same = None if _is_worker() else check_same(p, study, options, objectives)
     space = kt.HyperParameters()
     with study.options.strategy.scope():
         study.settings(space)
     if not space.space:
         p.error(f"--tune: {options.method} has nothing to search for in {options.tune}")
+    study.load()
+    if same is not None:
+        _write(options.directory / "search.json", same)
     limit = options.max_trials
     if limit is None and options.tuner in ("random", "bayesian"):
         limit = _DEFAULT_TRIALS

@@ -54,6 +54,9 @@ class Study:
         self.given = {k: v for k, v in vars(options).items() if k != "strategy"}
         return options
 
+    def load(self):
+        """Load the data, so that what is wrong with it is known before a search begins."""
+
     def settings(self, hp):
         """The settings that hyperparameters stand for, a dict from option to value."""
         raise NotImplementedError
@@ -147,6 +150,9 @@ class ExperimentStudy(Study):
     def data(self):
         """The experiment's data, loaded when it is needed."""
         return self.experiment.loaded(self.options, experiment.make_console())
+
+    def load(self):
+        return self.data
 
     def tasks(self):
         """The names of the tasks."""

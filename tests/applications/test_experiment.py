@@ -10,6 +10,7 @@ import applications
 from applications import experiment
 from applications.arguments import real
 from applications.experiment import Experiment, Table, held_out, hits
+from applications.files import working_in
 
 
 class Toy(Experiment):
@@ -87,6 +88,37 @@ def test_command(tmp_path, capsys):
     assert len(toy.trained) == 4
     toy.main([*arguments, "--epochs", "2", "--methods", "two", "--repeats", "1"])
     assert toy.trained[4:] == [("two", 0)]
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    """Ctrl-C, and again: the run that was interrupted is the first one to be run."""
+
+    class Interrupted(Toy):
+        def run(self, options, method, part, seed, tick, callbacks=None):
+            if method == "two":
+                raise KeyboardInterrupt
+            return super().run(options, method, part, seed, tick, callbacks)
+
+    arguments = ["--output", str(tmp_path / "toy")]
+    with pytest.raises(SystemExit) as ended:
+        Interrupted().main(arguments)
+    assert ended.value.code == 130
+    assert "toy has what is done. The same command goes on" in capsys.readouterr().err
+    toy = Toy()
+    toy.main(arguments)
+    assert toy.trained == [("two", 0), ("one", 1), ("two", 1)]
+    with (tmp_path / "toy" / "runs.jsonl").open("a") as file:
+        file.write("no run\n")
+    with pytest.raises(SystemExit, match=r"runs\.jsonl, line 5"):
+        toy.main(arguments)
+
+
+def test_in_use(tmp_path):
+    """A folder that another command writes into is refused before anything is loaded."""
+    toy = Toy()
+    toy.load = None
+    with working_in(tmp_path), pytest.raises(SystemExit, match="in use by process"):
+        toy.main(["--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from applications.files import UnusableFileError
 from applications.results import Results, markdown_table, mean_and_spread, write_block
 
 
@@ -30,13 +31,55 @@ def test_interrupted_write(tmp_path):
     assert (again.get({"n": 1}), again.get({"n": 2})) == ({"error": 0.5}, {"error": 0.25})
 
 
-def test_foreign_file(tmp_path):
-    """Something else in the file is an error, and is not overwritten."""
+def test_lost_newline(tmp_path):
+    """A last line that lacks only its newline is a run; the next begins a new line."""
     path = tmp_path / "runs.jsonl"
-    path.write_text("method,error\nstl,0.5\n")
-    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1.*method,error"):
+    Results(path).add({"n": 1}, {"error": 0.5})
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    results = Results(path)
+    results.add({"n": 2}, {"error": 0.25})
+    again = Results(path)
+    assert (again.get({"n": 1}), again.get({"n": 2})) == ({"error": 0.5}, {"error": 0.25})
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """What was there stays, and the run can be added again."""
+    path = tmp_path / "runs.jsonl"
+    results = Results(path)
+    results.add({"n": 1}, {"error": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            results.add({"n": 2}, {"error": 0.25})
+    assert results.get({"n": 2}) is None and Results(path).get({"n": 1})
+    results.add({"n": 2}, {"error": 0.25})
+    assert Results(path).get({"n": 2}) == {"error": 0.25}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"method,error\n",
+        b"method,error",
+        b'{"settings": {"n": 1}}\n',
+        b'{"settings": {"n": 1}}',
+        b'{"settings": {"n": 1}, "results": null}\n',
+        b'{"settings": [1], "results": {}}\n',
+        b"[]\n",
+        b"\xff\xfe\n",
+        b"\n",
+        b'{"settings": {"n": 1}, "resul\n',
+    ],
+)
+def test_foreign_file(tmp_path, line):
+    """Something else in the file is an error with the line, and is not overwritten."""
+    path = tmp_path / "runs.jsonl"
+    whole = b'{"settings": {"n": 0}, "results": {}}\n' + line
+    path.write_bytes(whole)
+    with pytest.raises(UnusableFileError, match=r"runs\.jsonl, line 2: .*Delete the line"):
         Results(path)
-    assert path.read_text() == "method,error\nstl,0.5\n"
+    assert path.read_bytes() == whole
 
 
 def test_tables():

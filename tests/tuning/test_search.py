@@ -1,12 +1,15 @@
 """The command, on two small tasks of a user's own."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
+import types
 
 import keras
 import numpy as np
@@ -14,6 +17,8 @@ import pandas as pd
 import pytest
 from keras_tuner import Objective
 
+from applications import files
+from dmtrl_keras.ground.backend import tensorflow
 from tuning import own, search
 
 pytestmark = pytest.mark.skipif(
@@ -41,6 +46,10 @@ def data():
         "heads": 1,
         "metrics": {"a": ["accuracy"], "b": ["accuracy"]},
     }
+
+
+def broken():
+    raise ZeroDivisionError
 
 
 def missing():
@@ -92,6 +101,23 @@ def users(tmp_path, monkeypatch):
     arguments += ["--directory", str(tmp_path / "search")]
     yield arguments
     sys.modules.pop("users_own", None)
+
+
+@pytest.fixture(scope="module")
+def searched_once(tmp_path_factory):
+    """The folder of a search of one trial, and its arguments."""
+    folder = tmp_path_factory.mktemp("once")
+    module = types.ModuleType("users_once")
+    exec(USERS, module.__dict__)
+    sys.modules["users_once"] = module
+    tensorflow().config.run_functions_eagerly(True)
+    arguments = ["--model", "users_once:backbone", "--data", "users_once:data"]
+    arguments += ["--method", "tucker", "--tuner", "random", "--epochs", "1"]
+    arguments += ["--directory", str(folder / "search")]
+    search.main([*arguments, "--max-trials", "1"])
+    tensorflow().config.run_functions_eagerly(False)
+    yield folder / "search", arguments
+    del sys.modules["users_once"]
 
 
 TUCKER = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", "random"]
@@ -255,6 +281,133 @@ def test_a_trial_that_kills_the_process(tmp_path):
     with pytest.raises(KeyboardInterrupt), search._counted(tmp_path):
         raise KeyboardInterrupt
     assert not (tmp_path / "starts.txt").exists()
+
+
+def test_a_wrong_first_call(users, tmp_path, capsys, few_steps):
+    """What never found anything doesn't hold its folder for other settings."""
+    folder = tmp_path / "search"
+    with pytest.raises(ZeroDivisionError):
+        search.main([*TUCKER, *users, "--max-trials", "1", "--data", "users_own:broken"])
+    with pytest.raises(SystemExit):
+        search.main([*TUCKER, *users, "--method", "hard", "--tune", "sharing"])
+    assert not (folder / "search.json").exists()
+    with pytest.raises(SystemExit, match=r"All 1 trials failed.*Delete"):
+        search.main([*TUCKER, *users, "--max-trials", "1", "--data", "users_own:missing"])
+    assert len(search.main([*TUCKER, *users, "--max-trials", "1"])["table"]) == 1
+    with pytest.raises(SystemExit):
+        search.main([*TUCKER, *users, "--objective", "val_a_loss"])
+    assert "has a search with other ['objectives']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        *itertools.product(
+            ["search.json"],
+            ["", '{"experiment": "own', "[]"],
+            [r"cut off.*delete the file, and it goes on"],
+        ),
+        *itertools.product(
+            ["oracle.json", "trial_0/trial.json"],
+            ["", '{"seed"', "[]", "{}"],
+            [r"cut off.*Put back a copy of it, or delete the folder"],
+        ),
+        ("trial_1/starts.txt", "", "Received: ''. Delete the file"),
+        ("test.jsonl", "{}", r"line 1: .*Delete the line"),
+    ],
+)
+def test_cut_files(searched_once, name, message, content, capsys):
+    """The error has the file's name, and says how to go on; the search is as it was."""
+    folder, arguments = searched_once
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    whole = path.read_bytes() if path.exists() else None
+    path.write_text(content and f"{content}\n")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            search.main([*arguments, "--max-trials", "2"])
+        assert re.search(f"{re.escape(str(path))}.*{message}", str(ended.value), re.DOTALL)
+    finally:
+        path.unlink()
+        if whole is not None:
+            path.write_bytes(whole)
+
+
+def test_missing_trial(searched_once):
+    folder, arguments = searched_once
+    path = folder / "trial_0" / "trial.json"
+    whole = path.read_bytes()
+    path.unlink()
+    try:
+        with pytest.raises(
+            SystemExit, match=r"trial_0/trial\.json is not there\. Put back"
+        ):
+            search.main(arguments)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_in_use(searched_once, capsys):
+    """A search is one process's; Ctrl-C says how it goes on."""
+    folder, arguments = searched_once
+    with files.working_in(folder), pytest.raises(SystemExit, match="in use by process"):
+        search.main(arguments)
+
+
+def test_interrupted(users, capsys, monkeypatch):
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own.Own, "learn", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        search.main([*TUCKER, *users])
+    assert ended.value.code == 130
+    assert "has what is done. The same command goes on" in capsys.readouterr().err
+
+
+def test_the_model_is_kept_before_its_result(users, tmp_path, monkeypatch, few_steps):
+    """Ended in between, the model is there after the next call."""
+    arguments = [*TUCKER, *users, "--max-trials", "1"]
+    keep = own.Own.keep
+    monkeypatch.setattr(own.Own, "keep", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        search.main(arguments)
+    monkeypatch.setattr(own.Own, "keep", keep)
+    search.main(arguments)
+    assert (tmp_path / "search" / "best.keras").exists()
+
+
+@pytest.mark.parametrize(
+    "address, refused",
+    [
+        ("0.0.0.0", True),
+        ("0", True),
+        ("::", True),
+        ("[::]", True),
+        ("", True),
+        ("::ffff:0.0.0.0", True),
+        ("127.0.0.1", False),
+        ("[::1]", False),
+        ("ipv4:0.0.0.0", None),
+    ],
+)
+def test_address_of_the_chief(address, refused, monkeypatch, capsys):
+    """Not every interface, unless that is asked for."""
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", address)
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "chief")
+    p = search.parser()
+    given = ["--model", "m:f", "--method", "laf"]
+    if refused is False:
+        search.check_address(p, p.parse_args(given))
+        return
+    with pytest.raises(SystemExit):
+        search.check_address(p, p.parse_args(given))
+    said = capsys.readouterr().err
+    wanted = "asks nobody who they are" if refused else "as its workers reach it"
+    assert wanted in said and repr(address) in said
+    search.check_address(p, p.parse_args([*given, "--insecure-bind"]))
+    monkeypatch.setenv("KERASTUNER_TUNER_ID", "worker1")
+    search.check_address(p, p.parse_args(given))
 
 
 # Processes are forked from one that has imported all, and has run nothing of TensorFlow.

@@ -14,7 +14,7 @@ from dmtrl_keras.ground.types import (
     Regularizer,
     Tensor,
 )
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import from_keras, name_of
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -51,9 +51,11 @@ class TaskConv(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        twin = self._twin_type(
-            filters,
-            kernel_size,
+        twin = from_keras(
+            type(self).__name__,
+            self._twin_type,
+            filters=filters,
+            kernel_size=kernel_size,
             strides=strides,
             padding=padding,
             data_format=data_format,

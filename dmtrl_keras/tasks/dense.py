@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from dmtrl_keras.ground.types import Activation, Constraint, Initializer, Regularizer
+from dmtrl_keras.ground.validation import from_keras
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -82,8 +83,10 @@ class TaskDense(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        twin = keras.layers.Dense(
-            units,
+        twin = from_keras(
+            type(self).__name__,
+            keras.layers.Dense,
+            units=units,
             activation=activation,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,

@@ -14,6 +14,7 @@ from dmtrl_keras.ground.types import (
     Regularizer,
     Tensor,
 )
+from dmtrl_keras.ground.validation import from_keras
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -51,8 +52,10 @@ class TaskDepthwiseConv(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        twin = self._twin_type(
-            kernel_size,
+        twin = from_keras(
+            type(self).__name__,
+            self._twin_type,
+            kernel_size=kernel_size,
             strides=strides,
             padding=padding,
             depth_multiplier=depth_multiplier,

@@ -219,7 +219,7 @@ def _need_choice(
     check_choice(rank, tolerance, threshold, owner)
     if rank is None and tolerance is None:
         raise ValueError(
-            f"{owner}: give one of `rank` and `tolerance`. Received: None for both."
+            f"{owner}: give one of `rank` and `tolerance`. Received neither."
         )
 
 

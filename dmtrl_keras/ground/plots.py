@@ -129,7 +129,7 @@ def _checked(
         return by_title
     fine = is_list(names) and all(isinstance(name, str) for name in names)
     if not fine or {len(names)} != {len(matrix) for matrix in by_title.values()}:
-        what = f"None or a list of strings, as many as there are tasks in {shapes}"
+        what = f"None or a list of strings, one for each task of {shapes}"
         raise refusal("names", names, owner, what)
     return by_title
 

@@ -145,9 +145,10 @@ def check_number(
         # An int may be larger than any float.
         number = math.inf if is_huge(value) and value > 2**1000 else float(value)
     if not (low <= number < high or (closed and number == high < math.inf)):
-        border = "" if closed else "below "
-        expected = f"a number from {low:g} to {border}{high:g}{alternative}"
-        raise refusal(name, value, owner, expected)
+        span = f"from {low:g} to below {high:g}"
+        if closed:
+            span = f"in [{low:g}, {high:g}]"
+        raise refusal(name, value, owner, f"a number {span}{alternative}")
     return number
 
 
@@ -178,8 +179,9 @@ def check_one_of(
         ValueError: if it is none of them.
     """
     if not any(type(value) is type(one) and value == one for one in allowed):
-        choices = ", ".join(f'"{c}"' if isinstance(c, str) else f"{c}" for c in allowed)
-        raise refusal(name, value, owner, f"one of {choices}{alternative}")
+        choices = [f'"{one}"' if isinstance(one, str) else f"{one}" for one in allowed]
+        choice = " or ".join([", ".join(choices[:-1]), choices[-1]])
+        raise refusal(name, value, owner, f"{choice}{alternative}")
     return value
 
 

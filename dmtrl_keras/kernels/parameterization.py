@@ -36,8 +36,8 @@ def register(cls: type[_Kind]) -> type[_Kind]:
         )
     if cls.name in _REGISTRY or not isinstance(cls.name, str):
         raise ValueError(
-            "register: expected a `name` that no other parameterization has. "
-            f"Received: {cls.__name__} with name={cls.name!r}; known are {names()}."
+            f"register: expected a `name` that none of {names()} has, which are "
+            f"registered already. Received: {cls.__name__} with name={cls.name!r}."
         )
     _REGISTRY[cls.name] = cls
     return keras.saving.register_keras_serializable("dmtrl_keras")(cls)

@@ -7,6 +7,7 @@ from keras import tree
 
 from dmtrl_keras.conversion import single_task
 from dmtrl_keras.ground.types import PathLike
+from dmtrl_keras.ground.validation import check_bool, check_path, refusal
 from dmtrl_keras.training.model import MultiTaskModel
 
 _ALL_TASKS = "serve"
@@ -49,10 +50,14 @@ def export_tasks(model: MultiTaskModel, filepath: PathLike, verbose: bool = True
             "export_tasks: expected a MultiTaskModel. "
             f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
         )
+    if filepath is None:
+        raise refusal("filepath", filepath, "export_tasks", "the folder to write")
+    check_path("filepath", filepath, "export_tasks")
+    verbose = check_bool("verbose", verbose, "export_tasks")
     if _ALL_TASKS in model.task_names:
         raise ValueError(
             f"export_tasks: {_ALL_TASKS!r} is the endpoint of all tasks, so that no task "
-            f"can have this name. Received: tasks {list(model.task_names)}."
+            f"can be called so; expected other names. Received: tasks {list(model.task_names)}."
         )
     archive = keras.export.ExportArchive()
     archive.track(model)

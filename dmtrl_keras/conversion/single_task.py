@@ -1,6 +1,5 @@
 """From a network of T tasks to the ordinary Keras model of one task."""
 
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from dmtrl_keras.conversion.graph import (
 )
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import clean_name
+from dmtrl_keras.ground.validation import check_name, clean_name, is_int, refusal
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -61,6 +60,7 @@ def single_task(
     >>> np.allclose(alone(x), model(x)["gender"], atol=1e-5)
     True
     """
+    check_name("name", name, "single_task")
     model = checked_functional(model, "single_task")
     tasks = number_of_tasks(model)
     names = names_of_tasks(model)
@@ -112,13 +112,10 @@ def _inputs(inputs: Any, names: Sequence[str]) -> Any:
 def _index(task: Any, names: tuple[str, ...], tasks: int, model: keras.Model) -> int:
     if isinstance(task, str) and task in names:
         return names.index(task)
-    whole = isinstance(task, numbers.Integral) and not isinstance(task, bool)
-    if whole and 0 <= task < tasks:
+    if is_int(task, 0, tasks - 1):
         return int(task)
-    raise ValueError(
-        f"single_task: model {model.name!r} has the tasks {list(names) or tasks}. "
-        f"Received: task={task!r}."
-    )
+    what = f"one of the tasks of model {model.name!r}, {list(names) or tasks}"
+    raise refusal("task", task, "single_task", what)
 
 
 class _One:

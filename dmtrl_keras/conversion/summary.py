@@ -21,6 +21,7 @@ from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.tables import print_table
 from dmtrl_keras.ground.types import Shape
+from dmtrl_keras.ground.validation import check_bool
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
@@ -78,6 +79,7 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
     >>> row.sharing, row.rank, row.parameters, row.parameters_if_independent
     ('tucker', (2, 2, 2), 128, 576)
     """
+    verbose = check_bool("verbose", verbose, "task_summary")
     model = checked_functional(model, "task_summary")
     tasks = number_of_tasks(model)
     by_layer: dict[int, LayerSummary] = {}

@@ -75,7 +75,7 @@ def check_choice(
         and 0 < tolerance < 1
     ):
         raise ValueError(
-            f"{owner}: `tolerance` is the relative error that the decomposition may make, "
+            f"{owner}: `tolerance` must be the relative error that is allowed, "
             f"a number in (0, 1). Received: tolerance={shown(tolerance)}."
         )
     check_one_of("threshold", threshold, THRESHOLDS, owner)
@@ -218,9 +218,7 @@ def _need_choice(
 ) -> None:
     check_choice(rank, tolerance, threshold, owner)
     if rank is None and tolerance is None:
-        raise ValueError(
-            f"{owner}: give one of `rank` and `tolerance`. Received neither."
-        )
+        raise ValueError(f"{owner}: give one of `rank` and `tolerance`. Received neither.")
 
 
 def laf_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -4,8 +4,15 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
+from dmtrl_keras.ground.backend import checked
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import is_int, real_array, real_tensor, refusal
+from dmtrl_keras.ground.validation import (
+    from_keras,
+    is_int,
+    real_array,
+    real_tensor,
+    refusal,
+)
 
 
 def unfold(tensor: ArrayLike, mode: int) -> np.ndarray:
@@ -100,12 +107,17 @@ def whitener(covariance: Tensor) -> Tensor:
         A tensor of the same shape, lower triangular.
 
     Raises:
-        ValueError: on what are no square matrices.
+        ValueError: on what are no square matrices, not finite, or not positive definite.
     """
     covariance = real_tensor("covariance", covariance, "whitener")
     shape = tuple(covariance.shape)
     if len(shape) < 2 or shape[-1] != shape[-2] or 0 in shape:
         raise refusal("covariance", covariance, "whitener", "square matrices")
-    factor = ops.cholesky(covariance)
+    covariance = checked(
+        covariance,
+        ops.all(ops.isfinite(covariance)),
+        "whitener: `covariance` must be finite. Received: NaN or infinite values.",
+    )
+    factor = from_keras("whitener", ops.cholesky, x=covariance)
     identity = ops.broadcast_to(ops.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
     return ops.solve_triangular(factor, identity, lower=True)

@@ -109,9 +109,7 @@ def plot_heat_map(
     return _panels(draw, by_title, names, path)
 
 
-def _checked(
-    matrices: Any, names: Any, path: Any, owner: str
-) -> dict[str, np.ndarray]:
+def _checked(matrices: Any, names: Any, path: Any, owner: str) -> dict[str, np.ndarray]:
     """The matrices by title, all arguments checked."""
     check_path("path", path, owner)
     given = matrices if isinstance(matrices, dict) else {"": matrices}

@@ -245,8 +245,8 @@ def from_keras(owner: str, make: Callable[..., _Made], **arguments: Any) -> _Mad
         ]
         received = ", ".join(given)
         raise ValueError(
-            f"{owner}: expected arguments as keras's {make.__name__} takes them, which "
-            f"says: {error} Received: {received}."
+            f"{owner}: expected arguments as Keras takes them. Received: {received}. "
+            f"Keras says: {error}"
         ) from error
 
 
@@ -356,10 +356,32 @@ def check_sizes(name: str, sizes: Any, owner: str, least: int = 1) -> tuple[int,
     Raises:
         ValueError: if it is none.
     """
-    given = tuple(sizes) if is_list(sizes) or isinstance(sizes, np.ndarray) else ()
+    several = is_list(sizes) or (isinstance(sizes, np.ndarray) and sizes.ndim == 1)
+    given = tuple(sizes) if several else ()
     if len(given) < least or not all(is_int(size, 1) for size in given):
         raise refusal(name, sizes, owner, f"a tuple of {least} or more positive ints")
     return tuple(map(int, given))
+
+
+def check_window(name: str, value: Any, axes: int, owner: str) -> None:
+    """A positive int, or one for each of some axes.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    several = is_list(value) and len(value) == axes
+    if not all(is_int(size, 1) for size in (value if several else [value])):
+        raise refusal(name, value, owner, f"a positive int, or a tuple of {axes} of them")
+
+
+def check_name(name: str, value: Any, owner: str) -> None:
+    """A string that is not empty, or None.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if value is not None and not (isinstance(value, str) and value):
+        raise refusal(name, value, owner, "a string that is not empty, or None")
 
 
 # --- tasks, channels, names -----------------------------------------------------------
@@ -445,7 +467,8 @@ def checked_pairs(pairs: Any, owner: str, what: str) -> list[tuple[Any, Any]] | 
     """
     if pairs is None:
         return None
-    given = list(pairs) if isinstance(pairs, Iterable) else []
+    several = isinstance(pairs, Iterable) and getattr(pairs, "ndim", 1)
+    given = list(pairs) if several else []
     if not given or not all(map(_is_pair, given)):
         raise refusal("pairs", pairs, owner, f"a list of pairs of two different {what}")
     return [tuple(pair) for pair in given]

@@ -11,7 +11,13 @@ from keras import ops
 
 from dmtrl_keras.ground.keras_private import shared_object
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import check_bool, check_number, is_real, name_of, refusal
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_number,
+    is_real,
+    name_of,
+    refusal,
+)
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mrn import tensor_normal
 

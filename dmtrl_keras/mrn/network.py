@@ -11,6 +11,7 @@ from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tasks
 from dmtrl_keras.ground.validation import (
     check_bool,
+    check_name,
     check_number,
     check_positive,
     check_sizes,
@@ -113,6 +114,7 @@ def relationship_network(
     check_positive("classes", classes, owner)
     if bottleneck is not None:
         check_positive("bottleneck", bottleneck, owner, " or None")
+    check_name("name", name, owner)
     check_number("dropout", dropout, owner, 1)
     check_number("strength", strength, owner)
     for argument, value in (

@@ -449,16 +449,16 @@ def _checked(
     shape: Sequence[int], covariances: Matrices, owner: str
 ) -> list[np.ndarray | None]:
     """The covariances as float64 arrays, None for identities."""
-    covariances = _sequence("start" if owner == "flip_flop" else "covariances", covariances, owner)
+    covariances = _sequence(
+        "start" if owner == "flip_flop" else "covariances", covariances, owner
+    )
     if len(covariances) != len(shape):
         raise ValueError(
             f"{owner}: expected {len(shape)} covariances, one for each mode of "
             f"{tuple(shape)}. Received: {len(covariances)}."
         )
     return [
-        None
-        if matrix is None
-        else check_covariance(matrix, f"{owner}, mode {mode}", d)
+        None if matrix is None else check_covariance(matrix, f"{owner}, mode {mode}", d)
         for mode, (d, matrix) in enumerate(zip(shape, covariances))
     ]
 
@@ -488,6 +488,8 @@ def check_covariance(matrix: Tensor, owner: str, size: int | None = None) -> np.
         ValueError: if it is not finite, symmetric and positive definite, or of
             another shape.
     """
+    if size is not None:
+        size = check_positive("size", size, owner, " or None")
     values = np.asarray(real_array("covariance", matrix, owner), "float64")
     size = (len(values) if values.ndim else 0) if size is None else size
     if values.shape != (size, size) or not values.size:

@@ -70,9 +70,11 @@ class TensorNormalPrior(keras.layers.Wrapper):
         if not isinstance(kernel, str):
             raise refusal("kernel", kernel, name_of(self), "the name of an attribute")
         if axes is not None and not (
-            is_list(axes) and all(isinstance(axis, str) for axis in axes)
+            is_list(axes)
+            and all(isinstance(axis, str) for axis in axes)
+            and len(set(axes)) == len(axes)
         ):
-            raise refusal("axes", axes, name_of(self), "strings, or None")
+            raise refusal("axes", axes, name_of(self), "distinct strings, or None")
         if not isinstance(regularizer, TensorNormalRegularizer):
             what = "a TensorNormalRegularizer"
             raise refusal("regularizer", regularizer, name_of(self), what)
@@ -97,8 +99,8 @@ class TensorNormalPrior(keras.layers.Wrapper):
             )
         if kernel.regularizer is not None:
             raise ValueError(
-                f"{name_of(self)}: the variable {kernel.path!r} has a regularizer already. "
-                f"Received: {kernel.regularizer!r}."
+                f"{name_of(self)}: the variable {kernel.path!r} has a regularizer already, "
+                f"and can't have two. Received: {kernel.regularizer!r}."
             )
         names = self.axes
         if names is None:

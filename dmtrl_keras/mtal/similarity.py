@@ -382,7 +382,8 @@ def aggregate_similar_kernels(
         f"{owner}: `kernels` must be finite. Received: NaN or infinite values.",
     )
     tasks = kernel.shape[-1]
-    threshold = check_number("threshold", threshold, owner, low=-math.inf)
+    # Beyond all cosines any number is as good as another.
+    threshold = min(check_number("threshold", threshold, owner, low=-math.inf), 2.0)
     weights = checked_weights(weights, owner, "a number in [0, 1], or ")
     check_one_of("pairs", pairs, PAIRINGS, owner)
     if weights.ndim and len(weights) != tasks:

@@ -14,7 +14,13 @@ from dmtrl_keras.ground.types import (
     Regularizer,
     Tensor,
 )
-from dmtrl_keras.ground.validation import from_keras, name_of
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_positive,
+    check_window,
+    from_keras,
+    name_of,
+)
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -51,8 +57,15 @@ class TaskConv(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        owner = type(self).__name__
+        check_positive("filters", filters, owner)
+        check_positive("groups", groups, owner)
+        check_window("kernel_size", kernel_size, self._window_axes, owner)
+        check_window("strides", strides, self._window_axes, owner)
+        check_window("dilation_rate", dilation_rate, self._window_axes, owner)
+        check_bool("use_bias", use_bias, owner)
         twin = from_keras(
-            type(self).__name__,
+            owner,
             self._twin_type,
             filters=filters,
             kernel_size=kernel_size,

@@ -14,7 +14,12 @@ from dmtrl_keras.ground.types import (
     Regularizer,
     Tensor,
 )
-from dmtrl_keras.ground.validation import from_keras
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_positive,
+    check_window,
+    from_keras,
+)
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -52,8 +57,14 @@ class TaskDepthwiseConv(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        owner = type(self).__name__
+        check_positive("depth_multiplier", depth_multiplier, owner)
+        check_window("kernel_size", kernel_size, self._window_axes, owner)
+        check_window("strides", strides, self._window_axes, owner)
+        check_window("dilation_rate", dilation_rate, self._window_axes, owner)
+        check_bool("use_bias", use_bias, owner)
         twin = from_keras(
-            type(self).__name__,
+            owner,
             self._twin_type,
             kernel_size=kernel_size,
             strides=strides,

@@ -12,6 +12,7 @@ from dmtrl_keras.ground.validation import (
     check_bool,
     check_number,
     check_tasks,
+    is_int,
     is_list,
     name_of,
     refusal,
@@ -70,7 +71,8 @@ class TaskLayerNormalization(keras.layers.LayerNormalization):
         check_bool("scale", scale, owner)
         super().__init__(axis=-1, epsilon=epsilon, center=center, scale=scale, **kwargs)
         self.tasks = check_tasks(tasks, owner)
-        if list(axis if is_list(axis) else [axis]) != [-1]:
+        (only,) = axis if is_list(axis) and len(axis) == 1 else (axis,)
+        if not is_int(only, -1, -1):
             raise refusal("axis", axis, name_of(self), "-1, the channels")
 
     def build(self, input_shape: Shape) -> None:

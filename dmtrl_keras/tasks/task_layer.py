@@ -16,6 +16,7 @@ from dmtrl_keras.ground.validation import (
     check_bool,
     check_model,
     check_tasks,
+    from_keras,
     is_int,
     name_of,
 )
@@ -102,7 +103,8 @@ class TaskLayer(keras.layers.Layer):
         self.bias_regularizer = twin.bias_regularizer
         self.bias_constraint = twin.bias_constraint
         self.data_format = getattr(twin, "data_format", "channels_last")
-        # A method, not an attribute: a layer held as an attribute would be tracked.
+        # A function: a layer held as an attribute would be tracked.
+        self._twin = lambda: twin
         self._twin_arguments = twin.get_config()
         if isinstance(self.kernel_regularizer, StatefulRegularizer):
             # One task alone has no relations; a twin needs nothing of this library.
@@ -128,9 +130,6 @@ class TaskLayer(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="kernel",
         )
-
-    def _twin(self) -> keras.layers.Layer:
-        return self._twin_class.from_config(self._twin_arguments)
 
     # --- building -------------------------------------------------------------
 
@@ -166,7 +165,9 @@ class TaskLayer(keras.layers.Layer):
         )
         self.stacked.build(self._kernel_shape(channels))
         if self.use_bias:
-            self.bias = self.add_weight(
+            self.bias = from_keras(
+                name_of(self),
+                self.add_weight,
                 name="bias",
                 shape=(self._bias_size(channels), self.tasks),
                 initializer=self.bias_initializer,

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.types import Dataset
-from dmtrl_keras.ground.validation import check_positive
+from dmtrl_keras.ground.validation import check_bool, check_positive, check_seed
 
 
 def zip_tasks(
@@ -60,18 +60,21 @@ def zip_tasks(
     tf = tensorflow()
     if not isinstance(datasets, dict) or not datasets:
         raise ValueError(
-            "`datasets` must be a dict from task name to data, with at least one task. "
+            "zip_tasks: `datasets` must be a dict from task name to data, with at least one task. "
             f"Received: {type(datasets).__name__}."
         )
     check_positive("batch_size", batch_size, "zip_tasks")
+    seed = check_seed("seed", seed, "zip_tasks")
+    shuffle = check_bool("shuffle", shuffle, "zip_tasks")
+    prefetch = check_bool("prefetch", prefetch, "zip_tasks")
     parts, sizes, weighted = {}, {}, {}
     for name, data in datasets.items():
         part, size = _examples(tf, name, data)
         weighted[name] = len(part.element_spec) == 3
         parts[name], sizes[name] = part, size
-    if epoch == "longest":
+    if isinstance(epoch, str) and epoch == "longest":
         steps = math.ceil(max(sizes.values()) / batch_size)
-    elif epoch == "shortest":
+    elif isinstance(epoch, str) and epoch == "shortest":
         steps = math.ceil(min(sizes.values()) / batch_size)
     else:
         other = ' or one of "longest" and "shortest"'
@@ -99,26 +102,26 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
         spec = data.element_spec
         if not isinstance(spec, tuple) or len(spec) not in (2, 3):
             raise ValueError(
-                f"Task {name!r}: expected examples (x, y) or (x, y, sample_weight). "
+                f"zip_tasks, task {name!r}: expected examples (x, y) or (x, y, sample_weight). "
                 f"Received: element_spec={spec}."
             )
         size = int(data.cardinality())
         if size < 1:
             raise ValueError(
-                f"Task {name!r}: expected a finite data set of known, positive "
+                f"zip_tasks, task {name!r}: expected a finite data set of known, positive "
                 "cardinality (see `tf.data.experimental.assert_cardinality`). "
                 f"Received: cardinality={size}."
             )
         return data, size
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
         raise ValueError(
-            f"Task {name!r}: expected a tf.data.Dataset, (x, y) or "
+            f"zip_tasks, task {name!r}: expected a tf.data.Dataset, (x, y) or "
             f"(x, y, sample_weight). Received: {type(data).__name__}."
         )
     sizes = [len(array) for array in tf.nest.flatten(tuple(data))]
     if len(set(sizes)) != 1 or sizes[0] == 0:
         raise ValueError(
-            f"Task {name!r}: expected arrays of one positive length. "
+            f"zip_tasks, task {name!r}: expected arrays of one positive length. "
             f"Received: lengths {sizes}."
         )
     return tf.data.Dataset.from_tensor_slices(tuple(data)), sizes[0]

@@ -26,7 +26,7 @@ from dmtrl_keras.ground.keras_private import (
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import name_of, refusal
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 
 # By this name the features of a training step ride on its outputs.
@@ -92,6 +92,11 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{type(self).__name__}: `outputs` must be a dict from task name to one "
                 f"output tensor. Received: outputs={outputs!r}."
             )
+        for argument, value in (("inputs", inputs), ("outputs", outputs)):
+            flat = tree.flatten(value)
+            if not flat or not all(isinstance(x, keras.KerasTensor) for x in flat):
+                what = "symbolic tensors of Keras, such as keras.Input((8,))"
+                raise refusal(argument, value, type(self).__name__, what)
         super().__init__(inputs, outputs, name=name, **kwargs)
         terms = checked_terms(terms, name_of(self))
         if terms:

@@ -188,8 +188,8 @@ def label_similarity(
         both = present[i] & present[j]
         if not both.any():
             raise ValueError(
-                f"{owner}: expected examples with labels of both {i!r} and {j!r}. "
-                "Received: none."
+                f"{owner}: no example has labels of both {i!r} and {j!r}. "
+                f"Received: {sizes} examples, expected some with both labels."
             )
         found[i, j] = task_similarity(arrays[i][both], arrays[j][both], ridge)
     return found
@@ -211,7 +211,9 @@ def _checked_place(at: Any) -> str | dict[str, str]:
     """Where features are taken, see `Relation`."""
     by_task = isinstance(at, Mapping)
     layers = at.items() if by_task else [(at, at)]
-    if (by_task and not at) or not all(isinstance(x, str) and x for pair in layers for x in pair):
+    if (by_task and not at) or not all(
+        isinstance(x, str) and x for pair in layers for x in pair
+    ):
         raise ValueError(
             'Relation: `at` must be "output", the name of a layer, or a dict from task '
             f"to the name of a layer. Received: at={shown(at)}."

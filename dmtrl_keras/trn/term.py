@@ -142,7 +142,7 @@ class TaskRelations(LossTerm):
         if label_similarity is not None and not (
             isinstance(label_similarity, Mapping) and all(map(is_list, label_similarity))
         ):
-            what = "a dict from pair to number, or None"
+            what = "None, or a dict with a number in [0, 1] for every pair of tasks"
             raise refusal("label_similarity", label_similarity, name_of(self), what)
         self.label_similarity = label_similarity
         self.trls: dict[str, TRL] = {}

@@ -355,6 +355,9 @@ EXPECTED = "must|[Ee]xpected|can't|can be|needs?|[Gg]ive|unknown|fits none|does 
 
 def problem_of(name, argument, value):
     """What is wrong with how a value is refused, or None."""
+    if argument in ("path", "filepath") and isinstance(value, str) and value:
+        # Any text is a path; whether there is such a folder, the system says.
+        return None
     thing, case = PUBLIC[name], cases()[name]
     try:
         with warnings.catch_warnings():

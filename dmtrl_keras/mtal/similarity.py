@@ -383,7 +383,8 @@ def aggregate_similar_kernels(
     )
     tasks = kernel.shape[-1]
     # Beyond all cosines any number is as good as another.
-    threshold = min(check_number("threshold", threshold, owner, low=-math.inf), 2.0)
+    threshold = check_number("threshold", threshold, owner, low=-math.inf)
+    threshold = min(max(threshold, -2.0), 2.0)
     weights = checked_weights(weights, owner, "a number in [0, 1], or ")
     check_one_of("pairs", pairs, PAIRINGS, owner)
     if weights.ndim and len(weights) != tasks:

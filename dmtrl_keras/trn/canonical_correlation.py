@@ -209,7 +209,10 @@ def _joint_covariance(
     total: Any = 0.0
     products: Any = 0.0
     for start in range(0, length, chunk):
-        parts = [v[start : start + chunk].astype("float64") for v in arrays.values()]
+        parts = [
+            np.asarray(values[start : start + chunk], "float64")
+            for values in arrays.values()
+        ]
         part = np.ldexp(np.concatenate(parts, axis=1), -exponents)
         if start == 0:
             # Near the mean, so that nothing is lost in the difference of large numbers.

@@ -429,7 +429,8 @@ class TRL(keras.layers.Layer):
         squares = (ops.square(centred - mean) * there, ops.square(x))
         variance, size = (all_reduce_sum(ops.sum(s, axis=0)) for s in squares)
         rounding = 16 * np.finfo(self.covariance.dtype).eps
-        varies = variance > rounding**2 * size
+        # What is too large for its variance is no constant; it is an error later.
+        varies = ops.logical_or(variance > rounding**2 * size, ops.isinf(variance))
         return ops.stop_gradient(ops.cast(varies, x.dtype))
 
     def _similarities(self, covariance: Tensor) -> Tensor:

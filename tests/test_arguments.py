@@ -425,6 +425,109 @@ def test_what_is_refused(name):
     check()
 
 
+def no_layer(names):
+    """What `between` must not be: it returns no layer."""
+    return names
+
+
+def trl(present):
+    """A training step of a TRL of two tasks."""
+    x = {"a": np.ones((4, 2), "float32"), "b": np.ones((4, 1), "float32")}
+    return layers.TRL()(x, training=True, present=present)
+
+
+ONES = np.ones(4)
+FOUND = [
+    (
+        lambda: TensorNormalRegularizer(modes=None),
+        "TensorNormalRegularizer: `modes` must be one or several .*modes=None",
+    ),
+    (
+        lambda: TensorNormalRegularizer(start=np.eye(2)),
+        "TensorNormalRegularizer: `start` must be a dict by modes.*ndarray of shape",
+    ),
+    (
+        lambda: multitask(backbone(), 2, between=no_layer),
+        "multitask: `between` must .*that return a layer.*'pool'.*task_0",
+    ),
+    (lambda: dmtrl_keras.factorize(None, "tt"), "factorize: `model` must be a Keras.*None"),
+    (
+        lambda: dmtrl_keras.relationship_network(5, ["a", "b"], 3),
+        "relationship_network: `backbone` must be a Keras model, or the shape.*=5",
+    ),
+    (lambda: layers.TRL(pairs=5), "TRL 'trl.*: `pairs` must be a list of pairs.*pairs=5"),
+    (lambda: Relation(pairs=5), "Relation 'output': `pairs` must be a list.*pairs=5"),
+    (
+        lambda: dmtrl_keras.task_similarity(ONES, ONES, ridge="a"),
+        "canonical_correlation: `ridge` must be a number from 0 .*ridge='a'",
+    ),
+    (
+        lambda: trl({"a": np.ones(4, bool)}),
+        r"TRL 'trl.*: `present` must have tensors \(batch,\) .*\['a', 'b'\].*\{'a'",
+    ),
+    (
+        lambda: dmtrl_keras.distribution.train(vectors(), batches().take(0)),
+        "train: `dataset` must have one batch at least. Received: none",
+    ),
+    (
+        # Nothing says its size before it is run through.
+        lambda: dmtrl_keras.distribution.train(
+            vectors(), batches().filter(lambda x, y: False)
+        ),
+        "train: `dataset` must have one batch at least. Received: none",
+    ),
+    (
+        lambda: dmtrl_keras.distribution.train(vectors(), np.ones((4, 3))),
+        "train: `dataset` must be a tf.data.Dataset of batches.*ndarray of shape",
+    ),
+    (
+        lambda: dmtrl_keras.losses.one_vs_rest([0, 1], tasks=2.5),
+        "one_vs_rest: `tasks` must be a positive int.*tasks=2.5",
+    ),
+    (
+        lambda: layers.TaskDense(2, 2, shared_input="no"),
+        "TaskDense: `shared_input` must be True or False.*='no'",
+    ),
+    (
+        lambda: layers.TuckerDense(2, 2, implementation="quick"),
+        'Tucker: `implementation` must be "auto", "compose" or "contract".*=\'quick\'',
+    ),
+    (
+        lambda: dmtrl_keras.relationship_network((4,), ["a", "b"], classes=1),
+        "relationship_network: `classes` must be 2 or more, since a softmax.*classes=1",
+    ),
+    (
+        lambda: layers.TaskDense(2, 10**9),
+        r"TaskDense: `tasks` must be a positive int, .*at most 100000\).*tasks=1000000000",
+    ),
+    (
+        lambda: layers.TaskSplit(2)(np.ones(3)),
+        r"TaskSplit 'task_split.*: expected inputs \(batch, ..., channels\).*\(3,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), FOUND)
+def test_found_in_the_field(call, message):
+    """Each of these was an error of Python, NumPy or TensorFlow, or none."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_sigmoid_of_one_class():
+    """One class of its own is fine where it isn't a softmax."""
+    model = dmtrl_keras.relationship_network((4,), ["a", "b"], classes=1, binary=True)
+    assert [tuple(x.shape) for x in model.output.values()] == [(None, 1)] * 2
+
+
+def test_functions_of_users():
+    """As in Keras, a layer takes functions that nobody registered; files ask for that."""
+    layer = layers.TaskDense(
+        2, 2, activation=lambda x: 2 * x, kernel_initializer="ones", shared_input=True
+    )
+    np.testing.assert_array_equal(layer(np.ones((1, 3))), np.full((1, 4), 6.0))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", CALLED)
 def test_all_that_is_refused(name):

@@ -113,7 +113,7 @@ def test_sharing_strength(scale):
     assert 0 <= sharing_strength_of(1e300 * np.eye(3)) <= 1
 
 
-@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e30, 1e200])
+@pytest.mark.parametrize("scale", [1e-120, 1e-30, 1e30, 1e120])
 def test_flip_flop(scale, rng):
     """Covariances up to the scale, which the last one has, and the density of the samples."""
     truth = [np.array([[1.0, 0.6], [0.6, 1.0]]), np.diag([1.0, 2.0, 3.0])]
@@ -219,7 +219,9 @@ def test_features_in_fit(rng):
     model = MultiTaskModel(inputs, outputs, terms=[TaskRelations(Relation())])
     model.compile("sgd", "mse", jit_compile=False)
     labels = {task: rng.normal(size=(8, 2)) for task in "ab"}
-    with pytest.raises(tf.errors.InvalidArgumentError, match="TRL.*too large for their var"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="TRL.*too large for their var"
+    ):
         model.fit(1e25 * rng.normal(size=(8, 3)), labels, verbose=0)
     trl = layers.TRL(name="relation")
     for value, message in ((np.nan, "not finite"), (1e25, "too large for their variances")):

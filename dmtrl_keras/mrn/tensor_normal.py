@@ -41,6 +41,9 @@ from dmtrl_keras.ground.validation import (
 # One for each mode, None for identities.
 Matrices: TypeAlias = Sequence[Tensor | None]
 
+# The squares of larger numbers, or of the inverses, are no floats.
+_LARGEST_EXPONENT = 500
+
 
 def mode_products(x: Tensor, matrices: Matrices, skip: int | None = None) -> Tensor:
     """The product of each mode with a matrix, `X x_1 A_1 ... x_K A_K`.
@@ -326,6 +329,11 @@ def flip_flop(
     mean = _mean(mean, shape, owner)
     # All that is learned but the last covariance is the same in any scale.
     centred, exponent = scaled(samples - mean)
+    if abs(exponent) > _LARGEST_EXPONENT:
+        raise ValueError(
+            f"{owner}: expected samples whose squares are floats. Received: deviations "
+            f"from the mean of up to 2^{exponent}."
+        )
     x = ops.convert_to_tensor(centred)
     start = [None] * len(shape) if start is None else start
     covariances = _checked(shape, start, owner)

@@ -1,9 +1,9 @@
 """Whatever a public name refuses, it refuses with an error of ours.
 
-Every argument of every public constructor and function is given wrong types, NaN, infinities,
-numbers out of range, huge ones, and arrays of a wrong rank. What is taken is none of these
-tests' business. What is refused must say what was received and expected, and by which class
-or function; a bare error from somewhere within helps nobody.
+Every argument of every public constructor and function is given wrong types, NaN,
+infinities, numbers out of range, huge ones, and arrays of a wrong rank. What is taken is
+none of these tests' business. What is refused must say what was received and expected, and
+by which class or function; a bare error from somewhere within helps nobody.
 """
 
 import functools
@@ -331,8 +331,8 @@ def cases():
     }
 
 
-# What no argument, or hardly any, can be. No small positive int is among them, which would be
-# taken for a size.
+# What no argument, or hardly any, can be. No small positive int is among them, which would
+# be taken for a size.
 HOSTILE = [
     *(None, "quick", "", b"x", True, -1, 0, 10**30, 2.5, 1e300, 1e-300),
     *(float("nan"), float("inf"), -float("inf"), 1j, {}, {"a": None}, object()),

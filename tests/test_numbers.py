@@ -115,7 +115,7 @@ def test_sharing_strength(scale):
 
 @pytest.mark.parametrize("scale", [1e-120, 1e-30, 1e30, 1e120])
 def test_flip_flop(scale, rng):
-    """Covariances up to the scale, which the last one has, and the density of the samples."""
+    """Covariances up to the scale, which the last one has, and the samples' density."""
     truth = [np.array([[1.0, 0.6], [0.6, 1.0]]), np.diag([1.0, 2.0, 3.0])]
     samples = 3 + tensor_normal.sample(truth, samples=100, seed=0)
     expected = tensor_normal.flip_flop(samples)
@@ -220,7 +220,7 @@ def test_features_in_fit(rng):
     model.compile("sgd", "mse", jit_compile=False)
     labels = {task: rng.normal(size=(8, 2)) for task in "ab"}
     with pytest.raises(
-        tf.errors.InvalidArgumentError, match="TRL.*too large for their var"
+        tf.errors.InvalidArgumentError, match=r"TRL.*too large for their var"
     ):
         model.fit(1e25 * rng.normal(size=(8, 3)), labels, verbose=0)
     trl = layers.TRL(name="relation")

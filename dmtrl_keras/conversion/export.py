@@ -57,7 +57,8 @@ def export_tasks(model: MultiTaskModel, filepath: PathLike, verbose: bool = True
     if _ALL_TASKS in model.task_names:
         raise ValueError(
             f"export_tasks: {_ALL_TASKS!r} is the endpoint of all tasks, so that no task "
-            f"can be called so; expected other names. Received: tasks {list(model.task_names)}."
+            "can be called so; expected other names. "
+            f"Received: tasks {list(model.task_names)}."
         )
     archive = keras.export.ExportArchive()
     archive.track(model)

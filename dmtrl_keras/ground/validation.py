@@ -5,8 +5,8 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ _Made = TypeVar("_Made")
 
 # Steps, sizes and classes are int32 in tensors.
 _LARGEST_INT = 2**31 - 1
-# More than any network holds: what is larger is something else, such as a number of examples.
+# More than any network holds: what is larger is something else, such as a batch.
 _MOST_TASKS = 100_000
 _LONGEST = 200
 
@@ -218,7 +218,7 @@ def check_model(model: Any, owner: str) -> keras.Model:
     return model
 
 
-def is_list(value: Any) -> bool:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list, a tuple, or a range."""
     return isinstance(value, (list, tuple, range))
 
@@ -467,7 +467,8 @@ def checked_pairs(pairs: Any, owner: str, what: str) -> list[tuple[Any, Any]] | 
     """
     if pairs is None:
         return None
-    several = isinstance(pairs, Iterable) and getattr(pairs, "ndim", 1)
+    # A NumPy scalar is iterable, until it is tried.
+    several = isinstance(pairs, Iterable) and getattr(pairs, "ndim", None) != 0
     given = list(pairs) if several else []
     if not given or not all(map(_is_pair, given)):
         raise refusal("pairs", pairs, owner, f"a list of pairs of two different {what}")

@@ -1,6 +1,5 @@
 """The learned covariance of one mode."""
 
-import math
 import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias

@@ -46,8 +46,8 @@ def task_covariance(model: keras.Model) -> dict[str, np.ndarray]:
             found[layer.name] = prior.covariances["task"]
     if not found:
         raise ValueError(
-            f"{owner}: model {model.name!r} has no layer that learns a task covariance; see "
-            "TensorNormalRegularizer."
+            f"{owner}: model {model.name!r} has no layer that learns a task covariance; "
+            "see TensorNormalRegularizer."
         )
     return found
 

@@ -511,7 +511,7 @@ def check_covariance(matrix: Tensor, owner: str, size: int | None = None) -> np.
         unit, exponent = scaled(values)
         if np.allclose(unit, unit.T):
             smallest = float(np.linalg.eigvalsh(unit)[0])
-        valid = smallest > np.finfo("float64").eps
+        valid = smallest > float(np.finfo("float64").eps)
         smallest = float(np.ldexp(smallest, exponent))
     if not valid:
         raise ValueError(

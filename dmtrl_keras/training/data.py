@@ -60,7 +60,8 @@ def zip_tasks(
     tf = tensorflow()
     if not isinstance(datasets, dict) or not datasets:
         raise ValueError(
-            "zip_tasks: `datasets` must be a dict from task name to data, with at least one task. "
+            "zip_tasks: `datasets` must be a dict from task name to data, with at least "
+            "one task. "
             f"Received: {type(datasets).__name__}."
         )
     check_positive("batch_size", batch_size, "zip_tasks")
@@ -102,8 +103,8 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
         spec = data.element_spec
         if not isinstance(spec, tuple) or len(spec) not in (2, 3):
             raise ValueError(
-                f"zip_tasks, task {name!r}: expected examples (x, y) or (x, y, sample_weight). "
-                f"Received: element_spec={spec}."
+                f"zip_tasks, task {name!r}: expected examples (x, y) or "
+                f"(x, y, sample_weight). Received: element_spec={spec}."
             )
         size = int(data.cardinality())
         if size < 1:

@@ -138,8 +138,8 @@ def divisible(count: int, batch_size: int, replicas: int) -> int:
     check_positive("replicas", replicas, owner)
     if batch_size % replicas:
         raise ValueError(
-            f"{owner}: received a batch of {batch_size} does not divide among {replicas} replicas: expected "
-            f"a multiple of {replicas}."
+            f"{owner}: a batch of {batch_size} does not divide among {replicas} replicas: "
+            f"expected a multiple of {replicas}. Received: batch_size={batch_size}."
         )
     left = count - (count % batch_size) % replicas
     if left < 1:
@@ -212,8 +212,9 @@ def train(
     ):
         raise refusal("callbacks", callbacks, owner, "a list of Keras callbacks, or None")
     tf = tensorflow()
-    for argument, value in (("dataset", dataset), ("validation_data", validation_data)):
-        _check_dataset(tf, argument, value, owner)
+    _check_dataset(tf, "dataset", dataset, owner)
+    if validation_data is not None:
+        _check_dataset(tf, "validation_data", validation_data, owner)
     strategy = model.distribute_strategy
     batches = _distributed(tf, strategy, dataset)
     first = local_part(_first(batches, owner), strategy)
@@ -263,9 +264,7 @@ def _first(batches: Any, owner: str) -> Any:
 
 
 def _check_dataset(tf: Any, argument: str, dataset: Any, owner: str) -> None:
-    """Raise unless it is a data set of batches, which may be None for validation."""
-    if dataset is None and argument == "validation_data":
-        return
+    """Raise unless it is a data set of batches."""
     if not isinstance(dataset, tf.data.Dataset):
         what = "a tf.data.Dataset of batches, such as from_tensor_slices(...).batch(n)"
         raise refusal(argument, dataset, owner, what)

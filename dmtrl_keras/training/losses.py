@@ -26,7 +26,6 @@ from dmtrl_keras.training.missing import (
     weights_for,
 )
 
-
 REDUCTIONS = (
     "sum_over_batch_size",
     "mean",

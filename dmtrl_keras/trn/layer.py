@@ -199,7 +199,8 @@ class TRL(keras.layers.Layer):
     sums, so that the batch size makes no difference. Under several replicas the batch is
     the global one.
 
-    All pairs are one batched computation; sets of different dimensions are padded.
+    All pairs are one batched computation; sets of different dimensions are padded. Features
+    that are constant in a batch are similar to nothing, and get no gradient.
 
     Where some examples lack some sets (`present`), a covariance is that of the examples
     that have both, and joins with a weight in proportion to their number.
@@ -230,9 +231,10 @@ class TRL(keras.layers.Layer):
 
     Raises:
         ValueError: on malformed arguments, on unknown tasks, on fewer than two sets, on
-            different batch sizes or a batch of one. Of values that are not finite, and of
-            a first batch of one where sizes are not known before, the backend's own error
-            (TensorFlow: `tf.errors.InvalidArgumentError`); none in code that XLA compiles.
+            different batch sizes or a batch of one; on values that are not finite or are
+            too large for their variances, and on a first batch of one where sizes are not
+            known before: in a graph of TensorFlow a `tf.errors.InvalidArgumentError` with
+            the same text, none in code that XLA compiles.
 
     Example:
 
@@ -349,8 +351,8 @@ class TRL(keras.layers.Layer):
         shapes = [getattr(x, "shape", None) for x in there]
         if set(given) != set(names) or any(s is None or len(s) != 1 for s in shapes):
             raise ValueError(
-                f"{name_of(self)}: `present` must have tensors (batch,) in the structure of "
-                f"the inputs, for {list(names)}. Received: {dict(zip(given, shapes))}."
+                f"{name_of(self)}: `present` must have tensors (batch,) in the structure "
+                f"of the inputs, {list(names)}. Received: {dict(zip(given, shapes))}."
             )
         return [there[given.index(name)] for name in names]
 

@@ -50,7 +50,7 @@ def test_one_task():
         sharing_strength_of(np.ones((2, 1)))
     inputs = keras.Input((6,))
     one = layers.TaskDense(4, 1, shared_input=True, name="one")(inputs)
-    with pytest.raises(ValueError, match="sharing_strength: .* two tasks or more"):
+    with pytest.raises(ValueError, match=r"sharing_strength: .* two tasks or more"):
         sharing_strength(keras.Model(inputs, one))
     two = layers.TaskDense(4, 2, shared_input=True, name="two")(one)
     assert sharing_strength(keras.Model(inputs, two)) == {"two": 0.0}
@@ -95,7 +95,7 @@ def test_model(tmp_path):
 @pytest.mark.parametrize("matrix", [np.ones(3), np.ones((0, 3)), np.array([[np.nan, 1]])])
 def test_errors(matrix):
     """Only a finite matrix has a strength."""
-    with pytest.raises(ValueError, match="sharing_strength_of: .*shape"):
+    with pytest.raises(ValueError, match=r"sharing_strength_of: .*shape"):
         sharing_strength_of(matrix)
 
 

@@ -90,8 +90,8 @@ def scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
     Example:
 
     >>> import numpy as np
-    >>> scaled(np.array([3e200, 0.0]))
-    (array([0.78380239, 0.        ]), 667)
+    >>> scaled(np.array([6.0, -1.0]))
+    (array([ 0.75 , -0.125]), 3)
     """
     exponent = int(np.frexp(np.max(np.abs(values), initial=0.0))[1])
     return np.ldexp(values, -exponent), exponent

@@ -119,8 +119,8 @@ def _chosen(
         unknown = [name for name in layers if name not in names]
         if unknown:
             raise ValueError(
-                f"factorize: expected names of built layers with independent kernels of "
-                f"model {model.name!r}, which are {sorted(names)}. Received: {unknown}."
+                f"factorize: received the names {unknown}, expected those of built layers "
+                f"with independent kernels of model {model.name!r}: {sorted(names)}."
             )
         wanted = _named(set(layers))
     chosen = {id(layer) for layer in candidates if wanted(layer)}

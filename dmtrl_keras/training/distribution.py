@@ -144,7 +144,7 @@ def divisible(count: int, batch_size: int, replicas: int) -> int:
     left = count - (count % batch_size) % replicas
     if left < 1:
         raise ValueError(
-            f"{owner}: expected at least one example for each of {replicas} replicas. "
+            f"{owner}: too few examples, expected one for each of {replicas} replicas. "
             f"Received: count={count}."
         )
     return left

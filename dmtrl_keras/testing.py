@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from dmtrl_keras.ground.backend import tensorflow
+from dmtrl_keras.ground.validation import check_bool, check_number, refusal
 
 
 def _values(outputs: Any) -> Any:
@@ -53,6 +54,7 @@ def check_layer(
 
     Raises:
         AssertionError: if something does not hold.
+        ValueError: on malformed arguments.
 
     Example:
 
@@ -60,7 +62,19 @@ def check_layer(
     >>> from dmtrl_keras.layers import TaskDense
     >>> check_layer(lambda **k: TaskDense(3, 2, **k), np.ones((4, 6), "float32"))
     """
+    owner = "check_layer"
+    check_number("tolerance", tolerance, owner)
+    check_bool("export", export, owner)
+    if not callable(make_layer):
+        raise refusal("make_layer", make_layer, owner, "a function that returns a layer")
+    flat = tree.flatten(inputs)
+    if not flat or not all(getattr(x, "ndim", 0) > 1 for x in flat):
+        raise refusal(
+            "inputs", inputs, owner, "arrays (batch, ...), alone or in a structure"
+        )
     layer = make_layer()
+    if not isinstance(layer, keras.layers.Layer):
+        raise refusal("make_layer", layer, owner, "a function that returns a layer")
     model = _model(layer, inputs)
     expected = _values(model(inputs))
 

@@ -60,6 +60,8 @@ class Own(Study):
             make, data = _function(model), _function(self.options.data)
         except ValueError as error:
             parser.error(str(error))
+        if not isinstance(make, keras.Model):
+            make = _making_models(make, model, parser)
         self._data = _checked(data(), self.options.data)
         kind = FAMILIES.get(family, Whole)
         self.hypermodel = kind(
@@ -220,6 +222,21 @@ def _function(name):
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _making_models(function, name, parser):
+    """A user's function of a backbone or model; what else it returns ends the program."""
+
+    def make(*arguments):
+        model = function(*arguments) if callable(function) else function
+        if not isinstance(model, keras.Model):
+            parser.error(
+                f"--model {name}: expected a function that returns a Keras model. "
+                f"Received: {type(model).__name__}."
+            )
+        return model
+
+    return make
 
 
 def _checked(data, owner):

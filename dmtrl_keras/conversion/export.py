@@ -7,7 +7,12 @@ from keras import tree
 
 from dmtrl_keras.conversion import single_task
 from dmtrl_keras.ground.types import PathLike
-from dmtrl_keras.ground.validation import check_endpoints
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_endpoints,
+    check_path,
+    refusal,
+)
 from dmtrl_keras.training.model import MultiTaskModel
 
 _ALL_TASKS = "serve"
@@ -50,6 +55,10 @@ def export_tasks(model: MultiTaskModel, filepath: PathLike, verbose: bool = True
             "export_tasks: expected a MultiTaskModel. "
             f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}."
         )
+    if filepath is None:
+        raise refusal("filepath", filepath, "export_tasks", "the folder to write")
+    check_path("filepath", filepath, "export_tasks")
+    verbose = check_bool("verbose", verbose, "export_tasks")
     # Files of earlier versions may have such names.
     check_endpoints(model.task_names, "export_tasks")
     archive = keras.export.ExportArchive()

@@ -14,6 +14,7 @@ from dmtrl_keras.ground.keras_private import (
     producer_of,
     rename,
 )
+from dmtrl_keras.ground.validation import is_int, shown
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.layout import TaskSplit
 
@@ -34,11 +35,10 @@ def checked_heads(heads: Any, names: Sequence[str]) -> dict[str, Any]:
     else:
         heads = dict.fromkeys(names, heads)
     for task, head in heads.items():
-        whole = isinstance(head, numbers.Integral) and not isinstance(head, bool)
-        if not (head is None or callable(head) or (whole and head >= 1)):
+        if not (head is None or callable(head) or is_int(head, 1)):
             raise ValueError(
                 f"multitask: the head of task {task!r} must be a positive int, a layer or "
-                f"a function of the features. Received: {head!r}."
+                f"a function of the features. Received: {shown(head)}."
             )
     return heads
 

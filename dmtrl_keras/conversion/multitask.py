@@ -21,7 +21,14 @@ from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import check_task_names, clean_name, task_names
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_name,
+    check_task_names,
+    clean_name,
+    shown,
+    task_names,
+)
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import StatefulRegularizer
@@ -133,8 +140,13 @@ def multitask(
     >>> {name: output.shape for name, output in model.output.items()}
     {'age': (None, 8), 'gender': (None, 2)}
     """
-    names = task_names(tasks, "multitask")
-    check_task_names(names, "multitask")
+    owner = "multitask"
+    names = task_names(tasks, owner)
+    check_task_names(names, owner)
+    shared_input = check_bool("shared_input", shared_input, owner)
+    verbose = check_bool("verbose", verbose, owner)
+    check_name("share_until", share_until, owner)
+    check_name("name", name, owner)
     backbone = checked_functional(backbone, "multitask")
     surveyed = survey(backbone, share_until)
     options = {"rank": rank, "tolerance": tolerance}
@@ -187,9 +199,9 @@ def _sharing_of(
 
     def resolve(choice: Any) -> Callable[[str], Parameterization]:
         if not isinstance(choice, str):
-            own = parameterizations.get(choice).with_names(names)
+            own = parameterizations.get(choice, "multitask").with_names(names)
             return lambda layer: own
-        kind = type(parameterizations.get(choice))
+        kind = type(parameterizations.get(choice, "multitask"))
         mine = [option for option in given if option in kind.short_forms]
         used.update(mine)
 
@@ -366,6 +378,12 @@ class _Builder:
         key = (id(operation), "fusion")
         if key not in self._made:
             layer = make(list(self.names))
+            if not isinstance(layer, keras.layers.Layer):
+                raise ValueError(
+                    "multitask: `between` must have functions of the task names that "
+                    f"return a layer. Received: one that, after {operation.name!r}, "
+                    f"returns {shown(layer)}."
+                )
             layer.name = self.new_name(f"{operation.name}_fusion", path)
             self._made[key] = layer
         return features.through(self._made[key])

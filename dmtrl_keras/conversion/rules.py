@@ -21,6 +21,7 @@ from dmtrl_keras.ground.keras_private import (
     is_keras_operation,
 )
 from dmtrl_keras.ground.types import Shape, Tensor
+from dmtrl_keras.ground.validation import refusal
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
@@ -65,6 +66,9 @@ def register_rule(*classes: type, rule: "Rule | None" = None) -> None:
         rule: a `Rule`. None: `Rule()`, for layers without weights that treat every
             channel by itself.
 
+    Raises:
+        ValueError: on what are no classes of layers, or no rule.
+
     Example:
 
     >>> import keras
@@ -75,6 +79,12 @@ def register_rule(*classes: type, rule: "Rule | None" = None) -> None:
     ...         return inputs / 2
     >>> register_rule(Halve)
     """
+    owner = "register_rule"
+    for cls in classes:
+        if not isinstance(cls, type) or not issubclass(cls, keras.layers.Layer):
+            raise refusal("classes", cls, owner, "classes of Keras layers")
+    if not isinstance(rule, (Rule, type(None))):
+        raise refusal("rule", rule, owner, "a Rule, or None")
     for cls in classes:
         _RULES[cls] = rule or Rule()
 

@@ -1,6 +1,5 @@
 """From a network of T tasks to the ordinary Keras model of one task."""
 
-import numbers
 from typing import Any
 
 import keras
@@ -19,7 +18,7 @@ from dmtrl_keras.conversion.graph import (
     trace,
 )
 from dmtrl_keras.ground.forms import Form
-from dmtrl_keras.ground.validation import clean_name
+from dmtrl_keras.ground.validation import check_name, clean_name, is_int, refusal
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -65,6 +64,7 @@ def single_task(
     >>> np.allclose(alone(x), model(x)["gender"], atol=1e-5)
     True
     """
+    check_name("name", name, "single_task")
     graph = checked_functional(model, "single_task")
     traced = trace(graph)
     by_task = traced.by_task
@@ -93,13 +93,10 @@ def single_task(
 def _index(task: Any, names: tuple[str, ...], tasks: int, model: keras.Model) -> int:
     if isinstance(task, str) and task in names:
         return names.index(task)
-    whole = isinstance(task, numbers.Integral) and not isinstance(task, bool)
-    if whole and 0 <= task < tasks:
+    if is_int(task, 0, tasks - 1):
         return int(task)
-    raise ValueError(
-        f"single_task: model {model.name!r} has the tasks {list(names) or tasks}. "
-        f"Received: task={task!r}."
-    )
+    what = f"one of the tasks of model {model.name!r}, {list(names) or tasks}"
+    raise refusal("task", task, "single_task", what)
 
 
 def _position(value: Value, index: int, by_number: bool, label: str) -> int:

@@ -21,6 +21,7 @@ from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.tables import make_console, print_table
 from dmtrl_keras.ground.types import Shape
+from dmtrl_keras.ground.validation import check_bool
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
 # A terminal of the usual width shows the table, and so does a page.
@@ -88,6 +89,7 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
     >>> row.sharing, row.rank, row.parameters, row.parameters_if_independent
     ('tucker', (2, 2, 2), 128, 576)
     """
+    verbose = check_bool("verbose", verbose, "task_summary")
     model = checked_functional(model, "task_summary")
     traced = trace(model)
     by_task = traced.by_task

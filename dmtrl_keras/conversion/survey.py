@@ -134,7 +134,7 @@ def by_pattern(
         return lambda name: only
     patterns = {pattern: resolve(choice) for pattern, choice in value.items()}
     for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
+        if not isinstance(pattern, str) or not fnmatch.filter(layers, pattern):
             raise ValueError(
                 f"multitask: each key of `{argument}` must fit the name of a layer. "
                 f"Received: {pattern!r}, which fits none of {layers}."

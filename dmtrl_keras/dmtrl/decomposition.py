@@ -27,7 +27,15 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dmtrl_keras.ground.linalg import mode_product, unfold
+from dmtrl_keras.ground.linalg import mode_product, scaled, unfold
+from dmtrl_keras.ground.validation import (
+    check_number,
+    check_one_of,
+    check_sizes,
+    finite_array,
+    refusal,
+    shown,
+)
 
 # An int is a number of latent kernels, a float a fraction of the largest possible rank; one
 # for all axes, or one for each.
@@ -38,7 +46,10 @@ THRESHOLDS = ("frobenius", "singular_value")
 
 
 def check_choice(
-    rank: Rank | None, tolerance: float | None, threshold: Threshold = "frobenius"
+    rank: Rank | None,
+    tolerance: float | None,
+    threshold: Threshold = "frobenius",
+    owner: str = "check_choice",
 ) -> None:
     """Raise a `ValueError` unless rank, tolerance and threshold are well formed.
 
@@ -46,6 +57,7 @@ def check_choice(
         rank: None, int, float, or a tuple or list of ints and floats.
         tolerance: None or a number in (0, 1).
         threshold: `"frobenius"` or `"singular_value"`.
+        owner: str, the class or function to name in the error.
 
     Raises:
         ValueError: if both are given, if a rank is not a positive int or a
@@ -54,7 +66,7 @@ def check_choice(
     """
     if rank is not None and tolerance is not None:
         raise ValueError(
-            "Give either `rank` or `tolerance`, not both. "
+            f"{owner}: give either `rank` or `tolerance`, not both. "
             f"Received: rank={rank}, tolerance={tolerance}."
         )
     if tolerance is not None and not (
@@ -63,13 +75,10 @@ def check_choice(
         and 0 < tolerance < 1
     ):
         raise ValueError(
-            "`tolerance` is the relative error that the decomposition may make, "
-            f"a number in (0, 1). Received: tolerance={tolerance!r}."
+            f"{owner}: `tolerance` must be the relative error that is allowed, "
+            f"a number in (0, 1). Received: tolerance={shown(tolerance)}."
         )
-    if threshold not in THRESHOLDS:
-        raise ValueError(
-            f"`threshold` must be one of {THRESHOLDS}. Received: threshold={threshold!r}."
-        )
+    check_one_of("threshold", threshold, THRESHOLDS, owner)
     if rank is None:
         return
     for entry in rank if isinstance(rank, (tuple, list)) else (rank,):
@@ -79,9 +88,9 @@ def check_choice(
         )
         if not ((whole and entry >= 1) or (fraction and 0 < entry <= 1)):
             raise ValueError(
-                "`rank` must be a positive int, a fraction in (0, 1] given as a "
+                f"{owner}: `rank` must be a positive int, a fraction in (0, 1] given as a "
                 "float, or a tuple of these with one entry for each rank. "
-                f"Received: rank={rank!r}."
+                f"Received: rank={shown(rank)}."
             )
 
 
@@ -105,19 +114,22 @@ def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
     >>> resolve_rank(0.5, (3, 8)), resolve_rank(4, (3, 8)), resolve_rank((2, 8), (3, 8))
     ((2, 4), (3, 4), (2, 8))
     """
-    check_choice(rank, None)
-    bounds = tuple(int(bound) for bound in bounds)
+    owner = "resolve_rank"
+    if rank is None:
+        raise refusal("rank", rank, owner, "an int, a float, or a tuple of them")
+    check_choice(rank, None, owner=owner)
+    bounds = check_sizes("bounds", bounds, owner)
     if isinstance(rank, (tuple, list)):
         if len(rank) != len(bounds):
             raise ValueError(
-                f"`rank` must have {len(bounds)} entries, one for each of the "
+                f"{owner}: `rank` must have {len(bounds)} entries, one for each of the "
                 f"bounds {bounds}. Received: rank={tuple(rank)}."
             )
         entries = tuple(rank)
     else:
         if isinstance(rank, numbers.Integral) and int(rank) > max(bounds):
             raise ValueError(
-                f"`rank` can be at most {max(bounds)}, the largest of the bounds "
+                f"{owner}: `rank` can be at most {max(bounds)}, the largest of the bounds "
                 f"{bounds}. Received: rank={rank}."
             )
         entries = tuple(
@@ -132,7 +144,7 @@ def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
     )
     if any(entry > bound for entry, bound in zip(resolved, bounds)):
         raise ValueError(
-            f"Each `rank` can be at most its bound {bounds}. "
+            f"{owner}: each `rank` can be at most its bound {bounds}. "
             f"Received: rank={tuple(entries)}."
         )
     return resolved
@@ -156,9 +168,22 @@ def truncation_rank(
 
     Returns:
         An int, at least 1.
+
+    Raises:
+        ValueError: on malformed arguments.
     """
+    owner = "truncation_rank"
+    singular_values = finite_array("singular_values", singular_values, owner, (1,))
+    tolerance = check_number("tolerance", tolerance, owner, 1)
+    norm = check_number("norm", norm, owner)
+    check_one_of("threshold", threshold, THRESHOLDS, owner)
+    if not singular_values.size:
+        raise refusal("singular_values", singular_values, owner, "one number or more")
     if threshold == "singular_value":
         return max(1, int(np.sum(singular_values > tolerance * singular_values[0])))
+    # The squares of numbers as they are may overflow, or vanish.
+    both, _ = scaled(np.append(singular_values, norm))
+    singular_values, norm = both[:-1], both[-1]
     tail = np.cumsum(singular_values[::-1] ** 2)[::-1]
     return max(1, int(np.sum(tail > (tolerance * norm) ** 2)))
 
@@ -177,37 +202,41 @@ def _left_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _svd(matrix)[:2]
 
 
-def _as_tensor(tensor: ArrayLike, minimum_axes: int) -> np.ndarray:
-    tensor = np.asarray(tensor, dtype="float64")
-    if tensor.ndim < minimum_axes or tensor.size == 0:
+def _as_tensor(tensor: ArrayLike, owner: str) -> tuple[np.ndarray, int]:
+    """The tensor in a scale in which it can be computed with; see `scaled`."""
+    tensor = finite_array("tensor", tensor, owner)
+    if tensor.ndim < 2 or tensor.size == 0:
         raise ValueError(
-            f"Expected a non-empty tensor of at least {minimum_axes} axes, the "
+            f"{owner}: expected a non-empty tensor of at least 2 axes, the "
             f"last of which indexes the tasks. Received: shape={tensor.shape}."
         )
-    if not np.all(np.isfinite(tensor)):
-        raise ValueError("Can't decompose a tensor that holds NaN or infinity.")
-    return tensor
+    return scaled(tensor)
 
 
-def _need_choice(rank: Rank | None, tolerance: float | None, threshold: Threshold) -> None:
-    check_choice(rank, tolerance, threshold)
+def _need_choice(
+    rank: Rank | None, tolerance: float | None, threshold: Threshold, owner: str
+) -> None:
+    check_choice(rank, tolerance, threshold, owner)
     if rank is None and tolerance is None:
-        raise ValueError("Give one of `rank` and `tolerance`. Received neither.")
+        raise ValueError(f"{owner}: give one of `rank` and `tolerance`. Received neither.")
 
 
 def laf_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bound of the one rank of LAF, `min(prod(shape[:-1]), T)`, as a tuple."""
+    shape = check_sizes("shape", shape, "laf_bounds", 2)
     return (min(math.prod(shape[:-1]), shape[-1]),)
 
 
 def tucker_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bounds of the multilinear ranks, `min(d_n, prod of the others)`."""
+    shape = check_sizes("shape", shape, "tucker_bounds", 2)
     size = math.prod(shape)
     return tuple(min(d, size // d) for d in shape)
 
 
 def tt_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The bounds of the TT ranks, `min(prod(shape[:n]), prod(shape[n:]))`."""
+    shape = check_sizes("shape", shape, "tt_bounds", 2)
     return tuple(
         min(math.prod(shape[:n]), math.prod(shape[n:])) for n in range(1, len(shape))
     )
@@ -245,8 +274,8 @@ def laf(
     >>> latent.shape, task_matrix.shape
     ((5, 4, 2), (2, 3))
     """
-    _need_choice(rank, tolerance, threshold)
-    tensor = _as_tensor(tensor, 2)
+    _need_choice(rank, tolerance, threshold, "laf")
+    tensor, exponent = _as_tensor(tensor, "laf")
     u, s, vt = _svd(tensor.reshape(-1, tensor.shape[-1]))
     if rank is None:
         k = truncation_rank(s, tolerance or 0.0, np.linalg.norm(s), threshold)
@@ -254,7 +283,7 @@ def laf(
         (k,) = resolve_rank(rank, laf_bounds(tensor.shape))
     scale = math.sqrt(tensor.shape[-1])
     latent = (u[:, :k] * (s[:k] / scale)).reshape(*tensor.shape[:-1], k)
-    return latent, vt[:k] * scale
+    return np.ldexp(latent, exponent), vt[:k] * scale
 
 
 def tucker(
@@ -291,8 +320,8 @@ def tucker(
     >>> core.shape, [factor.shape for factor in factors]
     ((1, 1, 1), [(5, 1), (4, 1), (3, 1)])
     """
-    _need_choice(rank, tolerance, threshold)
-    tensor = _as_tensor(tensor, 2)
+    _need_choice(rank, tolerance, threshold, "tucker")
+    tensor, exponent = _as_tensor(tensor, "tucker")
     modes = tensor.ndim
     if rank is not None:
         ranks = resolve_rank(rank, tucker_bounds(tensor.shape))
@@ -311,7 +340,7 @@ def tucker(
         core = mode_product(core, u[:, :k].T, mode)
     scale = math.sqrt(tensor.shape[-1])
     factors[-1] = factors[-1] * scale
-    return core / scale, factors
+    return np.ldexp(core / scale, exponent), factors
 
 
 def tt(
@@ -347,8 +376,8 @@ def tt(
     >>> [core.shape for core in tt(np.ones((5, 4, 3)), tolerance=0.1)]
     [(5, 1), (1, 4, 1), (1, 3)]
     """
-    _need_choice(rank, tolerance, threshold)
-    tensor = _as_tensor(tensor, 2)
+    _need_choice(rank, tolerance, threshold, "tt")
+    tensor, exponent = _as_tensor(tensor, "tt")
     shape, modes = tensor.shape, tensor.ndim
     if rank is not None:
         ranks = resolve_rank(rank, tt_bounds(shape))
@@ -365,14 +394,14 @@ def tt(
             k = ranks[mode]
             if k > len(s):
                 raise ValueError(
-                    f"TT rank {mode + 1} can be at most {len(s)}, the rank before "
+                    f"tt: TT rank {mode + 1} can be at most {len(s)}, the rank before "
                     f"it ({left}) times the size of axis {mode} ({shape[mode]}). "
                     f"Received: rank={ranks}."
                 )
         cores.append(u[:, :k].reshape(left, shape[mode], k))
         rest, left = s[:k, None] * vt[:k], k
     scale = math.sqrt(shape[-1])
-    cores[-1] = cores[-1] * (s[:k] / scale)
+    cores[-1] = np.ldexp(cores[-1] * (s[:k] / scale), exponent)
     cores.append(vt[:k] * scale)
     cores[0] = cores[0][0]
     return cores

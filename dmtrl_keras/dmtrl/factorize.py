@@ -12,6 +12,7 @@ import keras
 
 from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
+from dmtrl_keras.ground.validation import check_bool, check_model, is_list, refusal, shown
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
@@ -68,15 +69,22 @@ def factorize(
     >>> factorize(model, "tucker", rank=2, verbose=False).get_layer("fc").rank
     (2, 2, 2)
     """
+    owner = "factorize"
+    check_model(model, owner)
+    check_bool("verbose", verbose, owner)
+    if layers is not None and not (callable(layers) or is_list(layers)):
+        what = "a list of names of layers, a function of a layer, or None"
+        raise refusal("layers", layers, owner, what)
+    if is_list(layers) and not all(isinstance(name, str) for name in layers):
+        raise refusal("layers", layers, owner, "names of layers")
     if tolerance is None and rank is None:
         tolerance = 0.1
     ranks = rank if isinstance(rank, dict) else None
-    kind = type(parameterizations.get(method))
-    if not issubclass(kind, FactorizedParameterization):
-        raise ValueError(
-            "`method` must be a factorisation such as 'laf', 'tucker' or 'tt'. "
-            f"Received: method={method!r}."
-        )
+    known = isinstance(method, str) and method.lower() in parameterizations.names()
+    kind = type(parameterizations.get(method)) if known else None
+    if kind is None or not issubclass(kind, FactorizedParameterization):
+        what = "a factorisation such as 'laf', 'tucker' or 'tt'"
+        raise refusal("method", method, owner, what)
     if ranks is not None and layers is None:
         layers = list(ranks)
     chosen = _chosen(model, layers)
@@ -111,15 +119,16 @@ def _chosen(
         unknown = [name for name in layers if name not in names]
         if unknown:
             raise ValueError(
-                f"Model {model.name!r} has no built layers with independent kernels "
-                f"named {unknown}. It has: {sorted(names)}."
+                f"factorize: received the names {unknown}, expected those of built layers "
+                f"with independent kernels of model {model.name!r}: {sorted(names)}."
             )
         wanted = _named(set(layers))
     chosen = {id(layer) for layer in candidates if wanted(layer)}
     if not chosen:
         raise ValueError(
-            f"Model {model.name!r} has no layer to factorise. Layers with independent "
-            f"kernels: {[layer.name for layer in candidates]}."
+            f"factorize: model {model.name!r} has no layer to factorise: expected some of "
+            f"{[layer.name for layer in candidates]}, the built layers with independent "
+            f"kernels. Received: layers={shown(layers)}."
         )
     return chosen
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dmtrl_keras.dmtrl import decomposition
 from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
+from dmtrl_keras.ground.validation import check_one_of
 from dmtrl_keras.kernels.parameterization import Parameterization
 
 Implementation: TypeAlias = Literal["auto", "compose", "contract"]
@@ -43,12 +44,9 @@ class FactorizedParameterization(Parameterization):
         implementation: Implementation = "auto",
         threshold: Threshold = "frobenius",
     ) -> None:
-        decomposition.check_choice(rank, tolerance, threshold)
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"`implementation` must be one of {IMPLEMENTATIONS}. "
-                f"Received: implementation={implementation!r}."
-            )
+        owner = type(self).__name__
+        decomposition.check_choice(rank, tolerance, threshold, owner)
+        check_one_of("implementation", implementation, IMPLEMENTATIONS, owner)
         if rank is None and tolerance is None:
             rank = 0.5
         self._rank = tuple(rank) if isinstance(rank, (tuple, list)) else rank

@@ -4,7 +4,6 @@ Yang & Hospedales, "Deep Multi-task Representation Learning: A Tensor Factorisat
 Approach" (ICLR 2017), section 4.3, Eq. 9.
 """
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.types import PathLike
+from dmtrl_keras.ground.validation import (
+    check_model,
+    check_path,
+    finite_array,
+    is_real,
+    refusal,
+)
 from dmtrl_keras.tasks.task_layer import task_layers
 
 if TYPE_CHECKING:
@@ -33,10 +39,12 @@ def sharing_strength_of(task_matrix: ArrayLike) -> float:
         task_matrix: array `(K, T)`.
 
     Returns:
-        A float in [0, 1]; NaN for a single task, which has no pair.
+        A float in [0, 1]. It does not depend on the scale of the kernels, which is in the
+        latent ones, but for the softmax on that of S.
 
     Raises:
-        ValueError: if it is not a finite matrix.
+        ValueError: if it is not a finite matrix; on a single task, which has no pair to
+            compare.
 
     Example:
 
@@ -44,15 +52,14 @@ def sharing_strength_of(task_matrix: ArrayLike) -> float:
     >>> sharing_strength_of(np.eye(3)), round(sharing_strength_of(np.ones((2, 3))), 6)
     (0.0, 1.0)
     """
-    matrix = np.asarray(task_matrix, dtype="float64")
-    if matrix.ndim != 2 or matrix.size == 0 or not np.all(np.isfinite(matrix)):
+    owner = "sharing_strength_of"
+    matrix = finite_array("task_matrix", task_matrix, owner)
+    if matrix.ndim != 2 or matrix.size == 0 or matrix.shape[1] < 2:
         raise ValueError(
-            "The task matrix must be a finite matrix (K, T). "
-            f"Received: shape={matrix.shape}."
+            f"{owner}: the task matrix must be a finite matrix (K, T) of two tasks or "
+            f"more, whose sharing is compared. Received: shape={matrix.shape}."
         )
     tasks = matrix.shape[1]
-    if tasks == 1:
-        return math.nan
     stochastic = np.all(matrix >= 0) and np.allclose(matrix.sum(axis=0), 1)
     if not stochastic:
         matrix = np.abs(matrix)
@@ -72,10 +79,11 @@ def sharing_strength(model: keras.Model) -> dict[str, float]:
 
     Returns:
         A dict from layer name to rho, in the order of the layers; see
-        `sharing_strength_of`. Independent kernels have 0, hard-shared ones 1.
+        `sharing_strength_of`. Independent kernels have 0, hard-shared ones 1. Layers of a
+        single task, which have nobody to share with, are left out.
 
     Raises:
-        ValueError: if the model has no such layer.
+        ValueError: if the model has no such layer of two tasks or more.
 
     Example:
 
@@ -86,11 +94,12 @@ def sharing_strength(model: keras.Model) -> dict[str, float]:
     >>> sharing_strength(keras.Model(inputs, hidden))
     {'fc': 0.0}
     """
-    found = task_layers(model)
+    owner = "sharing_strength"
+    found = [layer for layer in task_layers(check_model(model, owner)) if layer.tasks > 1]
     if not found:
         raise ValueError(
-            f"Model {model.name!r} has no layer with a kernel for each task, such as "
-            "TaskConv2D or TuckerDense."
+            f"{owner}: model {model.name!r} has no layer with a kernel for each of two "
+            "tasks or more, such as TaskConv2D or TuckerDense."
         )
     return {
         layer.name: sharing_strength_of(keras.ops.convert_to_numpy(layer.task_matrix))
@@ -112,10 +121,16 @@ def plot_sharing_strength(
     Returns:
         The `matplotlib` figure (matplotlib is in the extra `applications`).
 
+    Raises:
+        ValueError: on what is no dict of numbers, or of such dicts.
+
     Example:
 
     >>> figure = plot_sharing_strength({"conv1": 0.9, "fc": 0.3})
     """
+    owner = "plot_sharing_strength"
+    check_path("path", path, owner)
+    _check_strengths(strengths, owner)
     from matplotlib.figure import Figure
 
     lines: Any = strengths
@@ -131,3 +146,13 @@ def plot_sharing_strength(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _check_strengths(strengths: Any, owner: str) -> None:
+    """Raise unless it is a dict of numbers by name, or a dict of such dicts."""
+    given = list(strengths.values()) if isinstance(strengths, Mapping) else []
+    nested = bool(given) and all(isinstance(value, Mapping) for value in given)
+    lines = given if nested else [strengths]
+    if not given or not all(map(is_real, (v for line in lines for v in line.values()))):
+        what = "a dict from layer to number, or a dict of such dicts"
+        raise refusal("strengths", strengths, owner, what)

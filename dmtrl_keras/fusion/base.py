@@ -4,7 +4,6 @@ Both are baselines of MTAL (Feng & Chen 2021, section 4.2), and work on the grou
 between any two layers.
 """
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import check_number, name_of
 from dmtrl_keras.tasks.layout import LayoutLayer, on_channels_last
 
 
@@ -59,12 +58,7 @@ class FusionLayer(LayoutLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(tasks, data_format, **kwargs)
-        number = isinstance(own, numbers.Real) and not isinstance(own, bool)
-        if not (number and 0 <= own <= 1):
-            raise ValueError(
-                f"{name_of(self)}: `own` must be a number in [0, 1]. Received: own={own!r}."
-            )
-        self.own = float(own)
+        self.own = check_number("own", own, name_of(self), 1, closed=True)
 
     def _start(self) -> np.ndarray:
         """The start weights of the tasks, an array `(T, T)`, rows summing to 1."""

@@ -8,6 +8,7 @@ from keras import ops
 
 from dmtrl_keras.fusion.base import FusionLayer
 from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
+from dmtrl_keras.ground.validation import check_bool, name_of
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -58,7 +59,7 @@ class CrossStitch(FusionLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(tasks, own, data_format, **kwargs)
-        self.per_channel = bool(per_channel)
+        self.per_channel = check_bool("per_channel", per_channel, name_of(self))
 
     def build(self, input_shape: Shape) -> None:
         start = self._start()

@@ -8,6 +8,7 @@ from keras import ops
 
 from dmtrl_keras.fusion.base import FusionLayer
 from dmtrl_keras.ground.types import DataFormat, Regularizer, Shape, Tasks, Tensor
+from dmtrl_keras.ground.validation import check_bool, check_number, from_keras, name_of
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -66,9 +67,14 @@ class NDDR(FusionLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(tasks, own, data_format, **kwargs)
-        self.momentum = momentum
-        self.batch_normalization = bool(batch_normalization)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        owner = name_of(self)
+        self.momentum = check_number("momentum", momentum, owner, 1)
+        self.batch_normalization = check_bool(
+            "batch_normalization", batch_normalization, owner
+        )
+        self.kernel_regularizer = from_keras(
+            owner, keras.regularizers.get, identifier=kernel_regularizer
+        )
         self.normalization = None
         if self.batch_normalization:
             self.normalization = keras.layers.BatchNormalization(

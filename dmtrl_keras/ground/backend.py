@@ -79,10 +79,10 @@ def assert_true(condition: Tensor, message: str) -> None:
         message: str.
 
     Raises:
-        ValueError: or, on TensorFlow, `tf.errors.InvalidArgumentError`. Nothing is raised
-            in code that XLA compiles.
+        ValueError: or, in a graph of TensorFlow, `tf.errors.InvalidArgumentError`. Nothing
+            is raised in code that XLA compiles.
     """
-    if keras.backend.backend() == "tensorflow":
+    if _in_graph():
         tensorflow().debugging.Assert(condition, [message])
         return
     try:
@@ -91,6 +91,12 @@ def assert_true(condition: Tensor, message: str) -> None:
         return
     if failed:
         raise ValueError(message)
+
+
+def _in_graph() -> bool:
+    """Whether what is computed becomes a graph of TensorFlow."""
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    return on_tensorflow and not tensorflow().executing_eagerly()
 
 
 def checked(value: Tensor, condition: Tensor, message: str) -> Tensor:
@@ -110,14 +116,11 @@ def checked(value: Tensor, condition: Tensor, message: str) -> Tensor:
     Raises:
         ValueError: as `assert_true`.
     """
-    if keras.backend.backend() != "tensorflow":
+    if not _in_graph():
         assert_true(condition, message)
         return value
     tf = tensorflow()
-    check = tf.debugging.Assert(condition, [message])
-    if check is None:
-        return value
-    with tf.control_dependencies([check]):
+    with tf.control_dependencies([tf.debugging.Assert(condition, [message])]):
         return tf.identity(value)
 
 

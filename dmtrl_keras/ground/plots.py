@@ -1,5 +1,6 @@
 """Diagrams of matrices of relations between tasks."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.types import PathLike
+from dmtrl_keras.ground.validation import (
+    check_path,
+    finite_array,
+    is_list,
+    is_real,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,9 +59,10 @@ def plot_hinton(
             axes.add_patch(Rectangle(corner, side, side, color=colour))
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal")
 
+    by_title = _checked(matrices, names, path, "plot_hinton")
     from matplotlib.patches import Rectangle
 
-    return _panels(draw, matrices, names, path)
+    return _panels(draw, by_title, names, path)
 
 
 def plot_heat_map(
@@ -92,35 +101,51 @@ def plot_heat_map(
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center")
         figure.colorbar(image, ax=axes, shrink=0.8)
 
-    return _panels(draw, matrices, names, path)
+    owner = "plot_heat_map"
+    by_title = _checked(matrices, names, path, owner)
+    pair = is_list(limits) and len(limits) == 2 and all(map(is_real, limits))
+    if limits is not None and not (pair and -math.inf < limits[0] < limits[1] < math.inf):
+        raise refusal("limits", limits, owner, "two rising numbers, or None")
+    return _panels(draw, by_title, names, path)
+
+
+def _checked(matrices: Any, names: Any, path: Any, owner: str) -> dict[str, np.ndarray]:
+    """The matrices by title, all arguments checked."""
+    check_path("path", path, owner)
+    given = matrices if isinstance(matrices, dict) else {"": matrices}
+    by_title = {
+        title: finite_array(f"matrices[{title!r}]" if title else "matrices", matrix, owner)
+        for title, matrix in given.items()
+    }
+    shapes = {title: matrix.shape for title, matrix in by_title.items()}
+    if not shapes or any(len(s) != 2 or s[0] != s[1] or not s[0] for s in shapes.values()):
+        raise ValueError(
+            f"{owner}: expected finite square matrices, one for each title. "
+            f"Received: {shapes}."
+        )
+    if names is None:
+        return by_title
+    fine = is_list(names) and all(isinstance(name, str) for name in names)
+    if not fine or {len(names)} != {len(matrix) for matrix in by_title.values()}:
+        what = f"None or a list of strings, one for each task of {shapes}"
+        raise refusal("names", names, owner, what)
+    return by_title
 
 
 def _panels(
     draw: Callable[..., Any],
-    matrices: dict[str, Any] | ArrayLike,
+    by_title: dict[str, np.ndarray],
     names: Sequence[str] | None,
     path: PathLike | None,
 ) -> "Figure":
     """One panel for each matrix."""
     from matplotlib.figure import Figure
 
-    by_title: dict[str, Any] = matrices if isinstance(matrices, dict) else {"": matrices}
     side = max(4.0, 0.25 * max(len(matrix) for matrix in by_title.values()))
     figure = Figure(figsize=(1.05 * side * len(by_title), side), layout="constrained")
     panels = np.ravel(figure.subplots(1, len(by_title)))
     for axes, (title, matrix) in zip(panels, by_title.items()):
-        matrix = np.asarray(matrix, "float64")
-        square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-        if not square or not np.all(np.isfinite(matrix)):
-            raise ValueError(
-                "Expected finite square matrices, one for each title. "
-                f"Received: shape={matrix.shape} for {title!r}."
-            )
         labels = range(len(matrix)) if names is None else list(names)
-        if len(labels) != len(matrix):
-            raise ValueError(
-                f"Expected {len(matrix)} names, one for each task. Received: {labels}."
-            )
         draw(figure, axes, matrix)
         ticks = range(len(matrix))
         axes.set_xticks(ticks, map(str, labels), rotation=90 if len(labels) > 6 else 0)

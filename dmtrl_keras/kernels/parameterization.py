@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
+from dmtrl_keras.ground.validation import from_keras, shown
 from dmtrl_keras.kernels.plan import Stage
 
 _Kind = TypeVar("_Kind", bound="Parameterization")
@@ -28,8 +29,16 @@ def register(cls: type[_Kind]) -> type[_Kind]:
     >>> parameterizations.get("tucker").name
     'tucker'
     """
-    if cls.name in _REGISTRY:
-        raise ValueError(f"A parameterization named {cls.name!r} is registered already.")
+    if not isinstance(cls, type) or not issubclass(cls, Parameterization):
+        raise ValueError(
+            "register: expected a subclass of Parameterization with a `name`. "
+            f"Received: {shown(cls)}."
+        )
+    if cls.name in _REGISTRY or not isinstance(cls.name, str):
+        raise ValueError(
+            f"register: expected a `name` that none of {names()} has, which are "
+            f"registered already. Received: {cls.__name__} with name={cls.name!r}."
+        )
     _REGISTRY[cls.name] = cls
     return keras.saving.register_keras_serializable("dmtrl_keras")(cls)
 
@@ -39,13 +48,14 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def get(identifier: "Sharing") -> "Parameterization":
+def get(identifier: "Sharing", owner: str = "parameterizations.get") -> "Parameterization":
     """A parameterization from a name, a serialized config, or itself.
 
     Args:
         identifier: None (independent kernels), a registered name such as `"laf"`,
             a dict made by `keras.saving.serialize_keras_object`, or a
             `Parameterization`.
+        owner: str, the layer or function to name in the error.
 
     Returns:
         A `Parameterization`.
@@ -58,12 +68,14 @@ def get(identifier: "Sharing") -> "Parameterization":
     if isinstance(identifier, Parameterization):
         return identifier
     if isinstance(identifier, dict):
-        return keras.saving.deserialize_keras_object(identifier)
+        made = from_keras(owner, keras.saving.deserialize_keras_object, config=identifier)
+        if isinstance(made, Parameterization):
+            return made
     if isinstance(identifier, str) and identifier.lower() in _REGISTRY:
         return _REGISTRY[identifier.lower()]()
     raise ValueError(
-        f"`sharing` must be one of {names()}, or a Parameterization. "
-        f"Received: {identifier!r}."
+        f"{owner}: `sharing` must be one of {names()}, or a Parameterization. "
+        f"Received: {shown(identifier)}."
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.types import Tensor
+from dmtrl_keras.ground.validation import check_bool, check_positive
 
 _WINDOWS = {
     0: (),
@@ -55,11 +56,16 @@ def mode_names(order: int, task_axis: bool) -> tuple[str, ...]:
         channels are features and output channels classes, as in the papers. Axes without
         a name of their own are `axis_0`, ...
 
+    Raises:
+        ValueError: on malformed arguments.
+
     Example:
 
     >>> mode_names(3, task_axis=True), mode_names(2, task_axis=False)
     (('feature', 'class', 'task'), ('feature', 'class'))
     """
+    check_positive("order", order, "mode_names", most=64)
+    check_bool("task_axis", task_axis, "mode_names")
     tail = ("feature", "class", "task") if task_axis else ("feature", "class")
     window = _WINDOWS.get(order - len(tail))
     if window is None:

@@ -15,6 +15,7 @@ from keras import ops
 
 from dmtrl_keras.ground.backend import eager_scope, full_precision
 from dmtrl_keras.ground.types import Factors, Tensor
+from dmtrl_keras.ground.validation import from_keras
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
 from dmtrl_keras.kernels.state import (
@@ -165,11 +166,13 @@ class TaskKernel(keras.layers.Layer):
 
     def _draw(self, shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
         with eager_scope():
-            start = draw_stacked_kernel(
-                self.initializer,
-                shape,
-                self.tasks,
-                self.common_draw,
+            start = from_keras(
+                self.owner,
+                draw_stacked_kernel,
+                initializer=self.initializer,
+                shape=shape,
+                tasks=self.tasks,
+                common=self.common_draw,
                 dtype=full_precision(self.variable_dtype),
             )
         try:

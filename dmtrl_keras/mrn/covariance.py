@@ -1,7 +1,5 @@
 """The learned covariance of one mode."""
 
-import math
-import numbers
 import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
@@ -12,12 +10,21 @@ from keras import ops
 
 from dmtrl_keras.ground.keras_private import shared_object
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import check_number, name_of
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_number,
+    is_real,
+    name_of,
+    refusal,
+)
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mrn import tensor_normal
 
 if TYPE_CHECKING:
     from dmtrl_keras.mrn.state import TensorNormalState
+
+# Smaller variances are lost in float32.
+_SMALLEST = 1e-36
 
 Trace: TypeAlias = float | Literal["size"] | None
 
@@ -88,20 +95,19 @@ class ModeCovariance(keras.layers.Layer):
     ) -> None:
         super().__init__(name=name, dtype=dtype, trainable=False)
         self.key = uuid.uuid4().hex if key is None else key
-        check_number("epsilon", epsilon, name_of(self))
-        number = isinstance(trace, numbers.Real) and not isinstance(trace, bool)
-        if not (trace in ("size", None) or (number and 0 < float(trace) < math.inf)):
-            raise ValueError(
-                f"{name_of(self)}: `trace` must be 'size', a positive number or None. "
-                f"Received: trace={trace!r}."
-            )
-        self.epsilon = float(epsilon)
-        self.relative = bool(relative)
-        self.average = bool(average)
+        owner = name_of(self)
+        if key is not None and not isinstance(key, str):
+            raise refusal("key", key, owner, "a string, or None")
+        self.epsilon = check_number("epsilon", epsilon, owner)
+        self.relative = check_bool("relative", relative, owner)
+        self.average = check_bool("average", average, owner)
+        number = is_real(trace) and 0 < check_number("trace", trace, owner)
+        if not (number or trace is None or (isinstance(trace, str) and trace == "size")):
+            raise refusal("trace", trace, owner, "'size', a positive number or None")
         self.trace = trace
         self.start = None
         if start is not None:
-            start = tensor_normal.check_covariance(start, f"{name_of(self)}, `start`")
+            start = tensor_normal.check_covariance(start, f"{owner}, `start`")
             self.start = start.tolist()
         self._members = _Members()
 
@@ -170,18 +176,26 @@ class ModeCovariance(keras.layers.Layer):
         if self.average:
             matrix = matrix / count
         identity = ops.eye(size, dtype=matrix.dtype)
-        ridge = self.epsilon
         if self.relative:
-            mean = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / size
             # A kernel of zeros has no scale; it gives the identity.
-            ridge = ridge * ops.maximum(mean, keras.config.epsilon() ** 4)
-        matrix = matrix + ridge * identity
+            mean = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / size
+            mean = ops.where(mean > _SMALLEST, mean, ops.ones_like(mean))
+            matrix = matrix / mean + self.epsilon * identity
+            if self.trace is None:
+                matrix = matrix * mean
+        else:
+            matrix = matrix + self.epsilon * identity
         if self.trace is not None:
             trace = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
             matrix = matrix * (self._trace(size) / trace)
         whitener = tensor_normal.whitener(matrix)
         precision = ops.matmul(ops.swapaxes(whitener, -1, -2), whitener)
         return matrix, whitener, precision
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether the estimate is the same for a scatter matrix in other units."""
+        return self.relative and self.trace is not None
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

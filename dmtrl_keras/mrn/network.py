@@ -6,9 +6,20 @@ from typing import Any, Literal
 import keras
 
 from dmtrl_keras.conversion import multitask
+from dmtrl_keras.conversion.graph import checked_functional
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tasks
-from dmtrl_keras.ground.validation import check_positive, check_task_names, task_names
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_name,
+    check_number,
+    check_positive,
+    check_sizes,
+    check_task_names,
+    is_list,
+    refusal,
+    task_names,
+)
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.forms import Features
@@ -63,7 +74,7 @@ def relationship_network(
             the network and is trained with it unless its `trainable` is False. Or the
             input shape without the batch, such as `(1280,)`, for features at hand.
         tasks: list of T names, or int T.
-        classes: positive int, the classes that every task has.
+        classes: positive int, the classes that every task has; 1 with `binary=True` only.
         bottleneck: positive int, units of the bottleneck (ReLU); None: no such layer.
         prior: `"drn"`: the task mode learns its covariance (DRN Eq. 8); `"mrn"`: those of
             features and classes too; a `TensorNormalRegularizer`; or None. By name
@@ -105,6 +116,22 @@ def relationship_network(
     check_positive("classes", classes, owner)
     if bottleneck is not None:
         check_positive("bottleneck", bottleneck, owner, " or None")
+    check_name("name", name, owner)
+    check_number("dropout", dropout, owner, 1)
+    check_number("strength", strength, owner)
+    for argument, value in (
+        ("binary", binary),
+        ("shared_input", shared_input),
+        ("common_draw", common_draw),
+    ):
+        check_bool(argument, value, owner)
+    if not binary and classes == 1:
+        raise ValueError(
+            f"{owner}: `classes` must be 2 or more, since a softmax over one class is "
+            "always 1; or binary=True. Received: classes=1, binary=False."
+        )
+    if not is_list(layers):
+        raise refusal("layers", layers, owner, f"the last few of {LAYERS}")
     layers = tuple(layers)
     if layers != LAYERS[len(LAYERS) - len(layers) :]:
         raise ValueError(
@@ -185,9 +212,13 @@ def _trunk(
 ) -> tuple[Any, Features]:
     """The inputs of the network, and the `Features` that the trunk makes of them."""
     if not isinstance(backbone, keras.Model):
-        backbone = tuple(backbone)
+        if not is_list(backbone):
+            what = "a Keras model, or the shape of the features without the batch"
+            raise refusal("backbone", backbone, "relationship_network", what)
+        backbone = check_sizes("backbone", backbone, "relationship_network")
         make, own = keras.layers.Identity(name="trunk"), False
     else:
+        checked_functional(backbone, "relationship_network")
         make = backbone
     shape = backbone if isinstance(backbone, tuple) else backbone.input_shape[1:]
     if own:

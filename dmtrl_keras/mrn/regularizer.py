@@ -6,19 +6,24 @@ Long, Cao, Wang & Yu, "Learning Multiple Tasks with Multilinear Relationship Net
 a layer.
 """
 
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
-import numpy as np
-from keras import ops
 
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import check_number, check_positive
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_number,
+    check_positive,
+    is_int,
+    is_list,
+    refusal,
+)
 from dmtrl_keras.kernels.state import StatefulRegularizer
 from dmtrl_keras.mrn.covariance import ModeCovariance, Trace
 from dmtrl_keras.mrn.state import Mode, TensorNormalState
+from dmtrl_keras.mrn.tensor_normal import check_covariance
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -96,42 +101,39 @@ class TensorNormalRegularizer(StatefulRegularizer):
         task_covariance: ModeCovariance | None = None,
     ) -> None:
         owner = type(self).__name__
-        check_number("strength", strength, owner)
+        self.strength = check_number("strength", strength, owner)
         if update_every is not None:
             other = " or None"
             update_every = check_positive("update_every", update_every, owner, other)
-        single = isinstance(modes, (str, numbers.Integral))
-        several: Any = (modes,) if single else modes
-        modes = tuple(several)
-        if not modes or len(set(modes)) < len(modes):
-            raise ValueError(
-                f"{owner}: `modes` must be one or several distinct names or axes. "
-                f"Received: modes={modes!r}."
-            )
-        unknown = set(start or {}) - set(modes)
-        if unknown:
-            raise ValueError(
-                f"{owner}: `start` must be a dict by modes that are in `modes`={modes!r}. "
-                f"Received: {sorted(map(str, unknown))}."
-            )
+        given: Any = modes
+        modes = tuple(given) if is_list(given) else (given,)
+        valid = len(modes) > 0 and all(map(_is_mode, modes))
+        if not valid or len(set(modes)) < len(modes):
+            what = "one or several distinct names or axes"
+            raise refusal("modes", given, owner, what)
+        if each is not None and not _is_mode(each):
+            raise refusal("each", each, owner, "the name of a mode, an axis, or None")
+        start = {} if start is None else start
+        if not isinstance(start, Mapping) or not set(start) <= set(modes):
+            what = f"a dict by modes that are in `modes`={modes!r}"
+            raise refusal("start", start, owner, what)
         if task_covariance is not None:
             if not isinstance(task_covariance, ModeCovariance):
                 raise ValueError(
                     f"{owner}: `task_covariance` must be a ModeCovariance. "
                     f"Received: {task_covariance!r}."
                 )
-            if "task" not in modes or "task" in (start or {}) or each is not None:
+            if "task" not in modes or "task" in start or each is not None:
                 raise ValueError(
                     f"{owner}: `task_covariance` needs 'task' among the modes, no start "
                     f"for it and no `each`. Received: modes={modes!r}, start={start!r}, "
                     f"each={each!r}."
                 )
-        self.strength = float(strength)
         self.modes = modes
         self.update_every = update_every
         self.start = {
-            mode: np.asarray(ops.convert_to_numpy(matrix)).tolist()
-            for mode, matrix in (start or {}).items()
+            mode: check_covariance(matrix, f"{owner}, mode {mode!r}, `start`").tolist()
+            for mode, matrix in start.items()
         }
         self.each = each
         self.task_covariance = task_covariance
@@ -140,10 +142,13 @@ class TensorNormalRegularizer(StatefulRegularizer):
                 f"{owner}: `epsilon` must be a number, or a dict with each of the modes "
                 f"{list(modes)}. Received: epsilon={epsilon!r}."
             )
+        by_mode = epsilon if isinstance(epsilon, dict) else {"": epsilon}
+        for value in by_mode.values():
+            check_number("epsilon", value, owner, alternative=", or a dict of them by mode")
         self.epsilon = epsilon
         self._options: dict[str, Any] = {
-            "relative": relative,
-            "average": average,
+            "relative": check_bool("relative", relative, owner),
+            "average": check_bool("average", average, owner),
             "trace": trace,
         }
         for mode in modes:
@@ -199,6 +204,10 @@ class TensorNormalRegularizer(StatefulRegularizer):
             if isinstance(config[name], (list, tuple))
         }
         return cls(**{**config, **by_mode, "task_covariance": shared})
+
+
+def _is_mode(mode: Any) -> bool:
+    return isinstance(mode, str) or is_int(mode, -(2**31))
 
 
 def _as_pairs(by_mode: Any) -> Any:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.ground.validation import check_model
 from dmtrl_keras.mrn.state import TensorNormalState
 
 
@@ -34,8 +35,9 @@ def task_covariance(model: keras.Model) -> dict[str, np.ndarray]:
     >>> task_covariance(keras.Model(inputs, outputs))["fc8"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    owner = "task_covariance"
     found, seen = {}, set()
-    for layer in flatten_layers(model):
+    for layer in flatten_layers(check_model(model, owner)):
         # A layer comes before the child that holds its kernel, which has the same prior.
         prior: Any = getattr(layer, "prior", None)
         fresh = isinstance(prior, TensorNormalState) and id(prior) not in seen
@@ -44,8 +46,8 @@ def task_covariance(model: keras.Model) -> dict[str, np.ndarray]:
             found[layer.name] = prior.covariances["task"]
     if not found:
         raise ValueError(
-            f"Model {model.name!r} has no layer that learns a task covariance; see "
-            "TensorNormalRegularizer."
+            f"{owner}: model {model.name!r} has no layer that learns a task covariance; "
+            "see TensorNormalRegularizer."
         )
     return found
 
@@ -73,5 +75,7 @@ def task_correlation(model: keras.Model) -> dict[str, np.ndarray]:
 
 
 def _correlation(matrix: np.ndarray) -> np.ndarray:
+    # Products of variances beyond float32 are within float64.
+    matrix = np.asarray(matrix, "float64")
     deviation = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
     return matrix / deviation[..., :, None] / deviation[..., None, :]

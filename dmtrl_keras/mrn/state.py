@@ -1,7 +1,6 @@
 """The covariances of one kernel, which learn with it."""
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -9,8 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.ground.backend import assert_true
+from dmtrl_keras.ground.backend import assert_true, checked
 from dmtrl_keras.ground.types import Shape, Tensor
+from dmtrl_keras.ground.validation import is_int
 from dmtrl_keras.kernels.state import KernelState, state_weight
 from dmtrl_keras.mrn import tensor_normal
 from dmtrl_keras.mrn.covariance import ModeCovariance
@@ -67,10 +67,9 @@ class TensorNormalState(KernelState):
 
     def _axis(self, mode: Any, argument: str) -> int:
         order = len(self._kernel_shape)
-        number = isinstance(mode, numbers.Integral) and not isinstance(mode, bool)
-        if number and -order <= mode < order:
+        if is_int(mode, -order, order - 1):
             return int(mode) % order
-        if mode in self.names:
+        if isinstance(mode, str) and mode in self.names:
             return self.names.index(mode)
         hint = ""
         if mode == "task":
@@ -176,6 +175,10 @@ class TensorNormalState(KernelState):
     def _flip_flop(self, x: Tensor) -> list[Tensor]:
         """One sweep over the modes, each given the newest of the others (DRN Eq. 5)."""
         whiteners = self._matrices("whitener")
+        # The squares of the kernel as it is may overflow, or vanish.
+        unit = ops.max(ops.abs(x))
+        unit = ops.where(unit > 0, unit, ops.ones_like(unit))
+        x = x / unit
         scatters: list[Tensor] = []
         updated: list[Tensor] = []
         size = math.prod(self._sizes)
@@ -184,7 +187,16 @@ class TensorNormalState(KernelState):
             scatter = tensor_normal.mode_covariance(x, whiteners, position, pooled)
             count = size // self._sizes[position]
             scatter = scatter * count
-            if self._shared is not None and self._shared[0] == position:
+            shared = self._shared is not None and self._shared[0] == position
+            if shared or not covariance.scale_free:
+                scatter = scatter * unit * unit
+                scatter = checked(
+                    scatter,
+                    ops.all(ops.isfinite(scatter)),
+                    f"{self.owner}: the kernel is too large for the squares that its "
+                    "covariances are made of. Is the learning rate too high?",
+                )
+            if shared:
                 scatters = [scatter]
                 for other in covariance.others(self):
                     scatter = scatter + ops.convert_to_tensor(other.scatter)

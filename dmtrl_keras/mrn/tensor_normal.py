@@ -16,18 +16,33 @@ section 3; Ohlson, Ahmad & von Rosen, "The multilinear normal distribution" (201
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
-from dmtrl_keras.ground.linalg import mode_product, whitener
+from dmtrl_keras.ground.linalg import mode_product, scaled, whitener
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import check_positive
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_number,
+    check_positive,
+    check_seed,
+    check_sizes,
+    finite_array,
+    is_int,
+    is_list,
+    real_array,
+    real_tensor,
+    refusal,
+)
 
 # One for each mode, None for identities.
 Matrices: TypeAlias = Sequence[Tensor | None]
+
+# The squares of larger numbers, or of the inverses, are no floats.
+_LARGEST_EXPONENT = 500
 
 
 def mode_products(x: Tensor, matrices: Matrices, skip: int | None = None) -> Tensor:
@@ -44,7 +59,14 @@ def mode_products(x: Tensor, matrices: Matrices, skip: int | None = None) -> Ten
 
     Returns:
         A tensor of the same shape.
+
+    Raises:
+        ValueError: on shapes that don't fit.
     """
+    x, matrices = _operands(x, "matrices", matrices, "mode_products")
+    if skip is not None and not is_int(skip, 0, len(matrices) - 1):
+        what = f"None or a mode from 0 to {len(matrices) - 1}"
+        raise refusal("skip", skip, "mode_products", what)
     for mode, matrix in enumerate(matrices):
         if matrix is None or mode == skip:
             continue
@@ -61,7 +83,11 @@ def quadratic_form(x: Tensor, whiteners: Matrices) -> Tensor:
 
     Returns:
         A tensor `(n,)`.
+
+    Raises:
+        ValueError: on shapes that don't fit.
     """
+    x, whiteners = _operands(x, "whiteners", whiteners, "quadratic_form")
     z = mode_products(x, whiteners)
     return ops.sum(ops.reshape(z * z, (-1, math.prod(z.shape[1:]))), axis=-1)
 
@@ -76,7 +102,13 @@ def log_determinant(shape: Sequence[int], whiteners: Matrices) -> Tensor:
     Returns:
         A scalar, or `(n,)` where every sample has its own covariances; the float 0 if all
         are identities.
+
+    Raises:
+        ValueError: on shapes that don't fit.
     """
+    owner = "log_determinant"
+    shape = check_sizes("shape", shape, owner)
+    whiteners = _matrices("whiteners", whiteners, shape, owner)
     size, total = math.prod(shape), 0.0
     for d, matrix in zip(shape, whiteners):
         if matrix is not None:
@@ -101,7 +133,15 @@ def mode_covariance(
 
     Returns:
         A tensor `(d_k, d_k)`; `(n, d_k, d_k)` if not pooled.
+
+    Raises:
+        ValueError: on shapes that don't fit.
     """
+    owner = "mode_covariance"
+    x, whiteners = _operands(x, "whiteners", whiteners, owner)
+    if not is_int(mode, 0, len(whiteners) - 1):
+        raise refusal("mode", mode, owner, f"a mode from 0 to {len(whiteners) - 1}")
+    pooled = check_bool("pooled", pooled, owner)
     columns = _columns(mode_products(x, whiteners, skip=mode), mode + 1, pooled)
     scatter = ops.matmul(ops.swapaxes(columns, -1, -2), columns)
     return scatter / columns.shape[-2]
@@ -130,13 +170,17 @@ def log_density(x: Tensor, covariances: Matrices, mean: Tensor | None = None) ->
     >>> round(float(log_density(np.zeros((2, 3)), [np.eye(2), None])), 4)
     -5.5136
     """
-    x = ops.convert_to_tensor(x)
+    owner = "log_density"
+    x = real_tensor("x", x, owner)
+    covariances = _sequence("covariances", covariances, owner)
     one = len(x.shape) == len(covariances)
     x = x[None] if one else x
     shape = tuple(x.shape[1:])
-    whiteners = _whiteners(_checked(shape, covariances), x.dtype)
+    if not shape or 0 in shape:
+        raise refusal("x", x, owner, "samples (n, d_1, ..., d_K), none of them empty")
+    whiteners = _whiteners(_checked(shape, covariances, owner), x.dtype)
     if mean is not None:
-        x = x - _mean(mean, shape, x.dtype)
+        x = x - ops.convert_to_tensor(_mean(mean, shape, owner), x.dtype)
     size = math.prod(shape)
     constant = size * math.log(2 * math.pi) + log_determinant(shape, whiteners)
     density = -0.5 * (constant + quadratic_form(x, whiteners))
@@ -172,9 +216,13 @@ def sample(
     >>> sample([np.eye(2), 4 * np.eye(3)], samples=5, seed=0).shape
     (5, 2, 3)
     """
-    samples = check_positive("samples", samples, "sample")
-    if shape is None and mean is not None:
-        shape = np.shape(mean)
+    owner = "sample"
+    samples = check_positive("samples", samples, owner)
+    seed = check_seed("seed", seed, owner)
+    covariances = _sequence("covariances", covariances, owner)
+    if mean is not None:
+        mean = finite_array("mean", mean, owner)
+        shape = mean.shape if shape is None else shape
     if shape is None:
         unknown = [k for k, matrix in enumerate(covariances) if matrix is None]
         if unknown:
@@ -182,12 +230,20 @@ def sample(
                 "sample: without `shape` and `mean` every covariance must be given. "
                 f"Received: None for the modes {unknown}."
             )
-        shape = tuple(len(matrix) for matrix in covariances if matrix is not None)
+        shape = tuple(
+            len(check_covariance(matrix, f"{owner}, mode {k}"))
+            for k, matrix in enumerate(covariances)
+            if matrix is not None
+        )
+    shape = check_sizes("shape", shape, owner)
+    if mean is not None:
+        mean = _mean(mean, shape, owner)
+    checked = _checked(shape, covariances, owner)
     x = np.random.default_rng(seed).normal(size=(samples, *shape))
-    for mode, matrix in enumerate(_checked(tuple(shape), covariances)):
+    for mode, matrix in enumerate(checked):
         if matrix is not None:
             x = mode_product(x, np.linalg.cholesky(matrix), mode + 1)
-    return x if mean is None else x + np.asarray(mean, "float64")
+    return x if mean is None else x + mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,27 +308,39 @@ def flip_flop(
     >>> np.round(fitted.covariances[0], 1).tolist(), fitted.converged
     ([[1.0, 0.8], [0.8, 1.0]], True)
     """
-    samples = np.asarray(samples, "float64")
-    check_positive("max_sweeps", max_sweeps, "flip_flop")
-    if samples.ndim < 2 or samples.size == 0 or not np.all(np.isfinite(samples)):
+    owner = "flip_flop"
+    samples = finite_array("samples", samples, owner)
+    check_positive("max_sweeps", max_sweeps, owner)
+    if samples.ndim < 2 or samples.size == 0:
         raise ValueError(
-            "flip_flop: expected finite samples of shape (n, d_1, ..., d_K). "
-            f"Received: shape={samples.shape}, "
-            f"{np.count_nonzero(~np.isfinite(samples))} values that are not finite."
+            f"{owner}: expected samples of shape (n, d_1, ..., d_K). "
+            f"Received: shape={samples.shape}."
         )
-    if not ridge >= 0 or not tolerance > 0:
-        raise ValueError(
-            "flip_flop: `ridge` must not be negative, and `tolerance` be positive. "
-            f"Received: ridge={ridge}, tolerance={tolerance}."
-        )
+    ridge = check_number("ridge", ridge, owner)
+    tolerance = check_number("tolerance", tolerance, owner)
+    if not tolerance:
+        raise refusal("tolerance", tolerance, owner, "positive")
     shape = samples.shape[1:]
     modes = _modes(modes, len(shape))
     if mean is None:
-        mean = samples.mean(axis=0)
-    centred = samples - ops.convert_to_numpy(_mean(mean, shape, "float64"))
+        # The sum of large numbers may be larger than any.
+        unit, exponent = scaled(samples)
+        mean = np.ldexp(unit.mean(axis=0), exponent)
+    mean = _mean(mean, shape, owner)
+    # All that is learned but the last covariance is the same in any scale.
+    centred, exponent = scaled(samples - mean)
+    if abs(exponent) > _LARGEST_EXPONENT:
+        raise ValueError(
+            f"{owner}: expected samples whose squares are floats. Received: deviations "
+            f"from the mean of up to 2^{exponent}."
+        )
     x = ops.convert_to_tensor(centred)
     start = [None] * len(shape) if start is None else start
-    covariances = _checked(shape, start)
+    covariances = _checked(shape, start, owner)
+    for mode in modes:
+        matrix = covariances[mode]
+        if matrix is not None:
+            covariances[mode] = matrix * (shape[mode] / np.trace(matrix))
     whiteners = _whiteners(covariances, x.dtype)
     converged, sweeps = False, 0
     while not converged and sweeps < max_sweeps:
@@ -280,7 +348,7 @@ def flip_flop(
         for mode in modes:
             new = ops.convert_to_numpy(mode_covariance(x, whiteners, mode))
             new = new + ridge * np.trace(new) / shape[mode] * np.eye(shape[mode])
-            check_covariance(new, f"mode {mode}")
+            check_covariance(new, f"{owner}, mode {mode}")
             if mode != modes[-1]:
                 new = new * shape[mode] / np.trace(new)
             old = covariances[mode]
@@ -290,11 +358,15 @@ def flip_flop(
             covariances[mode] = new
             whiteners[mode] = whitener(ops.convert_to_tensor(new, x.dtype))
         converged = change < tolerance
-    likelihood = np.mean(ops.convert_to_numpy(log_density(x, covariances)))
+    likelihood = float(np.mean(ops.convert_to_numpy(log_density(x, covariances))))
+    last = covariances[modes[-1]]
+    assert last is not None
+    covariances[modes[-1]] = np.ldexp(last, 2 * exponent)
     return TensorNormal(
-        mean=np.asarray(mean, "float64"),
+        mean=mean,
         covariances=tuple(covariances),
-        log_likelihood=float(likelihood),
+        # Of the samples as they were: the density has the inverse of their volume.
+        log_likelihood=likelihood - math.prod(shape) * exponent * math.log(2),
         sweeps=sweeps,
         converged=bool(converged),
     )
@@ -327,41 +399,84 @@ def _mode_product(x: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 def _modes(modes: Sequence[int] | None, order: int) -> tuple[int, ...]:
     modes = range(order) if modes is None else modes
-    valid = all(isinstance(mode, int) and 0 <= mode < order for mode in modes)
+    valid = is_list(modes) and all(is_int(mode, 0, order - 1) for mode in modes)
     if not valid or not len(modes) or len(set(modes)) < len(modes):
-        raise ValueError(
-            f"flip_flop: `modes` must be distinct ints from 0 to {order - 1}. "
-            f"Received: modes={list(modes)}."
-        )
-    return tuple(modes)
+        what = f"distinct ints from 0 to {order - 1}"
+        raise refusal("modes", modes, "flip_flop", what)
+    return tuple(map(int, modes))
 
 
-def _mean(mean: Tensor, shape: Sequence[int], dtype: DType) -> Tensor:
-    mean = ops.cast(ops.convert_to_tensor(mean), dtype)
-    if tuple(mean.shape) != tuple(shape):
+def _mean(mean: Tensor, shape: Sequence[int], owner: str) -> np.ndarray:
+    mean = finite_array("mean", mean, owner)
+    if mean.shape != tuple(shape):
         raise ValueError(
-            f"The mean must have the shape of a sample, {tuple(shape)}. "
-            f"Received: {tuple(mean.shape)}."
+            f"{owner}: `mean` must have the shape of a sample, {tuple(shape)}. "
+            f"Received: {mean.shape}."
         )
     return mean
 
 
-def _checked(shape: Sequence[int], covariances: Matrices) -> list[np.ndarray | None]:
+def _sequence(name: str, matrices: Any, owner: str) -> list[Any]:
+    """Matrices as a list: they may be one array, stacked."""
+    if not is_list(matrices) and len(getattr(matrices, "shape", ())) < 3:
+        raise refusal(name, matrices, owner, "a list of matrices, or None each")
+    return list(matrices)
+
+
+def _matrices(name: str, matrices: Any, shape: Sequence[int], owner: str) -> list[Any]:
+    """Matrices `(..., d_k, d_k)`, or None, for each mode of a shape."""
+    matrices = [
+        None if matrix is None else real_tensor(name, matrix, owner)
+        for matrix in _sequence(name, matrices, owner)
+    ]
+    shapes = [None if matrix is None else tuple(matrix.shape) for matrix in matrices]
+    fits = all(
+        own is None or (len(own) in (2, 3) and own[-2:] == (d, d))
+        for own, d in zip(shapes, shape)
+    )
+    if len(shapes) != len(shape) or not fits:
+        raise ValueError(
+            f"{owner}: expected `{name}` of shapes (d, d) or (n, d, d), or None, one for "
+            f"each of the sizes {tuple(shape)}. Received: {shapes}."
+        )
+    return matrices
+
+
+def _operands(
+    x: Tensor, name: str, matrices: Matrices, owner: str
+) -> tuple[Tensor, list[Any]]:
+    """Samples `(n, d_1, ..., d_K)` and a matrix, or None, for each mode."""
+    x = real_tensor("x", x, owner)
+    shape = tuple(x.shape)
+    if len(shape) < 2 or 0 in shape:
+        raise refusal("x", x, owner, "samples (n, d_1, ..., d_K), none of them empty")
+    return x, _matrices(name, matrices, shape[1:], owner)
+
+
+def _checked(
+    shape: Sequence[int], covariances: Matrices, owner: str
+) -> list[np.ndarray | None]:
     """The covariances as float64 arrays, None for identities."""
+    covariances = _sequence(
+        "start" if owner == "flip_flop" else "covariances", covariances, owner
+    )
     if len(covariances) != len(shape):
         raise ValueError(
-            f"Expected {len(shape)} covariances, one for each mode of {tuple(shape)}. "
-            f"Received: {len(covariances)}."
+            f"{owner}: expected {len(shape)} covariances, one for each mode of "
+            f"{tuple(shape)}. Received: {len(covariances)}."
         )
     return [
-        None if matrix is None else check_covariance(matrix, f"mode {mode}", d)
+        None if matrix is None else check_covariance(matrix, f"{owner}, mode {mode}", d)
         for mode, (d, matrix) in enumerate(zip(shape, covariances))
     ]
 
 
 def _whiteners(covariances: Matrices, dtype: DType) -> list[Tensor]:
+    # In float64 first: the whitener of what float32 can't hold may be within it.
     return [
-        None if matrix is None else whitener(ops.convert_to_tensor(matrix, dtype))
+        None
+        if matrix is None
+        else ops.convert_to_tensor(np.linalg.inv(np.linalg.cholesky(matrix)), dtype)
         for matrix in covariances
     ]
 
@@ -371,7 +486,7 @@ def check_covariance(matrix: Tensor, owner: str, size: int | None = None) -> np.
 
     Args:
         matrix: array `(d, d)`.
-        owner: str, what it is the covariance of, for the error.
+        owner: str, whose covariance it is, to name in the error.
         size: int, the d that is expected; None: any.
 
     Returns:
@@ -381,18 +496,26 @@ def check_covariance(matrix: Tensor, owner: str, size: int | None = None) -> np.
         ValueError: if it is not finite, symmetric and positive definite, or of
             another shape.
     """
-    values = np.asarray(ops.convert_to_numpy(matrix), "float64")
+    if size is not None:
+        size = check_positive("size", size, owner, " or None")
+    values = np.asarray(real_array("covariance", matrix, owner), "float64")
     size = (len(values) if values.ndim else 0) if size is None else size
-    if values.shape != (size, size):
+    if values.shape != (size, size) or not values.size:
         raise ValueError(
-            f"The covariance of {owner} must have shape {(size, size)}. "
+            f"{owner}: a covariance must have shape {(size, size) if size else '(d, d)'}. "
             f"Received: {values.shape}."
         )
-    valid = np.all(np.isfinite(values)) and np.allclose(values, values.T)
-    smallest = np.linalg.eigvalsh(values)[0] if valid else math.nan
-    if not smallest > np.finfo("float64").eps * np.abs(values).max():
+    valid, smallest = bool(np.all(np.isfinite(values))), math.nan
+    if valid:
+        # What is nearly zero is so beside the largest entry.
+        unit, exponent = scaled(values)
+        if np.allclose(unit, unit.T):
+            smallest = float(np.linalg.eigvalsh(unit)[0])
+        valid = smallest > float(np.finfo("float64").eps)
+        smallest = float(np.ldexp(smallest, exponent))
+    if not valid:
         raise ValueError(
-            f"The covariance of {owner} must be symmetric and positive definite. "
+            f"{owner}: a covariance must be symmetric and positive definite. "
             f"Received: smallest eigenvalue {smallest}. With few samples, add a ridge."
         )
     return values

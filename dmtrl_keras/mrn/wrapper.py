@@ -8,7 +8,7 @@ import keras
 from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.backend import full_precision
 from dmtrl_keras.ground.types import Shape, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import is_list, name_of, refusal
 from dmtrl_keras.kernels.state import StatePenalty, mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 
@@ -64,12 +64,20 @@ class TensorNormalPrior(keras.layers.Wrapper):
         axes: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(layer, keras.layers.Layer):
+            raise refusal("layer", layer, type(self).__name__, "a Keras layer")
         super().__init__(layer, **kwargs)
+        if not isinstance(kernel, str):
+            raise refusal("kernel", kernel, name_of(self), "the name of an attribute")
+        if axes is not None and not (
+            is_list(axes)
+            and all(isinstance(axis, str) for axis in axes)
+            and len(set(axes)) == len(axes)
+        ):
+            raise refusal("axes", axes, name_of(self), "distinct strings, or None")
         if not isinstance(regularizer, TensorNormalRegularizer):
-            raise ValueError(
-                f"{name_of(self)}: `regularizer` must be a TensorNormalRegularizer. "
-                f"Received: {regularizer!r}."
-            )
+            what = "a TensorNormalRegularizer"
+            raise refusal("regularizer", regularizer, name_of(self), what)
         self.regularizer = regularizer
         self.kernel_name = kernel
         self.axes = None if axes is None else tuple(axes)
@@ -91,8 +99,8 @@ class TensorNormalPrior(keras.layers.Wrapper):
             )
         if kernel.regularizer is not None:
             raise ValueError(
-                f"{name_of(self)}: the variable {kernel.path!r} has a regularizer already. "
-                f"Received: {kernel.regularizer!r}."
+                f"{name_of(self)}: the variable {kernel.path!r} has a regularizer already, "
+                f"and can't have two. Received: {kernel.regularizer!r}."
             )
         names = self.axes
         if names is None:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from dmtrl_keras.ground.tables import print_table
+from dmtrl_keras.ground.validation import check_bool, check_model, check_number
 from dmtrl_keras.kernels.independent import Independent
 from dmtrl_keras.mtal import similarity as similar_kernels
 from dmtrl_keras.mtal.similar_kernels import SimilarKernels
@@ -85,7 +86,7 @@ def kernel_sharing_ratio(
     >>> total.ratio, total.saved  # Both tasks start from equal kernels.
     (1.0, 0.5)
     """
-    layers = _similar_layers(model, "kernel_sharing_ratio")
+    layers = _similar_layers(model, tolerance, verbose, "kernel_sharing_ratio")
     rows = [_sharing_of(layer, tolerance) for layer in layers]
     fields = [field.name for field in dataclasses.fields(KernelSharing)][1:]
     rows.append(
@@ -129,18 +130,26 @@ def merge_similar_kernels(
     >>> merged.count_params()  # 4 kernels of 27 weights, and 8 biases
     116
     """
-    merging = {id(layer) for layer in _similar_layers(model, "merge_similar_kernels")}
+    owner = "merge_similar_kernels"
+    similar = _similar_layers(model, tolerance, verbose, owner)
+    merging = {id(layer) for layer in similar}
     new = with_layers(
         model,
         lambda layer: _merged(layer, tolerance) if id(layer) in merging else None,
-        "merge_similar_kernels",
+        owner,
     )
     if verbose:
         kernel_sharing_ratio(model, tolerance)
     return new
 
 
-def _similar_layers(model: keras.Model, owner: str) -> list[TaskLayer]:
+def _similar_layers(
+    model: keras.Model, tolerance: float, verbose: bool, owner: str
+) -> list[TaskLayer]:
+    """The layers of similar kernels, all arguments checked."""
+    check_model(model, owner)
+    check_number("tolerance", tolerance, owner)
+    check_bool("verbose", verbose, owner)
     found = [
         layer
         for layer in task_layers(model)
@@ -161,8 +170,9 @@ def _distinct(layer: TaskLayer, tolerance: float) -> tuple[np.ndarray, np.ndarra
         `(rows, first)`: the aggregated kernels `(out * T, d)`, in the order of
         `similar_kernels.kernel_rows`, and for each the number of the first that it equals.
     """
-    kernel = keras.ops.convert_to_numpy(layer.kernel)
-    rows = keras.ops.convert_to_numpy(similar_kernels.kernel_rows(kernel))
+    # In float64 the squares of all that float32 holds are finite.
+    rows = similar_kernels.kernel_rows(keras.ops.convert_to_tensor(layer.kernel))
+    rows = keras.ops.convert_to_numpy(rows).astype("float64")
     first = np.arange(len(rows))
     if layer.selection is not None:
         one, other = _pairs(layer)

@@ -1,7 +1,6 @@
 """MTAL: every task its own kernels, similar ones of different tasks aggregated."""
 
 import itertools
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeAlias
 
@@ -12,6 +11,15 @@ from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.backend import eager_scope, full_precision
 from dmtrl_keras.ground.types import Factors, FactorShapes, Shape, Tensor
+from dmtrl_keras.ground.validation import (
+    check_number,
+    check_one_of,
+    check_positive,
+    from_keras,
+    is_int,
+    refusal,
+    shown,
+)
 from dmtrl_keras.kernels.independent import Independent
 from dmtrl_keras.kernels.parameterization import Parameterization, register
 from dmtrl_keras.kernels.state import state_weight
@@ -28,6 +36,7 @@ TaskWeights: TypeAlias = float | Literal["learned"] | ArrayLike
 # In training a kernel is aggregated with its partners alone if none has more than these,
 # or than T - 1. Each one more costs time, whether it is used or not.
 _PARTNERS = 4
+_OWNER = "SimilarKernels"
 
 
 @register
@@ -97,20 +106,11 @@ class SimilarKernels(Parameterization):
     ) -> None:
         self.threshold = _check_threshold(threshold)
         self.weights = _check_weights(weights)
-        if pairs not in similar_kernels.PAIRINGS:
-            raise ValueError(
-                f"SimilarKernels: `pairs` must be one of {similar_kernels.PAIRINGS}. "
-                f"Received: pairs={pairs!r}."
-            )
-        whole = isinstance(update_every, numbers.Integral)
-        if not whole or isinstance(update_every, bool) or update_every < 1:
-            raise ValueError(
-                "SimilarKernels: `update_every` must be a positive int, a number of steps. "
-                f"Received: update_every={update_every!r}."
-            )
-        self.pairs = pairs
+        self.pairs = check_one_of("pairs", pairs, similar_kernels.PAIRINGS, _OWNER)
         self.related = _check_related(related)
-        self.update_every = int(update_every)
+        self.update_every = check_positive(
+            "update_every", update_every, _OWNER, ", a number of steps"
+        )
 
     def with_names(self, names: Sequence[str]) -> Self:
         if self.related is None or not _named(self.related):
@@ -370,37 +370,24 @@ class SelectionState(keras.layers.Layer):
 
 def _check_threshold(threshold: Any) -> Any:
     if isinstance(threshold, dict):
-        threshold = keras.optimizers.schedules.deserialize(threshold)
+        make = keras.optimizers.schedules.deserialize
+        threshold = from_keras(_OWNER, make, config=threshold)
     if isinstance(threshold, keras.optimizers.schedules.LearningRateSchedule):
         return threshold
     if isinstance(threshold, str) and threshold in similar_kernels.THRESHOLDS:
         return similar_kernels.THRESHOLDS[threshold]
-    number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
-    if not (number and 0 <= threshold <= 1):
-        raise ValueError(
-            "SimilarKernels: `threshold` must be a number in [0, 1], one of "
-            f"{list(similar_kernels.THRESHOLDS)}, or a schedule. "
-            f"Received: threshold={threshold!r}."
-        )
-    return float(threshold)
+    other = f", one of {list(similar_kernels.THRESHOLDS)}, or a schedule"
+    return check_number("threshold", threshold, _OWNER, 1, closed=True, alternative=other)
 
 
 def _check_weights(weights: Any) -> Any:
-    if np.ndim(weights) == 0 and weights in ("learned", 0.5):
+    if isinstance(weights, str) and weights == "learned":
         return weights
-    try:
-        matrix = np.asarray(weights, "float64")
-    except (TypeError, ValueError):
-        matrix = np.zeros(())
-    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    if square:
-        sums = (matrix + matrix.T)[~np.eye(len(matrix), dtype=bool)]
-        if np.allclose(sums, 1) and np.all((matrix >= 0) & (matrix <= 1)):
-            return matrix.tolist()
-    raise ValueError(
-        "SimilarKernels: `weights` must be 0.5, 'learned', or a square matrix of phi_ij in "
-        f"[0, 1] with phi_ij + phi_ji = 1. Received: weights={weights!r}."
-    )
+    other = "0.5, 'learned', or "
+    matrix = similar_kernels.checked_weights(weights, _OWNER, other)
+    if matrix.ndim == 0 and matrix != 0.5:
+        raise refusal("weights", weights, _OWNER, other + similar_kernels.WEIGHTS)
+    return matrix.tolist()
 
 
 def _named(groups: Sequence[Sequence[Any]]) -> bool:
@@ -412,7 +399,7 @@ def _check_related(related: Any) -> list[list[Any]] | None:
         return None
     problem = ValueError(
         "SimilarKernels: `related` must be a list of groups, each of two or more different "
-        f"tasks (numbers, or names in `multitask`). Received: related={related!r}."
+        f"tasks (numbers, or names in `multitask`). Received: related={shown(related)}."
     )
     if isinstance(related, str) or not isinstance(related, (list, tuple)) or not related:
         raise problem
@@ -422,12 +409,7 @@ def _check_related(related: Any) -> list[list[Any]] | None:
             raise problem
         group = list(group)
         names = all(isinstance(task, str) for task in group)
-        numbered = all(
-            isinstance(task, numbers.Integral)
-            and not isinstance(task, bool)
-            and int(task) >= 0
-            for task in group
-        )
+        numbered = all(map(is_int, group))
         if not (names or numbered) or len(set(group)) != len(group) or len(group) < 2:
             raise problem
         groups.append(group if names else list(map(int, group)))

@@ -13,14 +13,25 @@ import numpy as np
 from keras import ops
 from numpy.typing import ArrayLike
 
-from dmtrl_keras.ground.backend import fused
+from dmtrl_keras.ground.backend import assert_true, fused
 from dmtrl_keras.ground.types import DType, Tensor
+from dmtrl_keras.ground.validation import (
+    check_number,
+    check_one_of,
+    finite_array,
+    is_int,
+    is_list,
+    real_tensor,
+    refusal,
+)
 
 # The thresholds that the paper found best, section 4.3.
 THRESHOLDS = {"related": 0.4, "unrelated": 0.55}
 Pairing: TypeAlias = Literal["all", "index"]
 PAIRINGS = ("all", "index")
 
+# What weights of tasks are, for the error.
+WEIGHTS = "a matrix (T, T) of phi_ij in [0, 1] with phi_ij + phi_ji = 1"
 # A cosine this far below the threshold counts as at it: equal kernels miss 1 by rounding.
 _ROUNDING = 2e-6
 
@@ -79,8 +90,11 @@ def cosine_similarity(kernels: Tensor) -> Tensor:
     Returns:
         A tensor `(groups, size, size)`; 0 where a kernel is zero.
     """
-    norm = ops.sqrt(ops.sum(ops.square(kernels), axis=-1, keepdims=True))
-    unit = kernels / ops.where(norm > 0, norm, ops.ones_like(norm))
+    # The squares of kernels as they are may overflow, or vanish.
+    largest = ops.max(ops.abs(kernels), axis=-1, keepdims=True)
+    unit = kernels / ops.where(largest > 0, largest, ops.ones_like(largest))
+    norm = ops.sqrt(ops.sum(ops.square(unit), axis=-1, keepdims=True))
+    unit = unit / ops.where(norm > 0, norm, ops.ones_like(norm))
     return ops.matmul(unit, ops.swapaxes(unit, -1, -2))
 
 
@@ -255,12 +269,50 @@ def related_tasks(tasks: int, groups: Sequence[Sequence[int]] | None = None) -> 
 
     Returns:
         A bool array `(T, T)`, symmetric, false on the diagonal.
+
+    Raises:
+        ValueError: if the groups are no lists of task numbers.
     """
+    if groups is not None and not (
+        is_list(groups)
+        and all(is_list(g) and all(is_int(t, 0, tasks - 1) for t in g) for g in groups)
+    ):
+        what = f"None or lists of task numbers from 0 to {tasks - 1}"
+        raise refusal("related", groups, "aggregate_similar_kernels", what)
     related = np.zeros((tasks, tasks), bool)
     for group in [range(tasks)] if groups is None else groups:
         related[np.ix_(list(group), list(group))] = True
     np.fill_diagonal(related, False)
     return related
+
+
+def checked_weights(weights: Any, owner: str, alternative: str = "") -> np.ndarray:
+    """The weights of tasks, one number or a matrix.
+
+    Args:
+        weights: what was given.
+        owner: str, the class or function to name in the error.
+        alternative: str, what else is allowed, for the error.
+
+    Returns:
+        A float64 array, `()` or `(T, T)`.
+
+    Raises:
+        ValueError: on numbers out of [0, 1], on `phi_ij + phi_ji` that is not 1.
+    """
+    expected = alternative + WEIGHTS
+    try:
+        matrix = finite_array("weights", weights, owner, (0, 2))
+    except ValueError as error:
+        raise refusal("weights", weights, owner, expected) from error
+    in_range = bool(np.all((matrix >= 0) & (matrix <= 1)))
+    if matrix.ndim == 2:
+        square = matrix.shape[0] == matrix.shape[1]
+        other = ~np.eye(len(matrix), dtype=bool)
+        in_range &= square and np.allclose((matrix + matrix.T)[other], 1)
+    if not in_range or not matrix.size or isinstance(weights, (bool, np.bool_)):
+        raise refusal("weights", weights, owner, expected)
+    return matrix
 
 
 def stacked(kernels: Tensor) -> Tensor:
@@ -270,17 +322,23 @@ def stacked(kernels: Tensor) -> Tensor:
         kernels: list of T arrays `(*window, in, out)`, or the stacked kernel itself.
 
     Raises:
-        ValueError: if their shapes differ, so that they can't be compared.
+        ValueError: if their shapes differ, so that they can't be compared; on values that
+            are no real numbers, or not finite.
     """
-    if not isinstance(kernels, (list, tuple)):
-        return kernels
-    shapes = [tuple(kernel.shape) for kernel in kernels]
-    if len(set(shapes)) != 1:
+    owner = "aggregate_similar_kernels"
+    several = list(kernels) if isinstance(kernels, (list, tuple)) else [kernels]
+    tensors = [real_tensor("kernels", kernel, owner) for kernel in several]
+    shapes = [tuple(kernel.shape) for kernel in tensors]
+    axes = 2 if isinstance(kernels, (list, tuple)) else 3
+    if len(set(shapes)) != 1 or len(shapes[0]) < axes or 0 in shapes[0]:
         raise ValueError(
-            "Kernels can be compared only if they have one shape (*window, in, out). "
+            f"{owner}: kernels can be compared only if they have one shape "
+            "(*window, in, out), or are stacked to (*window, in, out, T). "
             f"Received: {shapes}."
         )
-    return ops.stack(kernels, axis=-1)
+    if not isinstance(kernels, (list, tuple)):
+        return tensors[0]
+    return ops.stack(tensors, axis=-1)
 
 
 def aggregate_similar_kernels(
@@ -307,7 +365,7 @@ def aggregate_similar_kernels(
         A tensor `(*window, in, out, T)`.
 
     Raises:
-        ValueError: on kernels of different shapes.
+        ValueError: on kernels of different shapes, on malformed arguments.
 
     Example:
 
@@ -317,8 +375,21 @@ def aggregate_similar_kernels(
     >>> np.round(np.asarray(stacked)[:, 0, :], 2).tolist()
     [[0.9, 0.9], [0.3, 0.3]]
     """
-    kernel = ops.convert_to_tensor(stacked(kernels))
+    owner = "aggregate_similar_kernels"
+    kernel = stacked(kernels)
+    assert_true(
+        ops.all(ops.isfinite(kernel)),
+        f"{owner}: `kernels` must be finite. Received: NaN or infinite values.",
+    )
     tasks = kernel.shape[-1]
+    # Beyond all cosines any number is as good as another.
+    threshold = check_number("threshold", threshold, owner, low=-math.inf)
+    threshold = min(max(threshold, -2.0), 2.0)
+    weights = checked_weights(weights, owner, "a number in [0, 1], or ")
+    check_one_of("pairs", pairs, PAIRINGS, owner)
+    if weights.ndim and len(weights) != tasks:
+        what = f"a matrix for {tasks} tasks"
+        raise refusal("weights", weights, owner, what)
     rows = kernel_rows(kernel)
     compared = comparable(rows, tasks, pairs)
     selection = similar_pairs(compared, threshold, related_tasks(tasks, related))

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.types import Factors, Tensor
+from dmtrl_keras.ground.validation import real_array, refusal
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.mtal import similarity
 
@@ -35,13 +36,12 @@ class StoredOnce(Parameterization):
     name = "stored_once"
 
     def __init__(self, numbers: Sequence[Sequence[int]]) -> None:
-        array = np.asarray(numbers)
-        whole = array.ndim == 2 and array.dtype.kind == "i"
-        if not whole or not np.array_equal(np.unique(array), np.arange(array.max() + 1)):
-            raise ValueError(
-                "StoredOnce: `numbers` must be lists of ints (out, T), from 0 on and each "
-                f"used. Received: numbers={numbers!r}."
-            )
+        array = real_array("numbers", numbers, "StoredOnce")
+        whole = array.ndim == 2 and array.size > 0 and array.dtype.kind == "i"
+        found = np.unique(array) if whole else array
+        if not whole or not np.array_equal(found, np.arange(len(found))):
+            what = "lists of ints (out, T), from 0 on and each used"
+            raise refusal("numbers", numbers, "StoredOnce", what)
         self.numbers = array.tolist()
         self.count = int(array.max()) + 1
 

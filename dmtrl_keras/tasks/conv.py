@@ -14,7 +14,13 @@ from dmtrl_keras.ground.types import (
     Regularizer,
     Tensor,
 )
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_positive,
+    check_window,
+    from_keras,
+    name_of,
+)
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -51,9 +57,18 @@ class TaskConv(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        twin = self._twin_type(
-            filters,
-            kernel_size,
+        owner = type(self).__name__
+        check_positive("filters", filters, owner)
+        check_positive("groups", groups, owner)
+        check_window("kernel_size", kernel_size, self._window_axes, owner)
+        check_window("strides", strides, self._window_axes, owner)
+        check_window("dilation_rate", dilation_rate, self._window_axes, owner)
+        check_bool("use_bias", use_bias, owner)
+        twin = from_keras(
+            owner,
+            self._twin_type,
+            filters=filters,
+            kernel_size=kernel_size,
             strides=strides,
             padding=padding,
             data_format=data_format,

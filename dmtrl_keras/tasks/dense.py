@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from dmtrl_keras.ground.types import Activation, Constraint, Initializer, Regularizer
+from dmtrl_keras.ground.validation import check_bool, check_positive, from_keras
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -82,8 +83,13 @@ class TaskDense(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        twin = keras.layers.Dense(
-            units,
+        owner = type(self).__name__
+        check_positive("units", units, owner)
+        check_bool("use_bias", use_bias, owner)
+        twin = from_keras(
+            owner,
+            keras.layers.Dense,
+            units=units,
             activation=activation,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,

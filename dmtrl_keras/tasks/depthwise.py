@@ -14,6 +14,12 @@ from dmtrl_keras.ground.types import (
     Regularizer,
     Tensor,
 )
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_positive,
+    check_window,
+    from_keras,
+)
 from dmtrl_keras.kernels.parameterization import Sharing
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -51,8 +57,16 @@ class TaskDepthwiseConv(TaskLayer):
         common_draw: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        twin = self._twin_type(
-            kernel_size,
+        owner = type(self).__name__
+        check_positive("depth_multiplier", depth_multiplier, owner)
+        check_window("kernel_size", kernel_size, self._window_axes, owner)
+        check_window("strides", strides, self._window_axes, owner)
+        check_window("dilation_rate", dilation_rate, self._window_axes, owner)
+        check_bool("use_bias", use_bias, owner)
+        twin = from_keras(
+            owner,
+            self._twin_type,
+            kernel_size=kernel_size,
             strides=strides,
             padding=padding,
             depth_multiplier=depth_multiplier,

@@ -40,6 +40,11 @@ class LayoutLayer(keras.layers.Layer):
         self.built = True
 
     def _axis(self, shape: Sequence[int | None]) -> int:
+        if len(shape) < 2:
+            raise ValueError(
+                f"{name_of(self)}: expected inputs (batch, ..., channels). "
+                f"Received: shape {tuple(shape)}."
+            )
         # `(batch, channels)` has the same channel axis in both formats.
         return channel_axis(self.data_format) % len(shape)
 

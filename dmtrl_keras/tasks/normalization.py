@@ -7,7 +7,16 @@ import keras
 from keras import ops
 
 from dmtrl_keras.ground.types import Shape, Tensor
-from dmtrl_keras.ground.validation import channels_per_task, check_tasks
+from dmtrl_keras.ground.validation import (
+    channels_per_task,
+    check_bool,
+    check_number,
+    check_tasks,
+    is_int,
+    is_list,
+    name_of,
+    refusal,
+)
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -35,7 +44,8 @@ class TaskLayerNormalization(keras.layers.LayerNormalization):
         The same; `gamma` and `beta` have shape `(T * C,)`, task-major.
 
     Raises:
-        ValueError: if the channels don't divide by T, if `axis` is not the last one.
+        ValueError: on malformed arguments, if the channels don't divide by T, if `axis` is
+            not the last one.
 
     Example:
 
@@ -55,17 +65,18 @@ class TaskLayerNormalization(keras.layers.LayerNormalization):
         scale: bool = True,
         **kwargs: Any,
     ) -> None:
+        owner = type(self).__name__
+        check_number("epsilon", epsilon, owner)
+        check_bool("center", center, owner)
+        check_bool("scale", scale, owner)
         super().__init__(axis=-1, epsilon=epsilon, center=center, scale=scale, **kwargs)
-        self.tasks = check_tasks(tasks, type(self).__name__)
-        if axis not in (-1, [-1], (-1,)):
-            raise ValueError(
-                f"{type(self).__name__} {self.name!r}: `axis` must be -1, the channels. "
-                f"Received: axis={axis!r}."
-            )
+        self.tasks = check_tasks(tasks, owner)
+        (only,) = axis if is_list(axis) and len(axis) == 1 else (axis,)
+        if not is_int(only, -1, -1):
+            raise refusal("axis", axis, name_of(self), "-1, the channels")
 
     def build(self, input_shape: Shape) -> None:
-        owner = f"{type(self).__name__} {self.name!r}"
-        channels_per_task(input_shape[-1], self.tasks, owner, input_shape)
+        channels_per_task(input_shape[-1], self.tasks, name_of(self), input_shape)
         super().build((None, input_shape[-1]))
 
     def call(self, inputs: Tensor) -> Tensor:

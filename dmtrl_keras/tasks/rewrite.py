@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from dmtrl_keras.ground.linalg import scaled
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.tasks.task_layer import TaskLayer
@@ -121,6 +122,8 @@ def started_layer(
         sharing = sharing.with_rank(rank)
         tensors = {n: keras.ops.convert_to_tensor(v) for n, v in factors.items()}
         composed = keras.ops.convert_to_numpy(sharing.compose(tensors, tasks))
+        kernel, exponent = scaled(kernel)
+        composed = np.ldexp(composed.astype("float64"), -exponent)
         norm = np.linalg.norm(kernel)
         error = np.linalg.norm(np.moveaxis(composed, 0, -1) - kernel)
         report = Factorization(

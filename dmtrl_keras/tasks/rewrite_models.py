@@ -7,6 +7,7 @@ import keras
 
 from dmtrl_keras.ground.keras_private import sharing_scope
 from dmtrl_keras.ground.tables import print_table
+from dmtrl_keras.ground.validation import check_model
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
 
@@ -68,10 +69,13 @@ def factorization_report(model: keras.Model) -> list[Factorization]:
 
     Returns:
         A list of `Factorization`, in the order of the layers.
+
+    Raises:
+        ValueError: on what is no Keras model.
     """
     return [
         layer.factorization
-        for layer in task_layers(model)
+        for layer in task_layers(check_model(model, "factorization_report"))
         if layer.factorization is not None
     ]
 

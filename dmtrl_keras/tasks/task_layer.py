@@ -1,7 +1,6 @@
 """The forward pass that all layers with T kernels share."""
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -14,7 +13,11 @@ from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
     channels_per_task,
+    check_bool,
+    check_model,
     check_tasks,
+    from_keras,
+    is_int,
     name_of,
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
@@ -81,12 +84,15 @@ class TaskLayer(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.tasks = check_tasks(tasks, type(self).__name__)
-        self.shared_input = bool(shared_input)
-        sharing = parameterizations.get(sharing)
+        owner = type(self).__name__
+        self.tasks = check_tasks(tasks, owner)
+        self.shared_input = check_bool("shared_input", shared_input, owner)
+        if common_draw is not None:
+            common_draw = check_bool("common_draw", common_draw, owner, " or None")
+        sharing = parameterizations.get(sharing, owner)
         tolerant = getattr(sharing, "tolerance", None) is not None
         self._common_draw_argument = common_draw
-        self.common_draw = not tolerant if common_draw is None else bool(common_draw)
+        self.common_draw = not tolerant if common_draw is None else common_draw
         prefix = self._kernel_prefix
         self.kernel_initializer = getattr(twin, f"{prefix}_initializer")
         self.kernel_regularizer = getattr(twin, f"{prefix}_regularizer")
@@ -97,7 +103,8 @@ class TaskLayer(keras.layers.Layer):
         self.bias_regularizer = twin.bias_regularizer
         self.bias_constraint = twin.bias_constraint
         self.data_format = getattr(twin, "data_format", "channels_last")
-        # A method, not an attribute: a layer held as an attribute would be tracked.
+        # A function: a layer held as an attribute would be tracked.
+        self._twin = lambda: twin
         self._twin_arguments = twin.get_config()
         if isinstance(self.kernel_regularizer, StatefulRegularizer):
             # One task alone has no relations; a twin needs nothing of this library.
@@ -123,9 +130,6 @@ class TaskLayer(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="kernel",
         )
-
-    def _twin(self) -> keras.layers.Layer:
-        return self._twin_class.from_config(self._twin_arguments)
 
     # --- building -------------------------------------------------------------
 
@@ -161,7 +165,9 @@ class TaskLayer(keras.layers.Layer):
         )
         self.stacked.build(self._kernel_shape(channels))
         if self.use_bias:
-            self.bias = self.add_weight(
+            self.bias = from_keras(
+                name_of(self),
+                self.add_weight,
                 name="bias",
                 shape=(self._bias_size(channels), self.tasks),
                 initializer=self.bias_initializer,
@@ -248,7 +254,7 @@ class TaskLayer(keras.layers.Layer):
             ValueError: if there is no such task.
         """
         self._check_built("task_kernel")
-        if not isinstance(task, numbers.Integral) or not 0 <= task < self.tasks:
+        if not is_int(task, 0, self.tasks - 1):
             raise ValueError(
                 f"{name_of(self)}: `task` must be an int from 0 to "
                 f"{self.tasks - 1}. Received: task={task!r}."
@@ -401,9 +407,13 @@ class TaskLayer(keras.layers.Layer):
 
 
 def task_layers(model: keras.Model) -> list[TaskLayer]:
-    """The layers of a model that hold T kernels, nested models included, in order."""
+    """The layers of a model that hold T kernels, nested models included, in order.
+
+    Raises:
+        ValueError: on what is no Keras model.
+    """
     found = []
-    for layer in model.layers:
+    for layer in check_model(model, "task_layers").layers:
         if isinstance(layer, TaskLayer):
             found.append(layer)
         elif isinstance(layer, keras.Model):

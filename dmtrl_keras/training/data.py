@@ -1,7 +1,6 @@
 """Data sets of several tasks as one stream of batches."""
 
 import math
-import numbers
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +8,7 @@ from keras import tree
 
 from dmtrl_keras.ground.backend import makes_batches, tensorflow
 from dmtrl_keras.ground.types import Dataset
-from dmtrl_keras.ground.validation import check_positive
+from dmtrl_keras.ground.validation import check_bool, check_positive, check_seed
 
 # Among so many examples is shuffled what has no known end.
 _BUFFER = 1000
@@ -70,7 +69,8 @@ def zip_tasks(
     tf = tensorflow()
     if not isinstance(datasets, dict) or not datasets:
         raise ValueError(
-            "`datasets` must be a dict from task name to data, with at least one task. "
+            "zip_tasks: `datasets` must be a dict from task name to data, with at least "
+            "one task. "
             f"Received: {type(datasets).__name__}."
         )
     strange = [name for name in datasets if not isinstance(name, str)]
@@ -79,9 +79,8 @@ def zip_tasks(
     check_positive("batch_size", batch_size, "zip_tasks")
     if not isinstance(shuffle, bool):
         check_positive("shuffle", shuffle, "zip_tasks", " or a bool")
-    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if not (seed is None or whole):
-        raise ValueError(f"zip_tasks: `seed` must be an int or None. Received: {seed!r}.")
+    seed = check_seed("seed", seed, "zip_tasks")
+    prefetch = check_bool("prefetch", prefetch, "zip_tasks")
     parts, sizes, weighted = {}, {}, {}
     for name, data in datasets.items():
         part, size = _examples(tf, name, data)
@@ -129,8 +128,8 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
         spec = data.element_spec
         if not isinstance(spec, tuple) or len(spec) not in (2, 3) or _lacks(tf, spec):
             raise ValueError(
-                f"Task {name!r}: expected examples (x, y) or (x, y, sample_weight). "
-                f"Received: element_spec={spec}."
+                f"zip_tasks, task {name!r}: expected examples (x, y) or "
+                f"(x, y, sample_weight). Received: element_spec={spec}."
             )
         if _is_batched(tf, data):
             raise ValueError(
@@ -168,7 +167,7 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     sizes = [array.shape[0] for array in arrays]
     if len(set(sizes)) != 1 or sizes[0] == 0:
         raise ValueError(
-            f"Task {name!r}: expected arrays of one positive length. "
+            f"zip_tasks, task {name!r}: expected arrays of one positive length. "
             f"Received: lengths {sizes}."
         )
     try:

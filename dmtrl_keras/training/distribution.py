@@ -15,7 +15,15 @@ from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import initial_epoch as restored_epoch
 from dmtrl_keras.ground.keras_private import local_part, symbolic_build
 from dmtrl_keras.ground.types import Dataset, Strategy
-from dmtrl_keras.ground.validation import check_positive
+from dmtrl_keras.ground.validation import (
+    check_model,
+    check_one_of,
+    check_positive,
+    is_int,
+    is_list,
+    name_of,
+    refusal,
+)
 
 STRATEGIES = ("auto", "mirrored", "cpu")
 
@@ -49,8 +57,7 @@ def make_strategy(
     >>> make_strategy("cpu").num_replicas_in_sync
     1
     """
-    if name not in STRATEGIES:
-        raise ValueError(f"`name` must be one of {STRATEGIES}. Received: name={name!r}.")
+    check_one_of("name", name, STRATEGIES, "make_strategy")
     if replicas is not None:
         check_positive("replicas", replicas, "make_strategy", " or None")
     if keras.backend.backend() != "tensorflow":
@@ -125,14 +132,21 @@ def divisible(count: int, batch_size: int, replicas: int) -> int:
     >>> divisible(33, 8, 2)
     32
     """
+    owner = "divisible"
+    check_positive("count", count, owner)
+    check_positive("batch_size", batch_size, owner)
+    check_positive("replicas", replicas, owner)
     if batch_size % replicas:
         raise ValueError(
-            f"A batch of {batch_size} does not divide among {replicas} replicas: expected "
-            f"a multiple of {replicas}."
+            f"{owner}: a batch of {batch_size} does not divide among {replicas} replicas: "
+            f"expected a multiple of {replicas}. Received: batch_size={batch_size}."
         )
     left = count - (count % batch_size) % replicas
     if left < 1:
-        raise ValueError(f"{count} examples are too few for {replicas} replicas.")
+        raise ValueError(
+            f"{owner}: too few examples, expected one for each of {replicas} replicas. "
+            f"Received: count={count}."
+        )
     return left
 
 
@@ -166,7 +180,8 @@ def train(
         A `keras.callbacks.History`; its values are those of all machines.
 
     Raises:
-        ValueError: if the model is not compiled.
+        ValueError: if the model is not compiled; on data that is no `tf.data.Dataset`, or
+            that has no batch.
 
     Example:
 
@@ -182,12 +197,27 @@ def train(
     >>> len(train(model, data.batch(4, drop_remainder=True), epochs=2).history["loss"])
     2
     """
-    if not model.compiled:
-        raise ValueError(f"train: the model {model.name!r} must be compiled.")
+    owner = "train"
+    if not check_model(model, owner).compiled:
+        raise ValueError(
+            f"{owner}: expected a compiled model. Received: {name_of(model)}, for which "
+            "`compile` was not called."
+        )
+    for argument, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):
+        if not is_int(value):
+            raise refusal(argument, value, owner, "an int that is not negative")
+    callbacks = [] if callbacks is None else callbacks
+    if not is_list(callbacks) or not all(
+        isinstance(callback, keras.callbacks.Callback) for callback in callbacks
+    ):
+        raise refusal("callbacks", callbacks, owner, "a list of Keras callbacks, or None")
     tf = tensorflow()
+    _check_dataset(tf, "dataset", dataset, owner)
+    if validation_data is not None:
+        _check_dataset(tf, "validation_data", validation_data, owner)
     strategy = model.distribute_strategy
     batches = _distributed(tf, strategy, dataset)
-    first = local_part(next(iter(batches)), strategy)
+    first = local_part(_first(batches, owner), strategy)
     symbolic_build(model, first)
 
     @tf.function
@@ -224,6 +254,25 @@ def train(
             break
     every.on_train_end(logs)
     return model.history
+
+
+def _first(batches: Any, owner: str) -> Any:
+    """The first batch; a data set of unknown size may turn out to have none."""
+    for batch in batches:
+        return batch
+    raise ValueError(f"{owner}: `dataset` must have one batch at least. Received: none.")
+
+
+def _check_dataset(tf: Any, argument: str, dataset: Any, owner: str) -> None:
+    """Raise unless it is a data set of batches."""
+    if not isinstance(dataset, tf.data.Dataset):
+        what = "a tf.data.Dataset of batches, such as from_tensor_slices(...).batch(n)"
+        raise refusal(argument, dataset, owner, what)
+    if int(dataset.cardinality()) == 0:
+        raise ValueError(
+            f"{owner}: `{argument}` must have one batch at least. Received: none; "
+            "batch(n, drop_remainder=True) leaves none of fewer than n examples."
+        )
 
 
 def _distributed(tf: Any, strategy: Strategy, dataset: Dataset) -> Any:

@@ -12,7 +12,14 @@ from numpy.typing import ArrayLike
 from dmtrl_keras.ground.backend import mean_over_replicas
 from dmtrl_keras.ground.keras_private import MASK, attach, attached, function_of
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import (
+    check_name,
+    check_one_of,
+    check_tasks,
+    from_keras,
+    name_of,
+    real_array,
+)
 from dmtrl_keras.training.missing import (
     CROSSENTROPIES,
     OVERLAPS,
@@ -22,6 +29,15 @@ from dmtrl_keras.training.missing import (
     like_labels,
     same_shape,
     weights_for,
+)
+
+REDUCTIONS = (
+    "sum_over_batch_size",
+    "mean",
+    "sum",
+    "mean_with_sample_weight",
+    "none",
+    None,
 )
 
 
@@ -43,14 +59,16 @@ def one_vs_rest(labels: ArrayLike, tasks: int) -> np.ndarray:
     >>> one_vs_rest([2, 0], 3).tolist()
     [[-1.0, -1.0, 1.0], [1.0, -1.0, -1.0]]
     """
-    labels = np.asarray(labels)
+    owner = "one_vs_rest"
+    tasks = check_tasks(tasks, owner)
+    labels = real_array("labels", labels, owner)
     valid = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
     if not valid or (labels.size and not (0 <= labels.min() and labels.max() < tasks)):
         received = f"shape={labels.shape}, dtype={labels.dtype}"
         if labels.size:
             received += f", values from {labels.min()} to {labels.max()}"
         raise ValueError(
-            f"Expected int labels of shape (n,) from 0 to {tasks - 1}. "
+            f"{owner}: expected int labels of shape (n,) from 0 to {tasks - 1}. "
             f"Received: {received}."
         )
     return np.where(labels[:, None] == np.arange(tasks), 1, -1).astype("float32")
@@ -94,6 +112,7 @@ class TaskHinge(keras.losses.Loss):
         name: str = "task_hinge",
         dtype: DType = None,
     ) -> None:
+        check_one_of("reduction", reduction, REDUCTIONS, type(self).__name__)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
 
     def __call__(
@@ -180,7 +199,10 @@ class MaskedLoss(Masked, keras.losses.Loss):
         name: str | None = None,
         dtype: DType = None,
     ) -> None:
-        wrapped = _as_loss(loss)
+        owner = type(self).__name__
+        check_name("name", name, owner)
+        check_one_of("reduction", reduction, REDUCTIONS, owner)
+        wrapped = from_keras(owner, _as_loss, loss=loss)
         if isinstance(wrapped, (keras.losses.CTC, keras.losses.Circle)):
             raise ValueError(
                 f"{type(self).__name__}: expected a loss with a value for each label. "

@@ -9,7 +9,7 @@ from keras import ops
 
 from dmtrl_keras.ground.keras_private import MASK, attached, unscaled_loss
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import check_name, from_keras, name_of
 from dmtrl_keras.training.missing import (
     ACCURACIES,
     CROSSENTROPIES,
@@ -276,7 +276,8 @@ class MaskedMetric(Masked, keras.metrics.Metric):
         name: str | None = None,
         dtype: DType = None,
     ) -> None:
-        wrapped = _as_metric(metric)
+        check_name("name", name, type(self).__name__)
+        wrapped = from_keras(type(self).__name__, _as_metric, metric=metric)
         super().__init__(name=name or wrapped.name, dtype=dtype)
         self.metric = wrapped
         self._set_missing(missing, elementwise)

@@ -38,7 +38,7 @@ from dmtrl_keras.ground.keras_private import (
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
-from dmtrl_keras.ground.validation import check_task_names, name_of
+from dmtrl_keras.ground.validation import check_task_names, name_of, refusal
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.lengths import (
     Piece,
@@ -126,6 +126,11 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{type(self).__name__}: `outputs` must be a dict from task name to one "
                 f"output tensor. Received: outputs={outputs!r}."
             )
+        for argument, value in (("inputs", inputs), ("outputs", outputs)):
+            flat = tree.flatten(value)
+            if not flat or not all(isinstance(x, keras.KerasTensor) for x in flat):
+                what = "symbolic tensors of Keras, such as keras.Input((8,))"
+                raise refusal(argument, value, type(self).__name__, what)
         if not in_sharing_scope():
             # Files of earlier versions may have others.
             check_task_names(list(outputs), type(self).__name__)

@@ -1,7 +1,7 @@
 """Learning rates by layer."""
 
 import fnmatch
-import numbers
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ import keras
 
 from dmtrl_keras.ground.keras_private import own_variables, step_methods, variable_index
 from dmtrl_keras.ground.types import Tensor
+from dmtrl_keras.ground.validation import is_real, shown
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -35,8 +36,6 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
     Example:
 
     >>> import keras
-
-    from dmtrl_keras.ground.keras_private import own_variables, step_methods, variable_index
     >>> from dmtrl_keras.optimizers import LearningRateMultiplier
     >>> sgd = keras.optimizers.SGD(1e-3, momentum=0.9)
     >>> optimizer = LearningRateMultiplier(sgd, {"bottleneck": 10, "classifier": 10})
@@ -57,15 +56,13 @@ class LearningRateMultiplier(keras.optimizers.Optimizer):
                 f"Received: {optimizer!r}."
             )
         valid = isinstance(multipliers, dict) and all(
-            isinstance(pattern, str)
-            and isinstance(factor, numbers.Real)
-            and 0 <= float(factor) < float("inf")
+            isinstance(pattern, str) and is_real(factor) and 0 <= factor < math.inf
             for pattern, factor in multipliers.items()
         )
         if not valid:
             raise ValueError(
                 f"{owner}: `multipliers` must be a dict from layer name or pattern to a "
-                f"number that is not negative. Received: {multipliers!r}."
+                f"number that is not negative. Received: {shown(multipliers)}."
             )
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer

@@ -22,8 +22,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dmtrl_keras.ground.validation import check_positive
+from dmtrl_keras.ground.validation import (
+    check_number,
+    check_positive,
+    is_list,
+    real_array,
+    refusal,
+)
 
+_OWNER = "canonical_correlation"
 # Directions with less than this share of the largest variance have none of their own, nor
 # have columns whose deviation is less than this share of their mean.
 _NEGLIGIBLE = 1e-10
@@ -64,7 +71,8 @@ def canonical_correlation(
         A `CanonicalCorrelation`; without any if a set is constant.
 
     Raises:
-        ValueError: on different numbers of examples, on values that are not finite.
+        ValueError: on different numbers of examples; on values that are not finite, masked
+            or complex.
 
     Example:
 
@@ -75,12 +83,17 @@ def canonical_correlation(
     >>> np.abs(found.correlations - [1, 0]).max() < 0.1
     np.True_
     """
-    covariance, sizes = _joint_covariance({"x": x, "y": y}, chunk)
+    ridge = check_number("ridge", ridge, _OWNER)
+    covariance, sizes, exponents = _joint_covariance({"x": x, "y": y}, chunk)
     d = sizes[0]
     first = _whitener(covariance[:d, :d], ridge)
     second = _whitener(covariance[d:, d:], ridge)
     u, values, v = np.linalg.svd(first.T @ covariance[:d, d:] @ second, full_matrices=False)
-    return CanonicalCorrelation(np.clip(values, 0, 1), first @ u, second @ v.T)
+    first, second = (
+        np.ldexp(directions, -own[:, None])
+        for directions, own in ((first @ u, exponents[:d]), (second @ v.T, exponents[d:]))
+    )
+    return CanonicalCorrelation(np.clip(values, 0, 1), first, second)
 
 
 def task_similarity(
@@ -137,11 +150,18 @@ def task_similarity_matrix(
     >>> np.round(task_similarity_matrix(labels), 3).tolist()
     [[1.0, 0.577, 0.0], [0.577, 1.0, 0.577], [0.0, 0.577, 1.0]]
     """
+    ridge = check_number("ridge", ridge, _OWNER)
     if isinstance(tasks, np.ndarray) and tasks.ndim == 2:
-        tasks = {str(t): tasks[:, t] for t in range(tasks.shape[1])}
-    elif not isinstance(tasks, dict):
+        # A masked array has its mask in `T`.
+        tasks = list(tasks.T)
+    if not isinstance(tasks, dict):
+        if not is_list(tasks) and not (isinstance(tasks, np.ndarray) and tasks.ndim == 3):
+            what = "a dict or a list of arrays, or one array (n, T)"
+            raise refusal("tasks", tasks, "task_similarity_matrix", what)
         tasks = {str(t): values for t, values in enumerate(tasks)}
-    covariance, sizes = _joint_covariance(tasks, chunk)
+    if not tasks:
+        raise refusal("tasks", tasks, "task_similarity_matrix", "one task or more")
+    covariance, sizes, _ = _joint_covariance(tasks, chunk)
     borders = np.cumsum([0, *sizes])
     blocks = [slice(a, b) for a, b in itertools.pairwise(borders)]
     whiteners = [_whitener(covariance[block, block], ridge) for block in blocks]
@@ -161,39 +181,39 @@ def task_similarity_matrix(
 
 def _joint_covariance(
     sets: Mapping[str, ArrayLike], chunk: int
-) -> tuple[np.ndarray, list[int]]:
-    """`(covariance, sizes)` of all sets side by side, read chunk by chunk."""
-    check_positive("chunk", chunk, "task similarity")
+) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """The covariance of all sets side by side, read chunk by chunk.
+
+    Returns:
+        `(covariance, sizes, exponents)`: the covariance of columns that are divided by
+        `2**exponents`, so that their squares neither overflow nor vanish.
+    """
+    check_positive("chunk", chunk, _OWNER)
     arrays = {}
     for name, values in sets.items():
-        values = np.asanyarray(values)
+        values = real_array(str(name), values, _OWNER)
         arrays[name] = values[:, None] if values.ndim == 1 else values
     lengths = {name: values.shape for name, values in arrays.items()}
-    if any(values.ndim != 2 for values in arrays.values()) or (
+    if any(v.ndim != 2 or not v.shape[1] for v in arrays.values()) or (
         len({shape[0] for shape in lengths.values()}) != 1
     ):
         raise ValueError(
-            "Task similarity: expected arrays (n, d) of the same n examples, one for each "
+            f"{_OWNER}: expected arrays (n, d) of the same n examples, one for each "
             f"task. Received: {lengths}."
         )
     (length,) = {shape[0] for shape in lengths.values()}
     if length == 0:
-        raise ValueError(f"Task similarity: there are no examples. Received: {lengths}.")
+        raise ValueError(f"{_OWNER}: there are no examples. Received: {lengths}.")
+    exponents = _exponents(arrays, length, chunk)
     shift: Any = 0.0
     total: Any = 0.0
     products: Any = 0.0
     for start in range(0, length, chunk):
-        parts = []
-        for name, values in arrays.items():
-            part = np.asarray(values[start : start + chunk], "float64")
-            if not np.all(np.isfinite(part)):
-                raise ValueError(
-                    f"Task similarity: {name!r} has {np.count_nonzero(~np.isfinite(part))} "
-                    f"values that are not finite in the examples {start} to "
-                    f"{start + len(part) - 1}."
-                )
-            parts.append(part)
-        part = np.concatenate(parts, axis=1)
+        parts = [
+            np.asarray(values[start : start + chunk], "float64")
+            for values in arrays.values()
+        ]
+        part = np.ldexp(np.concatenate(parts, axis=1), -exponents)
         if start == 0:
             # Near the mean, so that nothing is lost in the difference of large numbers.
             shift = part.mean(axis=0)
@@ -205,15 +225,29 @@ def _joint_covariance(
     # Rounding leaves a little variance to a constant column.
     constant = np.diag(covariance) <= (_NEGLIGIBLE * shift) ** 2
     covariance[constant] = covariance[:, constant] = 0
-    return covariance, [shape[1] for shape in lengths.values()]
+    return covariance, [shape[1] for shape in lengths.values()], exponents
+
+
+def _exponents(arrays: Mapping[str, np.ndarray], length: int, chunk: int) -> np.ndarray:
+    """For each column the power of two that is next above its largest absolute value."""
+    largest = []
+    for name, values in arrays.items():
+        found = np.zeros(values.shape[1])
+        for start in range(0, length, chunk):
+            part = np.abs(np.asarray(values[start : start + chunk], "float64"))
+            if not np.all(np.isfinite(part)):
+                raise ValueError(
+                    f"{_OWNER}: expected finite values. Received: {name!r} has "
+                    f"{np.count_nonzero(~np.isfinite(part))} values that are not finite, "
+                    f"in the examples {start} to {start + len(part) - 1}."
+                )
+            found = np.maximum(found, part.max(axis=0))
+        largest.append(found)
+    return np.frexp(np.concatenate(largest))[1]
 
 
 def _whitener(covariance: np.ndarray, ridge: float) -> np.ndarray:
     """A matrix `(d, r)` with `W^T (S + ridge) W = I`, r the rank of S."""
-    if not ridge >= 0:
-        raise ValueError(
-            f"Task similarity: `ridge` must not be negative. Received: ridge={ridge}."
-        )
     deviation = np.sqrt(np.diag(covariance))
     varies = deviation > 0
     scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=varies)

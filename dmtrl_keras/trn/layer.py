@@ -16,12 +16,36 @@ from keras import ops
 from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, checked, full_precision
 from dmtrl_keras.ground.linalg import whitener
 from dmtrl_keras.ground.types import DType, Shape, Tensor
-from dmtrl_keras.ground.validation import check_number, checked_pairs, name_of
+from dmtrl_keras.ground.validation import (
+    check_number,
+    check_one_of,
+    checked_pairs,
+    is_list,
+    name_of,
+    refusal,
+)
 
 Method: TypeAlias = Literal["cholesky", "svd"]
 
 # Lanczos steps after which the largest singular value is exact for all purposes here.
 _STEPS = 24
+# A smaller variance is none: its inverse would be out of float32's range.
+_SMALLEST = 1e-30
+
+
+def checked_settings(
+    momentum: float, ridge: float, method: Method, owner: str
+) -> dict[str, Any]:
+    """The settings of the estimates, by name.
+
+    Raises:
+        ValueError: if one is malformed.
+    """
+    return {
+        "momentum": check_number("momentum", momentum, owner, 1),
+        "ridge": check_number("ridge", ridge, owner),
+        "method": check_one_of("method", method, ("cholesky", "svd"), owner),
+    }
 
 
 def correlation_along(
@@ -176,7 +200,8 @@ class TRL(keras.layers.Layer):
     sums, so that the batch size makes no difference. Under several replicas the batch is
     the global one.
 
-    All pairs are one batched computation; sets of different dimensions are padded.
+    All pairs are one batched computation; sets of different dimensions are padded. Features
+    that are constant in a batch are similar to nothing, and get no gradient.
 
     Where some examples lack some sets (`present`), a covariance is that of the examples
     that have both, and joins with a weight in proportion to their number.
@@ -207,9 +232,10 @@ class TRL(keras.layers.Layer):
 
     Raises:
         ValueError: on malformed arguments, on unknown tasks, on fewer than two sets, on
-            different batch sizes or a batch of one. Of values that are not finite, and of
-            a first batch of one where sizes are not known before, the backend's own error
-            (TensorFlow: `tf.errors.InvalidArgumentError`); none in code that XLA compiles.
+            different batch sizes or a batch of one; on values that are not finite or are
+            too large for their variances, and on a first batch of one where sizes are not
+            known before: in a graph of TensorFlow a `tf.errors.InvalidArgumentError` with
+            the same text, none in code that XLA compiles.
 
     Example:
 
@@ -235,25 +261,17 @@ class TRL(keras.layers.Layer):
     ) -> None:
         # Labels, say, are not to be rounded to half precision on the way in.
         super().__init__(autocast=False, **kwargs)
-        for argument, value, high in (
-            ("momentum", momentum, 1),
-            ("ridge", ridge, float("inf")),
-        ):
-            check_number(argument, value, name_of(self), high)
-        if method not in ("cholesky", "svd"):
-            raise ValueError(
-                f'{name_of(self)}: `method` must be "cholesky" or "svd". '
-                f"Received: method={method!r}."
-            )
+        settings = checked_settings(momentum, ridge, method, name_of(self))
+        self.momentum, self.ridge, self.method = settings.values()
         self.pairs = checked_pairs(pairs, name_of(self), "tasks")
-        self.momentum = float(momentum)
-        self.ridge = float(ridge)
-        self.method = method
 
     def _sets(self, inputs: Any) -> tuple[list[Any], list[Any]]:
         """`(names, values)` of the input in one order."""
         if isinstance(inputs, dict):
             return list(inputs), list(inputs.values())
+        if not is_list(inputs):
+            what = "a list or a dict of the features of each task"
+            raise refusal("inputs", inputs, name_of(self), what)
         return list(range(len(inputs))), list(inputs)
 
     def build(self, input_shape: Any) -> None:
@@ -321,13 +339,24 @@ class TRL(keras.layers.Layer):
         names, values = self._sets(inputs)
         self._check_batch(names, [x.shape for x in values])
         if present is not None:
-            present = [present[name] for name in names]
+            present = self._present(present, names)
         covariance = self._updated(values, present)
         similarity = self._similarities(covariance)
         if self.trainable:
             self.covariance.assign(ops.stop_gradient(covariance))
             self.similarity.assign(ops.stop_gradient(similarity))
         return similarity
+
+    def _present(self, present: Any, names: Sequence[Any]) -> list[Tensor]:
+        """Which examples have each set, in the order of the sets."""
+        given, there = self._sets(present)
+        shapes = [getattr(x, "shape", None) for x in there]
+        if set(given) != set(names) or any(s is None or len(s) != 1 for s in shapes):
+            raise ValueError(
+                f"{name_of(self)}: `present` must have tensors (batch,) in the structure "
+                f"of the inputs, {list(names)}. Received: {dict(zip(given, shapes))}."
+            )
+        return [there[given.index(name)] for name in names]
 
     def _updated(
         self, values: Sequence[Tensor], present: Sequence[Tensor] | None
@@ -349,7 +378,13 @@ class TRL(keras.layers.Layer):
         covariance, count = self._batch_covariance(x, there, size)
         # A batch of one, the last of an epoch, says nothing about covariances.
         share = ops.where(count > 1, (1 - self.momentum) * count / size, 0.0)
-        return (1 - share) * ops.stop_gradient(moving) + share * covariance
+        covariance = (1 - share) * ops.stop_gradient(moving) + share * covariance
+        return checked(
+            covariance,
+            ops.all(ops.isfinite(covariance)),
+            f"{name_of(self)}: features are too large for their variances in "
+            f"{self.covariance.dtype}. Is the learning rate too high?",
+        )
 
     def _side_by_side(
         self, values: Sequence[Tensor], present: Sequence[Tensor] | None, dtype: DType
@@ -377,6 +412,7 @@ class TRL(keras.layers.Layer):
             there = ops.ones((ops.shape(x)[0], len(self._sizes)), x.dtype)
         else:
             centred = centred * self._by_feature(there, -1)
+        centred = centred * self._varies(x, centred, self._by_feature(there, -1))
         both = all_reduce_sum(ops.matmul(ops.transpose(there), there))
         count = self._by_feature(self._by_feature(both, 0), 1)
         # Sums of one, and of products, over the examples that have both.
@@ -385,6 +421,21 @@ class TRL(keras.layers.Layer):
         products = all_reduce_sum(ops.matmul(ops.transpose(centred), centred))
         scatter = products - sums * ops.transpose(sums) / ops.maximum(count, 1)
         return scatter / ops.maximum(count - 1, 1), count
+
+    def _varies(self, x: Tensor, centred: Tensor, there: Tensor) -> Tensor:
+        """1 for the features that vary in a batch, 0 for those that are constant, `(D,)`.
+
+        Constant features are similar to nothing, and no step makes them so: the gradient of
+        a correlation has no limit where a variance vanishes, and none is taken there.
+        """
+        count = ops.maximum(all_reduce_sum(ops.sum(there, axis=0)), 1)
+        mean = all_reduce_sum(ops.sum(centred, axis=0)) / count
+        squares = (ops.square(centred - mean) * there, ops.square(x))
+        variance, size = (all_reduce_sum(ops.sum(s, axis=0)) for s in squares)
+        rounding = 16 * np.finfo(self.covariance.dtype).eps
+        # What is too large for its variance is no constant; it is an error later.
+        varies = ops.logical_or(variance > rounding**2 * size, ops.isinf(variance))
+        return ops.stop_gradient(ops.cast(varies, x.dtype))
 
     def _similarities(self, covariance: Tensor) -> Tensor:
         """Eq. 11 for all pairs, on blocks that are padded to one size."""
@@ -398,11 +449,11 @@ class TRL(keras.layers.Layer):
         for t, (size, start) in enumerate(zip(self._sizes, borders)):
             block = rows[t, :size, start : start + size]
             variances = ops.diagonal(block)
-            # Constant features have no scale; they are similar to nothing.
             # What rounding makes of singular matrices must not be taken for variance.
             rounding = 4 * size * np.finfo(self.covariance.dtype).eps
-            least = rounding * ops.mean(variances) + keras.config.epsilon() ** 2
-            block = block + ops.diag(self.ridge * variances + least)
+            # Constant features have no scale; they are similar to nothing.
+            none = ops.cast(variances < _SMALLEST, variances.dtype)
+            block = block + ops.diag((self.ridge + rounding) * variances + none)
             pad = ((0, width - size), (0, width - size))
             rest = np.diag(np.arange(width) >= size).astype("float32")
             own.append(ops.pad(block, pad) + ops.cast(rest, block.dtype))

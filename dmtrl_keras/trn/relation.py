@@ -8,7 +8,16 @@ import keras
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dmtrl_keras.ground.validation import check_number, checked_pairs, clean_name, name_of
+from dmtrl_keras.ground.validation import (
+    check_number,
+    checked_pairs,
+    clean_name,
+    is_list,
+    name_of,
+    real_array,
+    refusal,
+    shown,
+)
 from dmtrl_keras.trn.canonical_correlation import task_similarity, task_similarity_matrix
 
 Pair = tuple[str, str]
@@ -56,9 +65,10 @@ class Relation:
         self.at = _checked_place(at)
         if name is None:
             name = "hidden" if isinstance(self.at, dict) else self.at
+        if not isinstance(name, str):
+            raise refusal("name", name, "Relation", "a string, or None")
         self.name = clean_name(name)
-        check_number("weight", weight, name_of(self))
-        self.weight = float(weight)
+        self.weight = check_number("weight", weight, name_of(self))
         self.groups = _checked_groups(groups, name_of(self))
         self.pairs = checked_pairs(pairs, name_of(self), "tasks or groups")
 
@@ -153,12 +163,16 @@ def label_similarity(
     >>> label_similarity({"a": np.array([0, 0, 1, 2]), "b": np.array([1.0, 1.0, 2.0, 0.0])})
     {('a', 'b'): 1.0}
     """
-    pairs, sets = Relation("labels", pairs=pairs, groups=groups).sets(tuple(labels))
-    vectors = {task: _vectors(values) for task, values in labels.items()}
+    owner = "label_similarity"
+    ridge = check_number("ridge", ridge, owner)
+    if not isinstance(labels, Mapping) or not all(isinstance(t, str) for t in labels):
+        raise refusal("labels", labels, owner, "a dict from task to array")
+    pairs, sets = Relation(owner, pairs=pairs, groups=groups).sets(tuple(labels))
+    vectors = {task: _vectors(task, values) for task, values in labels.items()}
     sizes = {task: len(values) for task, values in vectors.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(
-            f"Label similarity: expected labels of the same examples. Received: {sizes}."
+            f"{owner}: expected labels of the same examples. Received: {sizes}."
         )
     arrays = {
         name: np.concatenate([vectors[task] for task in tasks], axis=1)
@@ -174,28 +188,35 @@ def label_similarity(
         both = present[i] & present[j]
         if not both.any():
             raise ValueError(
-                f"Label similarity: no example has labels of both {i!r} and {j!r}."
+                f"{owner}: no example has labels of both {i!r} and {j!r}. "
+                f"Received: {sizes} examples, expected some with both labels."
             )
         found[i, j] = task_similarity(arrays[i][both], arrays[j][both], ridge)
     return found
 
 
-def _vectors(labels: ArrayLike) -> np.ndarray:
+def _vectors(task: str, labels: ArrayLike) -> np.ndarray:
     """Labels as vectors: classes one-hot."""
-    labels = np.asarray(labels)
+    labels = real_array(f"labels[{task!r}]", labels, "label_similarity")
+    if not labels.ndim or not labels.size:
+        what = "one label or more for each example"
+        raise refusal(f"labels[{task!r}]", labels, "label_similarity", what)
     if labels.ndim == 1 and labels.dtype.kind in "iub":
         _, classes = np.unique(labels, return_inverse=True)
         return np.eye(classes.max(initial=0) + 1)[classes]
-    return labels.reshape(len(labels), -1).astype("float64")
+    return np.asarray(labels).reshape(len(labels), -1).astype("float64")
 
 
 def _checked_place(at: Any) -> str | dict[str, str]:
     """Where features are taken, see `Relation`."""
-    layers = at.items() if isinstance(at, Mapping) else [(at, at)]
-    if not at or not all(isinstance(x, str) for pair in layers for x in pair):
+    by_task = isinstance(at, Mapping)
+    layers = at.items() if by_task else [(at, at)]
+    if (by_task and not at) or not all(
+        isinstance(x, str) and x for pair in layers for x in pair
+    ):
         raise ValueError(
             'Relation: `at` must be "output", the name of a layer, or a dict from task '
-            f"to the name of a layer. Received: at={at!r}."
+            f"to the name of a layer. Received: at={shown(at)}."
         )
     return dict(at) if isinstance(at, Mapping) else at
 
@@ -203,11 +224,13 @@ def _checked_place(at: Any) -> str | dict[str, str]:
 def _checked_groups(groups: Any, owner: str) -> dict[str, list[str]]:
     """Groups of different tasks by name."""
     groups = {} if groups is None else groups
-    if not isinstance(groups, Mapping) or any(
-        isinstance(g, str) or not g or len(set(g)) < len(g) for g in groups.values()
-    ):
-        raise ValueError(
-            f"{owner}: `groups` must be a dict from name to a list of "
-            f"different tasks. Received: groups={groups!r}."
-        )
+    if not isinstance(groups, Mapping) or not all(map(_is_group, groups.items())):
+        what = "a dict from name to a list of different tasks"
+        raise refusal("groups", groups, owner, what)
     return {name: list(tasks) for name, tasks in groups.items()}
+
+
+def _is_group(group: tuple[Any, Any]) -> bool:
+    name, tasks = group
+    named = is_list(tasks) and all(isinstance(task, str) for task in (name, *tasks))
+    return named and 0 < len(tasks) == len(set(tasks))

@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
-import numpy as np
 from keras import ops, tree
 
 from dmtrl_keras.conversion.graph import trace
 from dmtrl_keras.ground.backend import share_of_replica
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import DType, Tensor
-from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.ground.validation import is_list, is_real, name_of, refusal
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.training.missing import align, same_shape, split_missing
 from dmtrl_keras.training.terms import LossTerm, Step
-from dmtrl_keras.trn.layer import TRL, Method
+from dmtrl_keras.trn.layer import TRL, Method, checked_settings
 from dmtrl_keras.trn.relation import Pair, Relation
 
 # Of 780 pairs TensorFlow took more than five minutes to optimize the graph of a step.
@@ -139,23 +138,23 @@ class TaskRelations(LossTerm):
     ) -> None:
         super().__init__(name=name, **kwargs)
         self._relations = self._checked_relations(relations)
-        self.settings: dict[str, Any] = {
-            "momentum": momentum,
-            "ridge": ridge,
-            "method": method,
-        }
+        self.settings = checked_settings(momentum, ridge, method, name_of(self))
+        if label_similarity is not None and not (
+            isinstance(label_similarity, Mapping) and all(map(is_list, label_similarity))
+        ):
+            what = "None, or a dict with a number in [0, 1] for every pair of tasks"
+            raise refusal("label_similarity", label_similarity, name_of(self), what)
         self.label_similarity = label_similarity
         self.trls: dict[str, TRL] = {}
         self._trackers: dict[str, SimilarityTracker] = {}
 
     def _checked_relations(self, relations: Any) -> list[Relation]:
-        relations = [relations] if isinstance(relations, Relation) else list(relations)
+        given = relations
+        relations = list(given) if is_list(given) else [given]
         names = [getattr(relation, "name", None) for relation in relations]
         if not relations or not all(isinstance(r, Relation) for r in relations):
-            raise ValueError(
-                f"{name_of(self)}: `relations` must be a Relation or a list of them. "
-                f"Received: relations={relations!r}."
-            )
+            what = "a Relation or a list of them"
+            raise refusal("relations", given, name_of(self), what)
         if len(set(names)) < len(names) or "label" in names:
             raise ValueError(
                 f"{name_of(self)}: relations need different names, and none may be "
@@ -264,15 +263,12 @@ class TaskRelations(LossTerm):
             return None
         pairs = self._pairs["label"]
         values = {}
-        if isinstance(given, dict):
+        if isinstance(given, Mapping):
             values = {frozenset(pair): value for pair, value in given.items()}
-        absent = [pair for pair in pairs if frozenset(pair) not in values]
         found: list[Any] = [values.get(frozenset(pair)) for pair in pairs]
-        if absent or not all(bool(np.isscalar(v)) and 0 <= v <= 1 for v in found):
-            raise ValueError(
-                f"{name_of(self)}: `label_similarity` must be a dict with a number in "
-                f"[0, 1] for every pair of {pairs}. Received: {given!r}."
-            )
+        if not all(is_real(value) and 0 <= value <= 1 for value in found):
+            what = f"a dict with a number in [0, 1] for every pair of {pairs}"
+            raise refusal("label_similarity", given, name_of(self), what)
         return [float(value) for value in found]
 
     # --- what was learned ---------------------------------------------------------

@@ -42,7 +42,18 @@ def test_ends():
     assert sharing_strength_of(np.vstack([np.ones(4), np.zeros((3, 4))])) == 1
     column = np.array([[2.0], [-1.0], [0.3]])
     assert sharing_strength_of(np.repeat(column, 5, axis=1)) == pytest.approx(1)
-    assert math.isnan(sharing_strength_of(np.ones((2, 1))))
+
+
+def test_one_task():
+    """There is no pair to compare; a network of several tasks may have a layer of one."""
+    with pytest.raises(ValueError, match=r"sharing_strength_of: .* two tasks.*\(2, 1\)"):
+        sharing_strength_of(np.ones((2, 1)))
+    inputs = keras.Input((6,))
+    one = layers.TaskDense(4, 1, shared_input=True, name="one")(inputs)
+    with pytest.raises(ValueError, match=r"sharing_strength: .* two tasks or more"):
+        sharing_strength(keras.Model(inputs, one))
+    two = layers.TaskDense(4, 2, shared_input=True, name="two")(one)
+    assert sharing_strength(keras.Model(inputs, two)) == {"two": 0.0}
 
 
 def test_permutations_and_signs(rng):
@@ -84,7 +95,7 @@ def test_model(tmp_path):
 @pytest.mark.parametrize("matrix", [np.ones(3), np.ones((0, 3)), np.array([[np.nan, 1]])])
 def test_errors(matrix):
     """Only a finite matrix has a strength."""
-    with pytest.raises(ValueError, match="shape="):
+    with pytest.raises(ValueError, match=r"sharing_strength_of: .*shape"):
         sharing_strength_of(matrix)
 
 

@@ -44,5 +44,5 @@ def test_bad_arguments(plot):
         plot(np.zeros((2, 3)))
     with pytest.raises(ValueError, match="finite"):
         plot({"fc8": np.full((2, 2), np.nan)})
-    with pytest.raises(ValueError, match="Expected 3 names"):
+    with pytest.raises(ValueError, match=r"`names` must be .* one for each task.*'b'"):
         plot(MATRIX, ["a", "b"])

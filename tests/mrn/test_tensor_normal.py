@@ -207,7 +207,7 @@ def test_quadratic_form_has_a_gradient(rng):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda t, x: t.log_density(x, [np.eye(3)]), "Expected 2 covariances"),
+        (lambda t, x: t.log_density(x, [np.eye(3)]), "expected 2 covariances"),
         (lambda t, x: t.log_density(x, [np.eye(3), None]), r"mode 0.*\(2, 2\).*\(3, 3\)"),
         (lambda t, x: t.log_density(x, [-np.eye(2), None]), "mode 0.*eigenvalue -1"),
         (lambda t, x: t.log_density(x, [np.triu(np.ones((2, 2))), None]), "symmetric"),

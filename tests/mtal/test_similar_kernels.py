@@ -314,7 +314,7 @@ def test_schedule_survives_a_file(tmp_path, rng):
         ({"threshold": "near"}, "'related', 'unrelated'"),
         ({"weights": 0.3}, "phi_ij"),
         ({"weights": [[0, 0.3], [0.3, 0]]}, "phi_ij"),
-        ({"pairs": "some"}, "'all', 'index'"),
+        ({"pairs": "some"}, '"all" or "index"'),
         ({"update_every": 0}, "positive int"),
         ({"related": [[1]]}, "two or more different"),
         ({"related": [[1, 1]]}, "two or more different"),

@@ -15,8 +15,8 @@ from dmtrl_keras import (
     single_task,
 )
 from dmtrl_keras.ground.backend import tensorflow
-from dmtrl_keras.losses import MaskedLoss
 from dmtrl_keras.layers import TaskDense, TaskSplit
+from dmtrl_keras.losses import MaskedLoss
 
 LOSS = "sparse_categorical_crossentropy"
 

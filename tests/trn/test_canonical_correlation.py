@@ -144,7 +144,7 @@ def test_bad_input(sets, message):
     """The error says what was received."""
     with pytest.raises(ValueError, match=message):
         task_similarity_matrix(sets)
-    with pytest.raises(ValueError, match="`ridge` must not be negative"):
+    with pytest.raises(ValueError, match=r"`ridge` must be a number from 0.*ridge=-1"):
         task_similarity(np.arange(3), np.arange(3), ridge=-1)
     with pytest.raises(ValueError, match="`chunk` must be a positive int"):
         task_similarity(np.arange(3), np.arange(3), chunk=0)

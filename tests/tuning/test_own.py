@@ -61,6 +61,21 @@ def test_own_data(monkeypatch, per_task, few_steps):
     assert set(study.objectives) <= set(found)
 
 
+def test_model_that_is_none(monkeypatch, capsys):
+    """A function that returns something else ends the program, in a line."""
+    functions = {"m:backbone": dict, "m:data": data}
+    monkeypatch.setattr(users, "_function", lambda name: functions[name])
+    for method in ("independent", "own"):
+        if method == "own":
+            functions["m:backbone"] = lambda hp: {}
+        study = users.Own(method, ["--data", "m:data"], TUNABLE, False, 0.25, "m:backbone")
+        with pytest.raises(SystemExit):
+            study.settings(kt.HyperParameters())
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "--model m:backbone: expected a function that returns a Keras model" in last
+        assert last.endswith("Received: dict.")
+
+
 @pytest.mark.parametrize(
     "found, message",
     [

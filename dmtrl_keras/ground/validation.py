@@ -1,5 +1,6 @@
 """Checks that several layers share; every message says what was received."""
 
+import fnmatch
 import math
 import numbers
 import re
@@ -172,6 +173,22 @@ def checked_pairs(pairs: Any, owner: str, what: str) -> list[tuple[Any, Any]] | 
             f"Received: pairs={pairs!r}."
         )
     return pairs
+
+
+def is_for(key: str, name: str, kind: str | None) -> bool:
+    """Whether a key of a dict by layers is for one of them.
+
+    Args:
+        key: str, a layer's name, a pattern, or the name of a Keras class.
+        name: str, the layer's.
+        kind: str, the name of the class of what the layer is for one task; None: unknown.
+
+    Example:
+
+    >>> [is_for(key, "conv1", "Conv2D") for key in ("conv1", "conv*", "Conv2D", "Dense")]
+    [True, True, True, False]
+    """
+    return key == kind or fnmatch.fnmatchcase(name, key)
 
 
 def clean_name(name: str) -> str:

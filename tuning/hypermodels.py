@@ -198,11 +198,11 @@ class Factorized(MultiTask):
         backbone = self.backbone()
         layers = _names(backbone, lambda one: getattr(one, "kernel", None) is not None)
         tolerance, ranks = self.space(hp).factorization(layers, tolerance, highest=0.95)
+        if self.method != "laf":
+            task_rank = self.space(hp).task_rank(len(self.tasks), task_rank)
         if ranks is None:
             return super().network(hp, backbone=backbone, tolerance=tolerance, **by)
         kind = type(parameterizations.get(self.method))
-        if self.method != "laf":
-            task_rank = self.space(hp).task_rank(len(self.tasks), task_rank)
         sharing = {layer: kind(rank, task_rank=task_rank) for layer, rank in ranks.items()}
         return super().network(hp, backbone=backbone, sharing=sharing)
 

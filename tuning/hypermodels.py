@@ -4,6 +4,8 @@ hypermodel = Factorized("tucker", backbone, {"age": "mse", "gender": "mse"}, hea
 tuner = keras_tuner.BayesianOptimization(hypermodel, "val_loss")
 """
 
+import warnings
+
 import keras
 import keras_tuner as kt
 
@@ -204,7 +206,10 @@ class Factorized(MultiTask):
             return super().network(hp, backbone=backbone, tolerance=tolerance, **by)
         kind = type(parameterizations.get(self.method))
         sharing = {layer: kind(rank, task_rank=task_rank) for layer, rank in ranks.items()}
-        return super().network(hp, backbone=backbone, sharing=sharing)
+        with warnings.catch_warnings():
+            # Of the smallest fractions, which a small layer can't have: it gets its least.
+            warnings.filterwarnings("ignore", ".*the smallest ranks with which")
+            return super().network(hp, backbone=backbone, sharing=sharing)
 
 
 class Similar(MultiTask):

@@ -46,9 +46,9 @@ def test_promises(kind, base, choice, rng):
 def test_same_as_sharing(kind, base, rng):
     """The name and the `sharing` argument are one layer."""
     shape = DIMENSIONS[base]
-    named = make(kind, base, rank=0.8, implementation="compose")
+    named = make(kind, base, rank=2, implementation="compose")
     plain_class = getattr(layers, f"Task{base}")
-    sharing = getattr(parameterizations, kind)(rank=0.8)
+    sharing = getattr(parameterizations, kind)(rank=2)
     window = () if base == "Dense" else (2,)
     plain = plain_class(3, *window, tasks=2, sharing=sharing)
     x = rng.normal(size=(2, *shape)).astype("float32")

@@ -523,7 +523,7 @@ def parser():
         nargs="+",
         type=in_range(float, 0, 1),
         default=[0.2, 0.5, 0.8],
-        help="fractions of the largest ranks",
+        help="fractions of the weights of independent kernels",
     )
     p.add_argument("--methods", nargs="+", choices=FACTORIZATIONS, default=FACTORIZATIONS)
     p.add_argument("--skip-grouped", action="store_true", help="leave out (b)")

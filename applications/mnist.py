@@ -441,7 +441,7 @@ class Mnist(Experiment):
             default={},
             metavar="LAYER=RANK",
             help="instead of the tolerance, of conv1, conv2, fc, output: an int (a cap), "
-            "or a fraction of the full ranks; layers that are left out stay independent",
+            "or a fraction of its weights; layers that are left out stay independent",
         )
 
     def check(self, p, options):

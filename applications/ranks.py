@@ -18,6 +18,7 @@ for those that say so:
 """
 
 import pathlib
+import warnings
 
 import keras
 import numpy as np
@@ -111,7 +112,10 @@ def network(options, method):
         if kind != "stl":
             model = factorize(model, kind, tolerance=options.tolerance, verbose=False)
     else:
-        model = multitask(start, TASKS, sharing_of(options, kind, how), **common)
+        with warnings.catch_warnings():
+            # Tasks that can't differ are meant here; LAF has no half of two kernels.
+            warnings.simplefilter("ignore", UserWarning)
+            model = multitask(start, TASKS, sharing_of(options, kind, how), **common)
     ranks = {}
     for layer in task_layers(model):
         if layer.rank is not None:

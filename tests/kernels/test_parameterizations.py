@@ -269,13 +269,16 @@ def test_replicate_takes_every_kind_of_rank(kind, rng):
 
 
 @pytest.mark.parametrize("kind", FACTORIZED)
-@pytest.mark.parametrize("units", [5, 1])
-def test_replicated_tasks_can_differ(kind, units, rng):
+@pytest.mark.parametrize(
+    ("units", "choice"),
+    [(5, {"tolerance": 0.5}), (1, {"tolerance": 0.5}), (5, {"rank": 0.5})],
+)
+def test_replicated_tasks_can_differ(kind, units, choice, rng):
     """The first gradient step already takes the tasks apart, other than by scale."""
     from dmtrl_keras.tasks.rewrite import with_sharing
 
     tasks, kernel = 3, rng.normal(size=(6, units))
-    sharing = kind(tolerance=0.5)
+    sharing = kind(**choice)
     values = sharing.replicate(kernel, tasks)
     sharing = sharing.with_rank(sharing.rank(shapes_of(values)))
     layer = with_sharing(TaskDense(units, tasks, shared_input=True), sharing)

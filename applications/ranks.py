@@ -26,6 +26,7 @@ import pandas as pd
 from keras import layers
 
 from dmtrl_keras import factorize, multitask, task_layers
+from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.parameterizations import LAF, TT, Tucker
 
 from .arguments import OPTIMIZERS, in_range
@@ -104,11 +105,9 @@ def network(options, method):
         model = multitask(start, TASKS, **common)
         if how == "apart":
             # What a layer of its own starts from for each task.
-            draw = keras.initializers.GlorotUniform()
             for layer in task_layers(model):
                 shape = layer.stacked_kernel_shape[:-1]
-                own = [keras.ops.convert_to_numpy(draw(shape)) for _ in TASKS]
-                layer.kernel.assign(np.stack(own, axis=-1))
+                layer.kernel.assign(draw_stacked_kernel(None, shape, len(TASKS), False))
         if kind != "stl":
             model = factorize(model, kind, tolerance=options.tolerance, verbose=False)
     else:

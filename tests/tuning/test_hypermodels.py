@@ -95,6 +95,23 @@ def test_values_are_used():
     assert float(model.optimizer.learning_rate) == pytest.approx(0.05)
 
 
+def test_task_rank():
+    """A default for all layers, a hyperparameter with ranks by layer; not of LAF."""
+    losses = dict.fromkeys(("a", "b", "c"), "mse")
+
+    def rank_of(values, method="tucker", **arguments):
+        hp = kt.HyperParameters()
+        hp.values = values
+        family = FAMILIES[method](method, backbone, losses, heads=1, **arguments)
+        return family.build(hp).get_layer("fc").rank[-1]
+
+    assert rank_of({"tolerance": 0.2}) == 3
+    assert rank_of({"tolerance": 0.2}, defaults={"task_rank": 2}) == 2
+    assert rank_of({"ranks": "layers", "task_rank": 2}, per_layer=True) == 2
+    with pytest.raises(ValueError, match=r"LAF has no other rank.*task_rank=2"):
+        rank_of({}, "laf", defaults={"task_rank": 2})
+
+
 def test_trials_have_nothing_in_common():
     """Heads and metrics that were given as objects begin anew, the backbone stays."""
     whole = backbone()

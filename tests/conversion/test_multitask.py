@@ -317,7 +317,7 @@ def test_ranks_by_class(rng):
     assert window == 1 and channels == [3, 4] and tasks == 2
     assert model.get_layer("classes").rank[1:] == (2, 2)
     few = multitask(
-        backbone, 4, {"Dense": "tucker"}, rank=0.5, task_rank={"D*": 2}, verbose=False
+        backbone, 4, {"Dense": "tucker"}, rank=0.5, task_rank={"c*": 2}, verbose=False
     )
     assert few.get_layer("classes").rank[-1] == 2
     assert few.get_layer("stem").sharing.name == "independent"

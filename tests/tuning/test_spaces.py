@@ -49,8 +49,9 @@ def test_per_layer():
 
 
 def test_task_rank():
-    """Searched with ranks by layer; two tasks leave nothing to choose, nor does a fraction."""
+    """Searched with ranks by layer; of two tasks there is nothing to choose."""
     hp = kt.HyperParameters()
+    hp.values = {"ranks": "layers"}
     space = Space(hp, per_layer=True)
     space.factorization(["fc"], 0.1)
     assert space.task_rank(2) is None and space.task_rank(5, 0.5) == 0.5

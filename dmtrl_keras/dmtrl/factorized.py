@@ -172,9 +172,9 @@ class FactorizedParameterization(Parameterization):
         if tasks > 1 and min(math.prod(others), rank) == 1:
             found.append(
                 f"the task rank is 1, so that the kernels of the {tasks} tasks are "
-                f"multiples of each other, and stay so. {self._received()} Expected: a task "
-                "rank of 2 or more, by `task_rank` or from kernels that differ by more than "
-                "the tolerance."
+                f"multiples of each other, and stay so. {self._received()} Expected: a "
+                "task rank of 2 or more, by `task_rank` or from kernels that differ by "
+                "more than the tolerance."
             )
         size, whole = sum(map(math.prod, shapes.values())), math.prod(kernel)
         fraction = self._rank if isinstance(self._rank, float) else 1.0

@@ -5,12 +5,15 @@ from dmtrl_keras.dmtrl.decomposition import (
     check_choice,
     laf,
     laf_bounds,
+    laf_ranks,
     resolve_rank,
     truncation_rank,
     tt,
     tt_bounds,
+    tt_ranks,
     tucker,
     tucker_bounds,
+    tucker_ranks,
 )
 from dmtrl_keras.ground.linalg import mode_product, unfold
 
@@ -19,12 +22,15 @@ __all__ = [
     "check_choice",
     "laf",
     "laf_bounds",
+    "laf_ranks",
     "mode_product",
     "resolve_rank",
     "truncation_rank",
     "tt",
     "tt_bounds",
+    "tt_ranks",
     "tucker",
     "tucker_bounds",
+    "tucker_ranks",
     "unfold",
 ]

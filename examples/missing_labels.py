@@ -48,7 +48,7 @@ heads = {"smile": 1, "glasses": 1, "turn": keras.layers.Dense(1)}
 losses = {"smile": "binary_crossentropy", "glasses": "binary_crossentropy", "turn": "mse"}
 metrics = {"smile": "binary_accuracy", "glasses": "binary_accuracy", "turn": "mae"}
 model = multitask(
-    backbone, list(heads), sharing="tucker", rank=0.5, share_until="pool1", heads=heads
+    backbone, list(heads), sharing="tucker", tolerance=0.3, share_until="pool1", heads=heads
 )
 model.compile(
     keras.optimizers.Adam(3e-3),

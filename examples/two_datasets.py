@@ -45,7 +45,7 @@ for block, filters in enumerate((16, 32), start=1):
 backbone.add(keras.layers.Flatten())
 
 model = multitask(
-    backbone, list(training), sharing="tt", rank=0.5, shared_input=False, heads=10
+    backbone, list(training), sharing="tt", tolerance=0.3, shared_input=False, heads=10
 )
 loss = "sparse_categorical_crossentropy"
 model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])

@@ -4,6 +4,8 @@ hypermodel = Factorized("tucker", backbone, {"age": "mse", "gender": "mse"}, hea
 tuner = keras_tuner.BayesianOptimization(hypermodel, "val_loss")
 """
 
+import warnings
+
 import keras
 import keras_tuner as kt
 
@@ -176,25 +178,38 @@ class HardSharing(MultiTask):
 
 
 class Factorized(MultiTask):
-    """DMTRL: `"laf"`, `"tucker"` or `"tt"`, by one tolerance or a rank for each layer."""
+    """DMTRL: `"laf"`, `"tucker"` or `"tt"`, by one tolerance or a rank for each layer.
+
+    A rank is a fraction of the layer's weights; the task rank is full, `task_rank` of the
+    defaults, or, with ranks by layer and more than two tasks, a hyperparameter.
+    """
 
     methods = ("laf", "tucker", "tt")
-    defaults = {"tolerance": 0.1}
+    defaults = {"tolerance": 0.1, "task_rank": None}
 
     def network(self, hp):
-        tolerance = self.defaults["tolerance"]
+        tolerance, task_rank = self.defaults["tolerance"], self.defaults["task_rank"]
+        if self.method == "laf" and task_rank is not None:
+            raise ValueError(
+                "Factorized: LAF has no other rank than that of the tasks, which the "
+                f"tolerance chooses. Received: task_rank={task_rank!r}."
+            )
+        by = {"sharing": self.method, "task_rank": task_rank}
         if "sharing" not in self.tune:
-            return super().network(hp, sharing=self.method, tolerance=tolerance)
+            return super().network(hp, tolerance=tolerance, **by)
         backbone = self.backbone()
         layers = _names(backbone, lambda one: getattr(one, "kernel", None) is not None)
         tolerance, ranks = self.space(hp).factorization(layers, tolerance, highest=0.95)
+        if self.method != "laf":
+            task_rank = self.space(hp).task_rank(len(self.tasks), task_rank)
         if ranks is None:
-            return super().network(
-                hp, backbone=backbone, sharing=self.method, tolerance=tolerance
-            )
+            return super().network(hp, backbone=backbone, tolerance=tolerance, **by)
         kind = type(parameterizations.get(self.method))
-        sharing = {layer: kind(rank) for layer, rank in ranks.items()}
-        return super().network(hp, backbone=backbone, sharing=sharing)
+        sharing = {layer: kind(rank, task_rank=task_rank) for layer, rank in ranks.items()}
+        with warnings.catch_warnings():
+            # Of the smallest fractions, which a small layer can't have: it gets its least.
+            warnings.filterwarnings("ignore", ".*the smallest ranks with which")
+            return super().network(hp, backbone=backbone, sharing=sharing)
 
 
 class Similar(MultiTask):

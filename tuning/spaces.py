@@ -69,7 +69,7 @@ class Space:
         }
 
     def factorization(self, layers, tolerance, highest=0.7):
-        """How kernels are approximated; a rank of a layer is a fraction of its full ranks.
+        """How kernels are approximated; a rank of a layer is a fraction of its weights.
 
         Args:
             layers: names of the layers.
@@ -91,6 +91,24 @@ class Space:
                 for layer in layers
             }
         return (found, None) if by == "tolerance" else (None, ranks)
+
+    def task_rank(self, tasks, default=None):
+        """The rank of the tasks, where there is a rank by layer: from 2 to T.
+
+        With two tasks there is nothing to choose, since their kernels would be multiples of
+        each other with a task rank of 1.
+
+        Args:
+            tasks: int, T.
+            default: int, fraction or None (full), the default.
+
+        Returns:
+            As `default`, or an int.
+        """
+        if not self.per_layer or tasks < 3 or isinstance(default, float):
+            return default
+        with self.hp.conditional_scope("ranks", ["layers"]):
+            return self.hp.Int("task_rank", 2, tasks, default=default or tasks)
 
     def _tolerance(self, default, highest):
         low, high = min(0.01, default), max(highest, default)

@@ -26,6 +26,7 @@ from dmtrl_keras.ground.validation import (
     check_name,
     check_task_names,
     clean_name,
+    is_for,
     shown,
     task_names,
 )
@@ -55,6 +56,7 @@ def multitask(
     verbose: bool = True,
     implementation: str | None = None,
     threshold: Any = None,
+    task_rank: Any = None,
 ) -> MultiTaskModel:
     """The network of T tasks that has a given Keras model as every task's backbone.
 
@@ -64,7 +66,7 @@ def multitask(
 
     Equal kernels have task rank 1, so that a tolerance alone would never let them
     differ: `tolerance` and `rank` therefore say how one kernel is approximated (DMTRL
-    Eq. 1-8), while the task rank is T (or that of `rank`), its latent kernels beyond
+    Eq. 1-8), while the task rank is T (or `task_rank`), its latent kernels beyond
     the first starting at zero. The first step of training can already take the
     tasks apart.
 
@@ -75,12 +77,14 @@ def multitask(
         sharing: what becomes of the kernels: a `Parameterization` such as
             `Tucker(tolerance=0.1)` or `SimilarKernels(0.4)`, or the name of one:
             `"independent"`, `"hard"`, `"laf"`, `"tucker"`, `"tt"`, `"similar"` (MTAL; of
-            convolutions only, as in the paper), ...; or a dict of these by layer name or
-            name pattern such as `"conv5_*"`, of which the first that fits holds, and
-            layers that none fits are independent.
-        rank: short for the argument of factorisations that are given by name: int (a cap),
-            float in (0, 1] (a fraction), or a tuple with one of them for each rank; or a
-            dict of these by layer name or pattern.
+            convolutions only, as in the paper), ...; or a dict of these by layer name,
+            name pattern such as `"conv5_*"` or class such as `"Conv2D"`, of which the
+            first that fits holds, and layers that none fits are independent.
+        rank: short for the argument of factorisations that are given by name: int (a cap
+            for all ranks but the tasks'), float in (0, 1] (the most that a layer's factors
+            may have of the weights of T kernels), or a tuple with an int or a fraction of
+            the possible for each rank; or a dict of these by layer name, pattern or class,
+            such as `{"Conv2D": (1.0, 1.0, 0.5, 0.5), "Dense": 0.25}`.
         tolerance: likewise, a number in (0, 1): the error of each kernel relative to its
             Frobenius norm. Without both: 0.1.
         share_until: name of a layer (or nested model) of the backbone. It and everything
@@ -108,6 +112,8 @@ def multitask(
             `sharing=Tucker(tolerance=0.1, implementation="compose")`.
         threshold: deprecated; `sharing=SimilarKernels(0.4)`, or
             `sharing=Tucker(tolerance=0.1, threshold="singular_value")`.
+        task_rank: as `rank`, the rank of the tasks' axis: int or fraction; None: full. With
+            1 the kernels of all tasks stay multiples of each other.
 
     Returns:
         A `MultiTaskModel`, whose outputs are a dict by task name; not compiled. Layers
@@ -149,7 +155,7 @@ def multitask(
     check_name("name", name, owner)
     backbone = checked_functional(backbone, "multitask")
     surveyed = survey(backbone, share_until)
-    options = {"rank": rank, "tolerance": tolerance}
+    options = {"rank": rank, "tolerance": tolerance, "task_rank": task_rank}
     options |= _deprecated(implementation=implementation, threshold=threshold)
     choose = _sharing_of(sharing, surveyed.with_weights, names, options)
     given = {"sharing": sharing, "prior": prior, **options}
@@ -160,7 +166,7 @@ def multitask(
     builder = _Builder(names, surveyed, choose, prior_of, fusion_of, inputs)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
-    _check_effects(given, builder)
+    _check_effects(given, builder, surveyed.with_weights)
     outputs = outputs_by_task(outputs, heads, names, builder.new_name)
     name = name or clean_name(f"{backbone.name}_multitask")
     model = MultiTaskModel(inputs, outputs, name=name)
@@ -187,7 +193,10 @@ def _deprecated(**options: Any) -> dict[str, Any]:
 
 
 def _sharing_of(
-    sharing: Any, layers: list[str], names: Sequence[str], options: Mapping[str, Any]
+    sharing: Any,
+    layers: Mapping[str, str],
+    names: Sequence[str],
+    options: Mapping[str, Any],
 ) -> Callable[[str, bool], Parameterization]:
     """A function from a layer's name, and whether it convolves, to its parameterization."""
     given = {
@@ -242,7 +251,7 @@ def _fusion_of(between: Any, survey: Survey) -> Callable[[str], Any]:
             raise ValueError(
                 "multitask: `between` goes after the pooling layers, and the backbone has "
                 "none. Give a dict by layer name or pattern. Its layers are: "
-                f"{survey.layers}."
+                f"{list(survey.layers)}."
             )
         between = dict.fromkeys(survey.poolings, between)
     elif between is not None and not isinstance(between, dict):
@@ -273,8 +282,10 @@ def _check_prior(prior: Any) -> StatefulRegularizer | None:
     return prior
 
 
-def _check_effects(given: Mapping[str, Any], builder: "_Builder") -> None:
-    """Refuse what was given for layers, by their full names, where it did nothing."""
+def _check_effects(
+    given: Mapping[str, Any], builder: "_Builder", layers: Mapping[str, str]
+) -> None:
+    """Refuse what was given for layers, by full name or class, where it did nothing."""
     for argument, value in given.items():
         reached = builder.reached["sharing" if argument == "sharing" else "kernels"]
         if argument not in ("sharing", "prior"):
@@ -282,8 +293,12 @@ def _check_effects(given: Mapping[str, Any], builder: "_Builder") -> None:
         idle: list[str] = []
         if isinstance(value, Mapping):
             # A pattern may also fit layers that it is not for.
-            exact = [name for name in value if not set("*?[") & set(name)]
-            idle = [name for name in exact if name not in reached]
+            exact = [key for key in value if not set("*?[") & set(key)]
+            idle = [
+                key
+                for key in exact
+                if not any(is_for(key, name, layers.get(name)) for name in reached)
+            ]
         elif argument == "prior" and value is not None and not reached:
             idle = ["*"]
         if idle:

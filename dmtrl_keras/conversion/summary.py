@@ -87,7 +87,7 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
     >>> x = layers.TuckerDense(16, tasks=4, rank=2, shared_input=True, name="fc")(inputs)
     >>> (row,) = task_summary(keras.Model(inputs, x), verbose=False)
     >>> row.sharing, row.rank, row.parameters, row.parameters_if_independent
-    ('tucker', (2, 2, 2), 128, 576)
+    ('tucker', (2, 2, 4), 144, 576)
     """
     verbose = check_bool("verbose", verbose, "task_summary")
     model = checked_functional(model, "task_summary")

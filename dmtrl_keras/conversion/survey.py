@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from keras import tree
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import output_spec, replaced, run, values_in
 from dmtrl_keras.ground.types import Shape
+from dmtrl_keras.ground.validation import is_for
 
 _POOLINGS = tuple(
     getattr(keras.layers, f"{kind}Pooling{axes}D")
@@ -27,16 +27,16 @@ class Survey:
 
     Attributes:
         shared: ids of the operations that all tasks share.
-        with_weights: names of the layers with weights, in order.
+        with_weights: the layers with weights, in order, a dict from name to class name.
         poolings: names of the pooling layers, but for global ones.
-        layers: names of all layers.
+        layers: all layers, such a dict.
         calls: how often each operation is called, by id.
     """
 
     shared: frozenset[int]
-    with_weights: list[str]
+    with_weights: dict[str, str]
     poolings: list[str]
-    layers: list[str]
+    layers: dict[str, str]
     calls: collections.Counter[int]
 
 
@@ -56,9 +56,9 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
     """
     problems: dict[int, str] = {}
     names: dict[str, frozenset[int]] = {}
-    with_weights: list[str] = []
+    with_weights: dict[str, str] = {}
     poolings: list[str] = []
-    layers: list[str] = []
+    layers: dict[str, str] = {}
     calls: collections.Counter[int] = collections.Counter()
 
     def visit(
@@ -75,9 +75,9 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
             place = "/".join((*path, operation.name))
             problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
         elif rule is not None and rule.has_weights and not calls[id(operation)]:
-            with_weights.append(operation.name)
+            with_weights.setdefault(operation.name, type(operation).__name__)
         if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
-            layers.append(operation.name)
+            layers.setdefault(operation.name, type(operation).__name__)
             if isinstance(operation, _POOLINGS):
                 poolings.append(operation.name)
         calls[id(operation)] += 1
@@ -126,22 +126,32 @@ def _problem(
 
 
 def by_pattern(
-    argument: str, value: Any, layers: Sequence[str], resolve: Callable[[Any], Any]
+    argument: str, value: Any, layers: Mapping[str, str], resolve: Callable[[Any], Any]
 ) -> Callable[[str], Any]:
-    """A function from a layer's name to what an argument gives it, or None."""
+    """A function from a layer's name to what an argument gives it, or None.
+
+    Args:
+        argument: str, the argument's name.
+        value: what was given: one for all layers, or a dict by name, pattern or class.
+        layers: dict from a layer's name to that of its class.
+        resolve: function of a value that checks it, and returns what is given.
+    """
     if not isinstance(value, dict):
         only = resolve(value)
         return lambda name: only
     patterns = {pattern: resolve(choice) for pattern, choice in value.items()}
     for pattern in patterns:
-        if not isinstance(pattern, str) or not fnmatch.filter(layers, pattern):
+        if not isinstance(pattern, str) or not any(
+            is_for(pattern, *layer) for layer in layers.items()
+        ):
             raise ValueError(
-                f"multitask: each key of `{argument}` must fit the name of a layer. "
-                f"Received: {pattern!r}, which fits none of {layers}."
+                f"multitask: each key of `{argument}` must fit the name of a layer, or be "
+                f"the class of one. Received: {pattern!r}, which fits none of {layers}."
             )
 
     def choose(name: str) -> Any:
-        fitting = (own for p, own in patterns.items() if fnmatch.fnmatchcase(name, p))
+        kind = layers.get(name)
+        fitting = (own for key, own in patterns.items() if is_for(key, name, kind))
         return next(fitting, None)
 
     return choose

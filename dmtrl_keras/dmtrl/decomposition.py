@@ -14,14 +14,23 @@ How many singular vectors are kept is said by exactly one of
   each. With `threshold="singular_value"` every SVD keeps the singular values
   above `tolerance` times its largest one: the per-SVD precision of the authors'
   code, which promises nothing about the recomposed tensor.
-- `rank`: an int is a cap for every axis, a float in (0, 1] a fraction of every
-  bound (rounded up), a tuple has one int or float for each rank. Rank `n`
-  can't be greater than the rank of the unfolding that it truncates.
+- `rank`: an int is a cap for every axis but that of the tasks. A float in (0, 1) is
+  the share of the tensor's size that the factors may have: of the ranks of inputs
+  and outputs, alike but where one is full, the largest are taken that keep to it,
+  the window being left whole; 1.0 cuts nothing (the factors are then larger than
+  the tensor). A tuple has one int or fraction for each rank, with that of the tasks,
+  the last one, or without. Rank `n` can't be greater than the rank of the unfolding
+  that it truncates.
+
+The rank of the tasks is full, or `task_rank`. In LAF it is the only one: `rank` and
+`task_rank` are the same there, but for fractions, which are of weights and of tasks.
 """
 
+import bisect
+import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -37,18 +46,25 @@ from dmtrl_keras.ground.validation import (
     shown,
 )
 
-# An int is a number of latent kernels, a float a fraction of the largest possible rank; one
-# for all axes, or one for each.
+# A cap or a fraction for all ranks but the tasks', or one for each; see the module.
 Rank: TypeAlias = float | Sequence[float]
+# A number of latent kernels, or a fraction of the tasks; None: full.
+TaskRank: TypeAlias = float | str | None
 Threshold: TypeAlias = Literal["frobenius", "singular_value"]
+Ranks: TypeAlias = tuple[int, ...]
 
 THRESHOLDS = ("frobenius", "singular_value")
+# What configurations have for the task rank of a built layer, whose ranks are all settled;
+# and those of version 0.1, where an int or a fraction was for the tasks too, and a fraction
+# one of every bound.
+AS_SAVED = "as_saved"
 
 
 def check_choice(
     rank: Rank | None,
     tolerance: float | None,
     threshold: Threshold = "frobenius",
+    task_rank: TaskRank = None,
     owner: str = "check_choice",
 ) -> None:
     """Raise a `ValueError` unless rank, tolerance and threshold are well formed.
@@ -57,6 +73,7 @@ def check_choice(
         rank: None, int, float, or a tuple or list of ints and floats.
         tolerance: None or a number in (0, 1).
         threshold: `"frobenius"` or `"singular_value"`.
+        task_rank: None, int, float, or `"as_saved"`.
         owner: str, the class or function to name in the error.
 
     Raises:
@@ -79,27 +96,33 @@ def check_choice(
             f"a number in (0, 1). Received: tolerance={shown(tolerance)}."
         )
     check_one_of("threshold", threshold, THRESHOLDS, owner)
-    if rank is None:
-        return
-    for entry in rank if isinstance(rank, (tuple, list)) else (rank,):
-        whole = isinstance(entry, numbers.Integral) and not isinstance(entry, bool)
-        fraction = isinstance(entry, numbers.Real) and not isinstance(
-            entry, numbers.Integral
+    if task_rank is not None and task_rank != AS_SAVED and not _is_rank(task_rank):
+        raise ValueError(
+            f"{owner}: `task_rank` must be a positive int, a fraction in (0, 1] given as a "
+            f"float, or None for the full one. Received: task_rank={shown(task_rank)}."
         )
-        if not ((whole and entry >= 1) or (fraction and 0 < entry <= 1)):
-            raise ValueError(
-                f"{owner}: `rank` must be a positive int, a fraction in (0, 1] given as a "
-                "float, or a tuple of these with one entry for each rank. "
-                f"Received: rank={shown(rank)}."
-            )
+    entries = rank if isinstance(rank, (tuple, list)) else (rank,)
+    if rank is not None and not (entries and all(map(_is_rank, entries))):
+        raise ValueError(
+            f"{owner}: `rank` must be a positive int, a fraction in (0, 1] given as a "
+            "float, or a tuple of these with one entry for each rank. "
+            f"Received: rank={shown(rank)}."
+        )
+
+
+def _is_rank(entry: Any) -> bool:
+    if isinstance(entry, numbers.Integral):
+        return not isinstance(entry, bool) and int(entry) >= 1
+    return isinstance(entry, numbers.Real) and 0 < float(entry) <= 1
 
 
 def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
-    """Integer ranks from a rank argument and the bound of every rank.
+    """Integer ranks from one entry for each, or for all, and the bound of every rank.
 
     Args:
         rank: an int (a cap for all), a float in (0, 1] (a fraction of every
-            bound, rounded up), or a tuple of ints and floats.
+            bound, rounded up), or a tuple of ints and floats. The functions below take
+            `rank` otherwise, as the module says.
         bounds: tuple of ints, the largest possible ranks.
 
     Returns:
@@ -214,9 +237,13 @@ def _as_tensor(tensor: ArrayLike, owner: str) -> tuple[np.ndarray, int]:
 
 
 def _need_choice(
-    rank: Rank | None, tolerance: float | None, threshold: Threshold, owner: str
+    rank: Rank | None,
+    tolerance: float | None,
+    threshold: Threshold,
+    task_rank: TaskRank,
+    owner: str,
 ) -> None:
-    check_choice(rank, tolerance, threshold, owner)
+    check_choice(rank, tolerance, threshold, task_rank, owner)
     if rank is None and tolerance is None:
         raise ValueError(f"{owner}: give one of `rank` and `tolerance`. Received neither.")
 
@@ -242,11 +269,229 @@ def tt_bounds(shape: tuple[int, ...]) -> tuple[int, ...]:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class RankRule:
+    """What ranks a decomposition can have, and what they cost.
+
+    Attributes:
+        bounds: function of a shape: the largest possible ranks, that of the tasks last.
+        size: function of a shape and ranks: how many entries the factors have.
+        step: function of a shape, bounds and an int from 1: the ranks but for that of the
+            tasks, which grow with the int, window ranks full as far as they can matter.
+        useful: function of a shape and the other ranks: the largest task rank that makes a
+            difference with them.
+    """
+
+    bounds: Callable[[Ranks], Ranks]
+    size: Callable[[Ranks, Ranks], int]
+    step: Callable[[Ranks, Ranks, int], Ranks]
+    useful: Callable[[Ranks, Ranks], int]
+
+    def ranks(
+        self,
+        shape: tuple[int, ...],
+        rank: Rank | None,
+        task_rank: TaskRank = None,
+        strict: bool = True,
+    ) -> Ranks:
+        """The ranks that `rank` and `task_rank` stand for.
+
+        Args:
+            shape: tuple of ints, the tensor's.
+            rank: see the module.
+            task_rank: see the module.
+            strict: bool, whether an int above all bounds is an error.
+
+        Returns:
+            A tuple of ints.
+
+        Raises:
+            ValueError: on impossible ranks.
+        """
+        check_choice(rank, None, task_rank=task_rank)
+        shape = tuple(int(size) for size in shape)
+        full = self.bounds(shape)
+        alone = len(full) == 1
+        entries = tuple(rank) if isinstance(rank, (tuple, list)) else ()
+        whole = len(entries) == len(full)
+        given = task_rank is not None and task_rank != AS_SAVED
+        if given and (whole or (alone and rank is not None)):
+            raise ValueError(
+                "Give the rank of the tasks once: it is "
+                f"{'the only one' if alone else 'the last entry of `rank`'} here. "
+                f"Received: rank={rank!r}, task_rank={task_rank!r}."
+            )
+        if whole or task_rank == AS_SAVED:
+            return resolve_rank(1.0 if rank is None else rank, full)
+        tasks = self.task_rank(shape, task_rank)
+        # Larger ones would be of no use with so small a task rank.
+        others = self.bounds((*shape[:-1], tasks))[:-1]
+        if entries and len(entries) != len(others):
+            raise ValueError(
+                f"`rank` must have {len(full)} entries, one for each of the bounds {full}, "
+                f"or one less, without that of the tasks. Received: rank={entries}."
+            )
+        if isinstance(rank, numbers.Integral):
+            cap = int(rank)
+            if not strict:
+                cap = min(cap, max(others or full))
+            if alone:
+                return resolve_rank(cap, full)
+            found = resolve_rank(cap, others)
+        elif entries:
+            found = resolve_rank(entries, others)
+        elif rank is None or rank == 1:
+            found = others
+        else:
+            assert isinstance(rank, (int, float))
+            budget = rank * math.prod(shape)
+            if alone:
+                # Two at least, so that tasks can differ by more than their scale.
+                most = int(budget // self.size(shape, (1,)))
+                return (max(most, min(2, tasks)),)
+            found = self._within(shape, budget, others, tasks)
+        return (*found, min(tasks, self.useful(shape, found)))
+
+    def task_rank(self, shape: tuple[int, ...], task_rank: TaskRank) -> int:
+        """The task rank that is asked for, as far as it is possible.
+
+        Raises:
+            ValueError: if it is an int above the number of tasks.
+        """
+        bound, tasks = self.bounds(shape)[-1], shape[-1]
+        if isinstance(task_rank, numbers.Integral) and int(task_rank) > tasks:
+            raise ValueError(
+                f"`task_rank` can be at most {tasks}, the number of tasks. "
+                f"Received: task_rank={task_rank}."
+            )
+        if task_rank is None or isinstance(task_rank, str):
+            return bound
+        if isinstance(task_rank, numbers.Integral):
+            return min(int(task_rank), bound)
+        return resolve_rank(task_rank, (bound,))[0]
+
+    def _within(self, shape: Ranks, budget: float, others: Ranks, tasks: int) -> Ranks:
+        """The largest ranks whose factors have at most `budget` entries.
+
+        Where there are none, the smallest with which the tasks can differ so much.
+        """
+
+        def at(step: int) -> Ranks:
+            return self.step(shape, others, step)
+
+        steps = range(1, 2 * max(others) + 1)
+        least = bisect.bisect_left(
+            steps, tasks, key=lambda step: self.useful(shape, at(step))
+        )
+        most = bisect.bisect_right(
+            steps, budget, key=lambda step: self.size(shape, (*at(step), tasks))
+        )
+        return at(steps[min(max(least, most - 1), len(steps) - 1)])
+
+
+def _laf_size(shape: Ranks, ranks: Ranks) -> int:
+    return (math.prod(shape[:-1]) + shape[-1]) * ranks[0]
+
+
+def _tucker_size(shape: Ranks, ranks: Ranks) -> int:
+    return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks))
+
+
+def _tucker_step(shape: Ranks, bounds: Ranks, step: int) -> Ranks:
+    # Alike, since of the ranks of equal cost these leave the most, whatever the sizes are.
+    caps = ((step + 1) // 2, step // 2 + 1)[-len(bounds) :]
+    whole = len(bounds) - len(caps)
+    return (*bounds[:whole], *(min(b, cap) for b, cap in zip(bounds[whole:], caps)))
+
+
+def _tt_size(shape: Ranks, ranks: Ranks) -> int:
+    edges = (1, *ranks, 1)
+    return sum(a * size * b for a, size, b in zip(edges, shape, edges[1:]))
+
+
+def _tt_step(shape: Ranks, bounds: Ranks, step: int) -> Ranks:
+    ranks = [*bounds[:-1], min(bounds[-1], step)]
+    for n in range(len(ranks) - 1, 0, -1):
+        ranks[n - 1] = min(ranks[n - 1], shape[n] * ranks[n])
+    return tuple(ranks)
+
+
+LAF_RANKS = RankRule(
+    laf_bounds, _laf_size, lambda *_: (), lambda shape, _: math.prod(shape[:-1])
+)
+TUCKER_RANKS = RankRule(
+    tucker_bounds, _tucker_size, _tucker_step, lambda _, others: math.prod(others)
+)
+TT_RANKS = RankRule(
+    tt_bounds, _tt_size, _tt_step, lambda shape, others: [1, *others][-1] * shape[-2]
+)
+
+
+def laf_ranks(
+    shape: tuple[int, ...], rank: Rank | None, task_rank: TaskRank = None
+) -> Ranks:
+    """The one rank of LAF that `rank` or `task_rank` stand for, as a tuple.
+
+    A fraction `rank` is one of the weights; at least two latent kernels are kept, so that
+    the tasks' kernels aren't multiples of each other.
+
+    Args:
+        shape: tuple of ints, `(d_1, ..., d_n, T)`.
+        rank: see the module.
+        task_rank: see the module.
+
+    Example:
+
+    >>> laf_ranks((3, 3, 16, 32, 10), 0.5), laf_ranks((64, 32, 2), 0.5)
+    ((4,), (2,))
+    """
+    return LAF_RANKS.ranks(shape, rank, task_rank)
+
+
+def tucker_ranks(
+    shape: tuple[int, ...], rank: Rank | None, task_rank: TaskRank = None
+) -> Ranks:
+    """The multilinear ranks that `rank` and `task_rank` stand for.
+
+    Args:
+        shape: tuple of ints, `(d_1, ..., d_N)`, `d_N = T`.
+        rank: see the module.
+        task_rank: see the module.
+
+    Example:
+
+    >>> tucker_ranks((3, 3, 16, 32, 2), 0.5), tucker_ranks((64, 32, 2), 0.5, task_rank=1)
+    ((3, 3, 14, 15, 2), (17, 18, 1))
+    >>> tucker_ranks((64, 32, 2), (0.5, 8)), tucker_ranks((64, 32, 2), 4)
+    ((32, 8, 2), (4, 4, 2))
+    """
+    return TUCKER_RANKS.ranks(shape, rank, task_rank)
+
+
+def tt_ranks(
+    shape: tuple[int, ...], rank: Rank | None, task_rank: TaskRank = None
+) -> Ranks:
+    """The TT ranks that `rank` and `task_rank` stand for.
+
+    Args:
+        shape: tuple of ints, `(d_1, ..., d_N)`, `d_N = T`.
+        rank: see the module.
+        task_rank: see the module.
+
+    Example:
+
+    >>> tt_ranks((3, 3, 16, 32, 2), 0.5), tt_ranks((64, 32, 2), 0.25)
+    ((3, 9, 21, 2), (7, 2))
+    """
+    return TT_RANKS.ranks(shape, rank, task_rank)
+
+
 def laf(
     tensor: ArrayLike,
     rank: Rank | None = None,
     tolerance: float | None = None,
     threshold: Threshold = "frobenius",
+    task_rank: TaskRank = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Last axis flattening: `W = L S` by SVD (DMTRL Eq. 1, 2).
 
@@ -259,6 +504,7 @@ def laf(
         rank: see the module. One rank, bounded by `min(d_1 ... d_n, T)`.
         tolerance: see the module.
         threshold: see the module.
+        task_rank: the same as `rank`, but for fractions, which are of the tasks.
 
     Returns:
         `(L, S)`, float64 arrays of shapes `(d_1, ..., d_n, K)` and `(K, T)`.
@@ -274,13 +520,20 @@ def laf(
     >>> latent.shape, task_matrix.shape
     ((5, 4, 2), (2, 3))
     """
-    _need_choice(rank, tolerance, threshold, "laf")
+    check_choice(rank, tolerance, threshold, task_rank, "laf")
+    if task_rank is None or tolerance is not None:
+        _need_choice(rank, tolerance, threshold, task_rank, "laf")
     tensor, exponent = _as_tensor(tensor, "laf")
     u, s, vt = _svd(tensor.reshape(-1, tensor.shape[-1]))
-    if rank is None:
-        k = truncation_rank(s, tolerance or 0.0, np.linalg.norm(s), threshold)
+    if tolerance is not None and task_rank in (None, AS_SAVED):
+        k = truncation_rank(s, tolerance, np.linalg.norm(s), threshold)
+    elif tolerance is not None:
+        raise ValueError(
+            "LAF has no other rank than that of the tasks: give one of `tolerance` and "
+            f"`task_rank`. Received: tolerance={tolerance}, task_rank={task_rank}."
+        )
     else:
-        (k,) = resolve_rank(rank, laf_bounds(tensor.shape))
+        (k,) = laf_ranks(tensor.shape, rank, task_rank)
     scale = math.sqrt(tensor.shape[-1])
     latent = (u[:, :k] * (s[:k] / scale)).reshape(*tensor.shape[:-1], k)
     return np.ldexp(latent, exponent), vt[:k] * scale
@@ -291,6 +544,7 @@ def tucker(
     rank: Rank | None = None,
     tolerance: float | None = None,
     threshold: Threshold = "frobenius",
+    task_rank: TaskRank = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Tucker decomposition by HOSVD (DMTRL Eq. 3-5).
 
@@ -305,6 +559,8 @@ def tucker(
         tolerance: see the module; each of the `N` SVDs may discard
             `tolerance / sqrt(N)`.
         threshold: see the module.
+        task_rank: see the module. With a tolerance, which is then spent on the others:
+            None leaves the rank of the tasks to the tolerance, too.
 
     Returns:
         `(core, factors)`: a float64 array of shape `(K_1, ..., K_N)` and a list
@@ -320,22 +576,24 @@ def tucker(
     >>> core.shape, [factor.shape for factor in factors]
     ((1, 1, 1), [(5, 1), (4, 1), (3, 1)])
     """
-    _need_choice(rank, tolerance, threshold, "tucker")
+    _need_choice(rank, tolerance, threshold, task_rank, "tucker")
     tensor, exponent = _as_tensor(tensor, "tucker")
     modes = tensor.ndim
+    # The ranks that are known; None: the tolerance's.
+    ranks: list[int | None] = [None] * modes
     if rank is not None:
-        ranks = resolve_rank(rank, tucker_bounds(tensor.shape))
+        ranks = list(tucker_ranks(tensor.shape, rank, task_rank))
+    elif task_rank not in (None, AS_SAVED):
+        ranks[-1] = TUCKER_RANKS.task_rank(tensor.shape, task_rank)
     norm = np.linalg.norm(tensor)
     share = 0.0 if tolerance is None else tolerance
     if threshold == "frobenius":
-        share = share / math.sqrt(modes)
+        share = share / math.sqrt(max(1, ranks.count(None)))
     core, factors = tensor, []
-    for mode in range(modes):
+    for mode, k in enumerate(ranks):
         u, s = _left_svd(unfold(tensor, mode))
-        if rank is None:
+        if k is None:
             k = truncation_rank(s, share, norm, threshold)
-        else:
-            k = ranks[mode]
         factors.append(u[:, :k])
         core = mode_product(core, u[:, :k].T, mode)
     scale = math.sqrt(tensor.shape[-1])
@@ -348,6 +606,7 @@ def tt(
     rank: Rank | None = None,
     tolerance: float | None = None,
     threshold: Threshold = "frobenius",
+    task_rank: TaskRank = None,
 ) -> list[np.ndarray]:
     """Tensor train decomposition by TT-SVD (DMTRL Eq. 6-8; Oseledets 2011).
 
@@ -362,6 +621,7 @@ def tt(
         tolerance: see the module; each of the `N - 1` SVDs may discard
             `tolerance / sqrt(N - 1)`.
         threshold: see the module.
+        task_rank: as in `tucker`.
 
     Returns:
         A list of `N` float64 arrays of shapes `(d_1, K_1)`,
@@ -376,28 +636,32 @@ def tt(
     >>> [core.shape for core in tt(np.ones((5, 4, 3)), tolerance=0.1)]
     [(5, 1), (1, 4, 1), (1, 3)]
     """
-    _need_choice(rank, tolerance, threshold, "tt")
+    _need_choice(rank, tolerance, threshold, task_rank, "tt")
     tensor, exponent = _as_tensor(tensor, "tt")
     shape, modes = tensor.shape, tensor.ndim
+    # The ranks that are known; None: the tolerance's.
+    ranks: list[int | None] = [None] * (modes - 1)
     if rank is not None:
-        ranks = resolve_rank(rank, tt_bounds(shape))
+        ranks = list(tt_ranks(shape, rank, task_rank))
+    elif task_rank not in (None, AS_SAVED):
+        ranks[-1] = TT_RANKS.task_rank(shape, task_rank)
     norm = np.linalg.norm(tensor)
     share = 0.0 if tolerance is None else tolerance
     if threshold == "frobenius":
-        share = share / math.sqrt(modes - 1)
+        share = share / math.sqrt(max(1, ranks.count(None)))
     cores, rest, left = [], tensor, 1
-    for mode in range(modes - 1):
+    for mode, k in enumerate(ranks):
         u, s, vt = _svd(rest.reshape(left * shape[mode], -1))
-        if rank is None:
+        if k is None:
             k = truncation_rank(s, share, norm, threshold)
-        else:
-            k = ranks[mode]
-            if k > len(s):
-                raise ValueError(
-                    f"tt: TT rank {mode + 1} can be at most {len(s)}, the rank before "
-                    f"it ({left}) times the size of axis {mode} ({shape[mode]}). "
-                    f"Received: rank={ranks}."
-                )
+        elif k > len(s) and rank is None:
+            k = len(s)
+        elif k > len(s):
+            raise ValueError(
+                f"tt: TT rank {mode + 1} can be at most {len(s)}, the rank before "
+                f"it ({left}) times the size of axis {mode} ({shape[mode]}). "
+                f"Received: rank={tuple(ranks)}."
+            )
         cores.append(u[:, :k].reshape(left, shape[mode], k))
         rest, left = s[:k, None] * vt[:k], k
     scale = math.sqrt(shape[-1])

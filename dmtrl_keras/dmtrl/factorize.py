@@ -10,9 +10,16 @@ from typing import Any
 
 import keras
 
-from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
+from dmtrl_keras.dmtrl.decomposition import Rank, TaskRank, Threshold
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
-from dmtrl_keras.ground.validation import check_bool, check_model, is_list, refusal, shown
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_model,
+    is_for,
+    is_list,
+    refusal,
+    shown,
+)
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
@@ -29,6 +36,7 @@ def factorize(
     implementation: Implementation = "auto",
     threshold: Threshold = "frobenius",
     verbose: bool = True,
+    task_rank: TaskRank = None,
 ) -> keras.Model:
     """The same network with factorised kernels, started from trained ones.
 
@@ -44,12 +52,17 @@ def factorize(
         tolerance: number in (0, 1), the error that each kernel may have relative to its
             Frobenius norm. Without `tolerance` and `rank`: 0.1, as in the paper.
         rank: instead of the tolerance, int, float or tuple as in `TuckerDense`; or a
-            dict of them by layer name (layers that it lacks stay as they are).
+            dict of them by layer name, pattern, or the Keras class that one task would
+            have, such as `"Conv2D"`, of which the first that fits holds (layers that none
+            fits stay as they are). 0.25: each layer's factors have at most a quarter of
+            its weights.
         layers: which layers, by name; or a function of a layer that returns a bool.
             None: every layer with independent kernels and more than one task.
         implementation: `"auto"`, `"compose"` or `"contract"`, as in `TuckerDense`.
         threshold: `"frobenius"` or `"singular_value"`, as in `TuckerDense`.
         verbose: bool, whether to print the table of `factorization_report`.
+        task_rank: int or fraction of the tasks, the rank of their axis. None: full with
+            `rank`, else the tolerance's.
 
     Returns:
         A new model of the same kind, layer names and input and output structure.
@@ -67,7 +80,7 @@ def factorize(
     >>> hidden = layers.TaskDense(16, tasks=4, shared_input=True, name="fc")(inputs)
     >>> model = keras.Model(inputs, hidden)
     >>> factorize(model, "tucker", rank=2, verbose=False).get_layer("fc").rank
-    (2, 2, 2)
+    (2, 2, 4)
     """
     owner = "factorize"
     check_model(model, owner)
@@ -77,8 +90,6 @@ def factorize(
         raise refusal("layers", layers, owner, what)
     if is_list(layers) and not all(isinstance(name, str) for name in layers):
         raise refusal("layers", layers, owner, "names of layers")
-    if tolerance is None and rank is None:
-        tolerance = 0.1
     ranks = rank if isinstance(rank, dict) else None
     known = isinstance(method, str) and method.lower() in parameterizations.names()
     kind = type(parameterizations.get(method)) if known else None
@@ -86,19 +97,46 @@ def factorize(
         what = "a factorisation such as 'laf', 'tucker' or 'tt'"
         raise refusal("method", method, owner, what)
     if ranks is not None and layers is None:
-        layers = list(ranks)
+        layers = _those_of(ranks, model)
     chosen = _chosen(model, layers)
 
     def factorized(layer: TaskLayer) -> TaskLayer | None:
         if id(layer) not in chosen:
             return None
-        own: Any = rank if ranks is None else ranks[layer.name]
-        return _factorized(layer, kind(own, tolerance, implementation, threshold))
+        own: Any = rank if ranks is None else _of_layer(ranks, layer)
+        if ranks is not None and own is None:
+            raise ValueError(
+                f"factorize: `rank` has nothing for layer {layer.name!r}, which `layers` "
+                f"names. Received: rank={ranks!r}."
+            )
+        options = {"implementation": implementation, "threshold": threshold}
+        sharing = kind.of_trained(own, tolerance, task_rank, **options)
+        return _factorized(layer, sharing)
 
     new = with_layers(model, factorized, "factorize")
     if verbose:
         print_report(new)
     return new
+
+
+def _of_layer(ranks: dict[str, Rank], layer: TaskLayer) -> Rank | None:
+    """What a dict has for a layer, or None."""
+    name, kind = layer.name, _kind(layer)
+    return next((own for key, own in ranks.items() if is_for(key, name, kind)), None)
+
+
+def _kind(layer: TaskLayer) -> str:
+    return type(layer.task_twin()).__name__
+
+
+def _those_of(ranks: dict[str, Rank], model: keras.Model) -> list[str]:
+    """Names of the layers that the keys of a dict are for; unknown keys as they are."""
+    candidates = [layer for layer in task_layers(model) if layer.sharing.is_stacked_kernel]
+    fitting = {
+        key: [layer.name for layer in candidates if is_for(key, layer.name, _kind(layer))]
+        for key in ranks
+    }
+    return [name for key, names in fitting.items() for name in names or [key]]
 
 
 def _chosen(

@@ -1,14 +1,20 @@
 """What the parameterizations by shared factors have in common."""
 
 import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 
 from dmtrl_keras.dmtrl import decomposition
-from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
+from dmtrl_keras.dmtrl.decomposition import (
+    AS_SAVED,
+    Rank,
+    RankRule,
+    TaskRank,
+    Threshold,
+)
+from dmtrl_keras.ground.types import FactorShapes
 from dmtrl_keras.ground.validation import check_one_of
 from dmtrl_keras.kernels.parameterization import Parameterization
 
@@ -21,9 +27,13 @@ class FactorizedParameterization(Parameterization):
     """A stacked kernel generated from shared factors (DMTRL).
 
     Args:
-        rank: int (a cap for every rank), float in (0, 1] (a fraction of the
-            largest possible ranks) or a tuple with one of them for each rank.
-            Without `rank` and `tolerance`: 0.5.
+        rank: int, a cap for every rank but that of the tasks; or a float in (0, 1), the
+            most that the factors may have of the weights of independent kernels: then
+            the ranks of input and output channels are the largest, alike, that keep to
+            it, and those of the window full (1.0: all ranks are full); or a tuple with an
+            int or a fraction of the possible for each rank, from the window to the outputs,
+            with that of the tasks or without. Of LAF it is the one rank that there is, the
+            number of latent kernels. Without `rank` and `tolerance`: 0.5.
         tolerance: number in (0, 1); the ranks are the smallest whose composition
             is within `tolerance * ||W||_F` of the start kernel `W`.
         implementation: `"compose"` the kernel and apply it, `"contract"`: pull the
@@ -32,6 +42,11 @@ class FactorizedParameterization(Parameterization):
         threshold: what `tolerance` bounds: `"frobenius"`, the error of the
             composed kernel; `"singular_value"`, the ratio to the largest singular
             value in each SVD, as in the code of the paper's authors.
+        task_rank: int or fraction of the tasks, the rank of their axis, which is the number
+            of latent kernels. None: full, or the tolerance's. With 1 the kernels of all
+            tasks are multiples of each other, of which a layer warns. (A built layer's
+            configuration has `"as_saved"`; one without it is of version 0.1, where an int
+            or a fraction was for all ranks alike, that of the tasks too.)
 
     Raises:
         ValueError: on a malformed argument.
@@ -43,29 +58,89 @@ class FactorizedParameterization(Parameterization):
         tolerance: float | None = None,
         implementation: Implementation = "auto",
         threshold: Threshold = "frobenius",
+        task_rank: TaskRank = None,
     ) -> None:
         owner = type(self).__name__
-        decomposition.check_choice(rank, tolerance, threshold, owner)
+        decomposition.check_choice(rank, tolerance, threshold, task_rank, owner)
         check_one_of("implementation", implementation, IMPLEMENTATIONS, owner)
-        if rank is None and tolerance is None:
-            rank = 0.5
+        settled = self._is_settled(task_rank)
+        if settled and not (rank is None and tolerance is None):
+            raise ValueError(
+                f"{owner} has no other rank than that of the tasks: give one "
+                f"of `rank`, `task_rank` and `tolerance`. Received: rank={rank!r}, "
+                f"task_rank={task_rank!r}, tolerance={tolerance!r}."
+            )
         self._rank = tuple(rank) if isinstance(rank, (tuple, list)) else rank
         self.tolerance = tolerance
         self.implementation = implementation
         self.threshold = threshold
+        self._task_rank = task_rank
 
-    short_forms = ("rank", "tolerance", "implementation", "threshold")
-    # Largest possible ranks of a stacked kernel, a function of its shape.
-    _bounds: Callable[[tuple[int, ...]], tuple[int, ...]]
+    short_forms = ("rank", "tolerance", "implementation", "threshold", "task_rank")
+    # The ranks that there are.
+    _rule: RankRule
 
     @classmethod
     def of_trained(
-        cls, rank: Rank | None = None, tolerance: float | None = None, **options: Any
+        cls,
+        rank: Rank | None = None,
+        tolerance: float | None = None,
+        task_rank: TaskRank = None,
+        **options: Any,
     ) -> Self:
         """With neither rank nor tolerance the error is 10%, as in the paper."""
-        if rank is None and tolerance is None:
+        if rank is None and tolerance is None and not cls._is_settled(task_rank):
             tolerance = 0.1
-        return cls(rank, tolerance, **options)
+        return cls(rank, tolerance, task_rank=task_rank, **options)
+
+    @classmethod
+    def _is_settled(cls, task_rank: TaskRank) -> bool:
+        """Whether a task rank says all, since there is no other rank."""
+        return cls._rule is decomposition.LAF_RANKS and task_rank not in (None, AS_SAVED)
+
+    def replicate(self, kernel: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
+        """Factors of T equal kernels, whose tasks can still become different.
+
+        Equal kernels have task rank 1, whatever the tolerance; so that a tolerance is
+        applied to the one kernel that they are. The task rank is T, or `task_rank`:
+        latent kernels beyond the first start at zero, while their rows of the task
+        matrix, cosines of increasing frequency, are orthogonal with norm `sqrt(T)`
+        as always. Thus every task starts from `kernel`, and gradients reach them all.
+        Ranks are those of T kernels, where an int is a cap at any size.
+        """
+        if self.tolerance is None:
+            shape = (*kernel.shape, tasks)
+            ranks = self._rule.ranks(
+                shape, self._choice()["rank"], self._task_rank, strict=False
+            )
+            latents, fixed = ranks[-1], self.with_rank(ranks)
+            single = self.with_rank((*ranks[:-1], 1))
+            bounds = self._rule.bounds((*kernel.shape, 1))
+            if any(rank > bound for rank, bound in zip(ranks[:-1], bounds)):
+                # T kernels that differ can have greater ranks than one.
+                return fixed.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
+            factors = single.decompose(kernel[..., None])
+        else:
+            task_rank = None if self._task_rank == AS_SAVED else self._task_rank
+            latents = self._rule.task_rank((*kernel.shape, tasks), task_rank)
+            single = type(self)(None, self.tolerance, self.implementation, self.threshold)
+            factors = single.decompose(kernel[..., None])
+            found = single.rank({name: f.shape for name, f in factors.items()})
+            assert found is not None
+            fixed = self.with_rank(self._widened((*found[:-1], latents), kernel.shape))
+        latent, matrix, axis = self._task_axis(list(factors))
+        start = factors[latent]
+        if latents > math.prod(start.shape[:-1]):
+            # One kernel alone, say with a single output, needs ranks too small for so
+            # many latent kernels to differ. What the wider ranks add is zero at first.
+            return fixed.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
+        unused = [(0, 0)] * (start.ndim - 1) + [(0, latents - 1)]
+        factors[latent] = np.pad(start, unused)
+        angles = np.outer(np.arange(latents), np.arange(tasks) + 0.5) * np.pi / tasks
+        rows = math.sqrt(2) * np.cos(angles)
+        rows[0] = factors[matrix].item()
+        factors[matrix] = rows if axis == 0 else rows.T
+        return factors
 
     def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         """Where the latent kernels are counted.
@@ -76,44 +151,6 @@ class FactorizedParameterization(Parameterization):
         """
         raise NotImplementedError
 
-    def replicate(self, kernel: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
-        """Factors of T equal kernels, whose tasks can still become different.
-
-        Equal kernels have task rank 1, whatever the tolerance; so that a tolerance, or
-        a rank, is applied to the one kernel that they are (where an int is a cap at
-        any size). The task rank is that of `rank`, and T if a tolerance is given:
-        latent kernels beyond the first start at zero, while their rows of the task
-        matrix, cosines of increasing frequency, are orthogonal with norm `sqrt(T)`
-        as always. Thus every task starts from `kernel`, and gradients reach them all.
-        """
-        # First, so that what is wrong with the ranks is said of those that were given.
-        latents = self._latents(kernel, tasks)
-        one = self._rank
-        if isinstance(one, tuple):
-            one = (*one[:-1], 1)
-        elif isinstance(one, numbers.Integral):
-            one = min(one, max(self._bounds((*kernel.shape, 1))))
-        single = type(self)(one, self.tolerance, self.implementation, self.threshold)
-        factors = single.decompose(kernel[..., None])
-        latent, matrix, axis = self._task_axis(list(factors))
-        start = factors[latent]
-        if latents > math.prod(start.shape[:-1]):
-            # One kernel alone, say with a single output, needs ranks too small for so
-            # many latent kernels to differ. What the wider ranks add is zero at first.
-            wide = self
-            if not isinstance(self._rank, tuple):
-                ranks = single.rank({name: f.shape for name, f in factors.items()})
-                assert ranks is not None
-                wide = self.with_rank(self._widened((*ranks[:-1], latents), kernel.shape))
-            return wide.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
-        unused = [(0, 0)] * (start.ndim - 1) + [(0, latents - 1)]
-        factors[latent] = np.pad(start, unused)
-        angles = np.outer(np.arange(latents), np.arange(tasks) + 0.5) * np.pi / tasks
-        rows = math.sqrt(2) * np.cos(angles)
-        rows[0] = factors[matrix].item()
-        factors[matrix] = rows if axis == 0 else rows.T
-        return factors
-
     def _widened(self, ranks: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """Ranks for the last of them, the task rank, to be possible.
 
@@ -123,18 +160,42 @@ class FactorizedParameterization(Parameterization):
         """
         return ranks
 
-    def _latents(self, kernel: np.ndarray, tasks: int) -> int:
-        """The task rank that T equal kernels are to have."""
-        bounds = self._bounds((*kernel.shape, tasks))
-        if self._rank is None:
-            return bounds[-1]
-        rank = self._rank
-        if isinstance(rank, numbers.Integral):
-            rank = min(int(rank), max(bounds))
-        return decomposition.resolve_rank(rank, bounds)[-1]
+    def concerns(self, shapes: FactorShapes, kernel: tuple[int, ...]) -> list[str]:
+        """Tasks that can't differ, and a share of the weights that can't be had."""
+        if self._task_rank == AS_SAVED:
+            return []
+        found, tasks = [], kernel[-1]
+        latent, *_ = self._task_axis(list(shapes))
+        *others, rank = shapes[latent]
+        if tasks > 1 and min(math.prod(others), rank) == 1:
+            found.append(
+                f"the task rank is 1, so that the kernels of the {tasks} tasks are "
+                f"multiples of each other, and stay so. {self._received()} Expected: a "
+                "task rank of 2 or more, by `task_rank` or from kernels that differ by "
+                "more than the tolerance."
+            )
+        size, whole = sum(map(math.prod, shapes.values())), math.prod(kernel)
+        fraction = self._rank if isinstance(self._rank, float) else 1.0
+        if fraction < 1 and size > fraction * whole:
+            found.append(
+                f"the smallest ranks with which the {tasks} tasks can differ, "
+                f"{self.rank(shapes)}, have {size / whole:.2f} of the weights of "
+                f"independent kernels. {self._received()} Expected: at least that fraction "
+                "here, or a smaller `task_rank`."
+            )
+        return found
+
+    def _received(self) -> str:
+        given = {
+            "rank": self._rank,
+            "tolerance": self.tolerance,
+            "task_rank": self._task_rank,
+        }
+        parts = (f"{name}={value!r}" for name, value in given.items() if value is not None)
+        return f"Received: {', '.join(parts)}."
 
     def with_rank(self, rank: tuple[int, ...]) -> Self:
-        return type(self)(rank, None, self.implementation, self.threshold)
+        return type(self)(rank, None, self.implementation, self.threshold, AS_SAVED)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -142,11 +203,26 @@ class FactorizedParameterization(Parameterization):
             "tolerance": self.tolerance,
             "implementation": self.implementation,
             "threshold": self.threshold,
+            "task_rank": self._task_rank,
         }
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From the dict of `get_config`, of this version or an earlier one."""
+        return cls(**{"task_rank": AS_SAVED, **config})
+
     def _choice(self) -> dict[str, Any]:
+        """The arguments of a decomposition."""
+        rank = self._rank
+        if (
+            rank is None
+            and self.tolerance is None
+            and not self._is_settled(self._task_rank)
+        ):
+            rank = 0.5
         return {
-            "rank": self._rank,
+            "rank": rank,
             "tolerance": self.tolerance,
             "threshold": self.threshold,
+            "task_rank": self._task_rank,
         }

@@ -30,7 +30,7 @@ class LAF(FactorizedParameterization):
 
     name = "laf"
 
-    _bounds = staticmethod(decomposition.laf_bounds)
+    _rule = decomposition.LAF_RANKS
 
     def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         return "latent", "task_matrix", 0

@@ -4,11 +4,11 @@ Each is a layer of `dense` or `conv` whose kernels are generated from shared fac
 all that differs is the parameterization.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 
-from dmtrl_keras.dmtrl.decomposition import Rank, Threshold
+from dmtrl_keras.dmtrl.decomposition import AS_SAVED, Rank, TaskRank, Threshold
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
 from dmtrl_keras.dmtrl.laf import LAF
 from dmtrl_keras.dmtrl.tt import TT
@@ -23,9 +23,11 @@ class FactorizedLayer(NamedSharing):
 
     Args:
         *args: of the layer below, `units, tasks` or `filters, kernel_size, tasks`.
-        rank: int (a cap for every rank), float in (0, 1] (a fraction of the largest
-            possible ranks), or a tuple with one of them for each rank. Without `rank`
-            and `tolerance`: 0.5.
+        rank: int (a cap for every rank but that of the tasks), float in (0, 1] (the most
+            that the factors may have of the weights of independent kernels), or a tuple
+            with an int or a fraction of the possible for each rank, with that of the tasks
+            or without. Without `rank` and `tolerance`: 0.5. See
+            `dmtrl_keras.parameterizations.FactorizedParameterization`.
         tolerance: number in (0, 1): the smallest ranks whose composition is within
             `tolerance * ||W||_F` of the start kernel `W`. The tasks then start from
             independent draws (`common_draw`), which hardly compress; tolerances
@@ -35,6 +37,7 @@ class FactorizedLayer(NamedSharing):
             operations for the shapes at hand.
         threshold: `"frobenius"` (what `tolerance` promises) or `"singular_value"` (the
             per-SVD precision of the authors' code).
+        task_rank: the rank of the tasks: int or fraction; None: full, or the tolerance's.
         **kwargs: of the layer below.
 
     A start kernel is drawn from the kernel initializer, stacked and decomposed, so that
@@ -52,11 +55,19 @@ class FactorizedLayer(NamedSharing):
         tolerance: float | None = None,
         implementation: Implementation = "auto",
         threshold: Threshold = "frobenius",
+        task_rank: TaskRank = None,
         **kwargs: Any,
     ) -> None:
-        sharing = self._parameterization(rank, tolerance, implementation, threshold)
+        sharing = self._parameterization(
+            rank, tolerance, implementation, threshold, task_rank
+        )
         # The constructor of the layer below, not of `TaskLayer`.
         super().__init__(*args, sharing=sharing, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From the dict of `get_config`, of this version or an earlier one."""
+        return super().from_config({"task_rank": AS_SAVED, **config})
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -67,7 +78,8 @@ class LAFDense(FactorizedLayer, TaskDense):
     `(in, units, T)`. One rank; see
     `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
     of `TaskDense` (`units` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -89,7 +101,8 @@ class LAFConv1D(FactorizedLayer, TaskConv1D):
     `(length, in, filters, T)`. One rank; see
     `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
     of `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -111,7 +124,8 @@ class LAFConv2D(FactorizedLayer, TaskConv2D):
     `(height, width, in, filters, T)`. One rank; see
     `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
     of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -133,7 +147,8 @@ class LAFConv3D(FactorizedLayer, TaskConv3D):
     `(k1, k2, k3, in, filters, T)`. One rank; see
     `dmtrl_keras.parameterizations.LAF`. Arguments, shapes and errors are those
     of `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -155,7 +170,8 @@ class TuckerDense(FactorizedLayer, TaskDense):
     `(in, units, T)`. Three ranks; see
     `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
     of `TaskDense` (`units` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -163,7 +179,7 @@ class TuckerDense(FactorizedLayer, TaskDense):
     >>> from dmtrl_keras.layers import TuckerDense
     >>> layer = TuckerDense(4, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 12), "float32")).shape), layer.rank
-    ((2, 12), (2, 2, 2))
+    ((2, 12), (2, 2, 3))
     """
 
     _parameterization = Tucker
@@ -177,7 +193,8 @@ class TuckerConv1D(FactorizedLayer, TaskConv1D):
     `(length, in, filters, T)`. Four ranks; see
     `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
     of `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -185,7 +202,7 @@ class TuckerConv1D(FactorizedLayer, TaskConv1D):
     >>> from dmtrl_keras.layers import TuckerConv1D
     >>> layer = TuckerConv1D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 12), (2, 2, 2, 2))
+    ((2, 4, 12), (2, 2, 2, 3))
     """
 
     _parameterization = Tucker
@@ -199,7 +216,8 @@ class TuckerConv2D(FactorizedLayer, TaskConv2D):
     `(height, width, in, filters, T)`. Five ranks; see
     `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
     of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -207,7 +225,7 @@ class TuckerConv2D(FactorizedLayer, TaskConv2D):
     >>> from dmtrl_keras.layers import TuckerConv2D
     >>> layer = TuckerConv2D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 12), (2, 2, 2, 2, 2))
+    ((2, 4, 4, 12), (2, 2, 2, 2, 3))
     """
 
     _parameterization = Tucker
@@ -221,7 +239,8 @@ class TuckerConv3D(FactorizedLayer, TaskConv3D):
     `(k1, k2, k3, in, filters, T)`. Six ranks; see
     `dmtrl_keras.parameterizations.Tucker`. Arguments, shapes and errors are those
     of `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -229,7 +248,7 @@ class TuckerConv3D(FactorizedLayer, TaskConv3D):
     >>> from dmtrl_keras.layers import TuckerConv3D
     >>> layer = TuckerConv3D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 4, 12), (2, 2, 2, 2, 2, 2))
+    ((2, 4, 4, 4, 12), (2, 2, 2, 2, 2, 3))
     """
 
     _parameterization = Tucker
@@ -243,7 +262,8 @@ class TTDense(FactorizedLayer, TaskDense):
     `(in, units, T)`. Two ranks; see
     `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
     of `TaskDense` (`units` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -251,7 +271,7 @@ class TTDense(FactorizedLayer, TaskDense):
     >>> from dmtrl_keras.layers import TTDense
     >>> layer = TTDense(4, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 12), "float32")).shape), layer.rank
-    ((2, 12), (2, 2))
+    ((2, 12), (2, 3))
     """
 
     _parameterization = TT
@@ -265,7 +285,8 @@ class TTConv1D(FactorizedLayer, TaskConv1D):
     `(length, in, filters, T)`. Three ranks; see
     `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
     of `TaskConv1D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -273,7 +294,7 @@ class TTConv1D(FactorizedLayer, TaskConv1D):
     >>> from dmtrl_keras.layers import TTConv1D
     >>> layer = TTConv1D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 12), (2, 2, 2))
+    ((2, 4, 12), (2, 2, 3))
     """
 
     _parameterization = TT
@@ -287,7 +308,8 @@ class TTConv2D(FactorizedLayer, TaskConv2D):
     `(height, width, in, filters, T)`. Four ranks; see
     `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
     of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -295,7 +317,7 @@ class TTConv2D(FactorizedLayer, TaskConv2D):
     >>> from dmtrl_keras.layers import TTConv2D
     >>> layer = TTConv2D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 12), (2, 2, 2, 2))
+    ((2, 4, 4, 12), (2, 2, 2, 3))
     """
 
     _parameterization = TT
@@ -309,7 +331,8 @@ class TTConv3D(FactorizedLayer, TaskConv3D):
     `(k1, k2, k3, in, filters, T)`. Five ranks; see
     `dmtrl_keras.parameterizations.TT`. Arguments, shapes and errors are those
     of `TaskConv3D` (`filters`, `kernel_size` and `tasks` first, without `sharing`)
-    and of `FactorizedLayer`: `rank`, `tolerance`, `implementation`, `threshold`.
+    and of `FactorizedLayer`: `rank`, `task_rank`, `tolerance`, `implementation`,
+    `threshold`.
 
     Example:
 
@@ -317,7 +340,7 @@ class TTConv3D(FactorizedLayer, TaskConv3D):
     >>> from dmtrl_keras.layers import TTConv3D
     >>> layer = TTConv3D(4, 2, tasks=3, rank=2)
     >>> tuple(layer(np.zeros((2, 5, 5, 5, 6), "float32")).shape), layer.rank
-    ((2, 4, 4, 4, 12), (2, 2, 2, 2, 2))
+    ((2, 4, 4, 4, 12), (2, 2, 2, 2, 3))
     """
 
     _parameterization = TT

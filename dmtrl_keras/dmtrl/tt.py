@@ -32,7 +32,7 @@ class TT(FactorizedParameterization):
 
     name = "tt"
 
-    _bounds = staticmethod(decomposition.tt_bounds)
+    _rule = decomposition.TT_RANKS
 
     def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         return names[-2], names[-1], 0

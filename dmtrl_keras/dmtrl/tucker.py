@@ -34,7 +34,7 @@ class Tucker(FactorizedParameterization):
 
     name = "tucker"
 
-    _bounds = staticmethod(decomposition.tucker_bounds)
+    _rule = decomposition.TUCKER_RANKS
 
     def _task_axis(self, names: Sequence[str]) -> tuple[str, str, int]:
         return "core", names[-1], 1

@@ -1,5 +1,6 @@
 """Checks that several layers share; every message says what was received."""
 
+import fnmatch
 import inspect
 import math
 import numbers
@@ -545,6 +546,22 @@ def _is_pair(pair: Any) -> bool:
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         return False
     return all(isinstance(x, str) or is_int(x) for x in pair) and pair[0] != pair[1]
+
+
+def is_for(key: str, name: str, kind: str | None) -> bool:
+    """Whether a key of a dict by layers is for one of them.
+
+    Args:
+        key: str, a layer's name, a pattern, or the name of a Keras class.
+        name: str, the layer's.
+        kind: str, the name of the class of what the layer is for one task; None: unknown.
+
+    Example:
+
+    >>> [is_for(key, "conv1", "Conv2D") for key in ("conv1", "conv*", "Conv2D", "Dense")]
+    [True, True, True, False]
+    """
+    return key == kind or fnmatch.fnmatchcase(name, key)
 
 
 def clean_name(name: str) -> str:

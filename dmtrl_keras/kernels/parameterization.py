@@ -1,6 +1,7 @@
 """How the stacked kernel of T tasks comes to be: the interface and its registry."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar
 
@@ -193,6 +194,18 @@ class Parameterization:
         """The same parameterization with its ranks fixed."""
         return self
 
+    def concerns(self, shapes: FactorShapes, kernel: tuple[int, ...]) -> list[str]:
+        """What a new layer warns of.
+
+        Args:
+            shapes: dict of the factors' shapes.
+            kernel: tuple, the shape of the stacked kernel.
+
+        Returns:
+            A list of texts, mostly empty.
+        """
+        return []
+
     def get_config(self) -> dict[str, Any]:
         return {}
 
@@ -203,6 +216,25 @@ class Parameterization:
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
+
+
+def warn_of_concerns(
+    sharing: Parameterization,
+    factors: Mapping[str, Any],
+    kernel: tuple[int, ...],
+    owner: str,
+) -> None:
+    """Warn of what is strange about the factors that a layer starts from.
+
+    Args:
+        sharing: the parameterization that made them.
+        factors: dict of arrays.
+        kernel: tuple, the shape of the stacked kernel.
+        owner: str, the layer to name.
+    """
+    shapes = {name: tuple(value.shape) for name, value in factors.items()}
+    for concern in sharing.concerns(shapes, kernel):
+        warnings.warn(f"{owner}, stacked kernel {kernel}: {concern}", stacklevel=2)
 
 
 # What `get` makes a parameterization of.

@@ -16,7 +16,7 @@ from keras import ops
 from dmtrl_keras.ground.backend import eager_scope, full_precision
 from dmtrl_keras.ground.types import Factors, Tensor
 from dmtrl_keras.ground.validation import from_keras
-from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
 from dmtrl_keras.kernels.state import (
     KernelState,
@@ -176,11 +176,13 @@ class TaskKernel(keras.layers.Layer):
                 dtype=full_precision(self.variable_dtype),
             )
         try:
-            return self.sharing.decompose(start)
+            factors = self.sharing.decompose(start)
         except ValueError as error:
             raise ValueError(
                 f"{self.owner}, stacked kernel {(*shape, self.tasks)}: {error}"
             ) from error
+        warn_of_concerns(self.sharing, factors, (*shape, self.tasks), self.owner)
+        return factors
 
     def _penalty(self) -> Callable[..., Any] | None:
         """The regularizer as a function of the stacked kernel, or None."""

@@ -8,8 +8,9 @@ import keras
 import numpy as np
 
 from dmtrl_keras.ground.linalg import scaled
+from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.kernels.factorization import Factorization
-from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 # The named classes, by the class of the layer below and that of the parameterization.
@@ -116,7 +117,7 @@ def started_layer(
     Returns:
         The layer; its `factorization` says what became of the kernel, None without ranks.
     """
-    report, tasks = None, kernel.shape[-1]
+    report, tasks, given = None, kernel.shape[-1], sharing
     rank = sharing.rank({name: value.shape for name, value in factors.items()})
     if rank is not None:
         sharing = sharing.with_rank(rank)
@@ -136,6 +137,7 @@ def started_layer(
             error=float(error / norm) if norm else 0.0,
         )
     layer = make(sharing)
+    warn_of_concerns(given, factors, tuple(kernel.shape), name_of(layer))
     layer.start_from(factors)
     if report is not None:
         layer.factorization = dataclasses.replace(report, layer=layer.name)

@@ -201,8 +201,8 @@ class TotalLoss(keras.metrics.Mean):
                 its number of labels.
         """
         values, labels = zip(*counted)
-        values = [unscaled_loss(ops.cast(value, self.dtype)) for value in values]
-        self.step_values.assign(ops.stack(values))
+        unscaled = [unscaled_loss(ops.cast(value, self.dtype)) for value in values]
+        self.step_values.assign(ops.stack(unscaled))
         self.step_labels.assign(ops.stack([ops.cast(n, self.dtype) for n in labels]))
 
     def update_state(self, values: Tensor, sample_weight: Tensor | None = None) -> None:

@@ -300,11 +300,37 @@ def test_sharing_by_name(rng):
     kinds = {name: model.get_layer(name) for name in ("stem", "block_conv", "last_conv")}
     assert type(kinds["stem"]) is kl.Conv2D
     assert isinstance(kinds["block_conv"], TTConv2D)
-    assert max(kinds["block_conv"].rank) == 2
+    assert max(kinds["block_conv"].rank[:-1]) == 2 and kinds["block_conv"].rank[-1] == 3
     assert isinstance(kinds["last_conv"], TuckerConv2D)
     assert model.get_layer("classes").sharing.name == "independent"
     assert model.get_layer("stem_bn").gamma.shape == (6,)
     assert model.get_layer("block_bn").gamma.shape == (18,)
+
+
+def test_ranks_by_class(rng):
+    """Layers of a kind have other modes than those of another; the tasks have their own."""
+    backbone = randomize(small(), rng)
+    ranks = {"stem": 2, "Conv2D": (1.0, 1.0, 0.5, 0.5), "Dense": (0.5, 2)}
+    model = multitask(backbone, ["a", "b"], "tucker", rank=ranks, verbose=False)
+    assert model.get_layer("stem").rank == (2, 2, 2, 2, 2)
+    window, *channels, tasks = model.get_layer("last_conv").rank[1:]
+    assert window == 1 and channels == [3, 4] and tasks == 2
+    assert model.get_layer("classes").rank[1:] == (2, 2)
+    few = multitask(
+        backbone, 4, {"Dense": "tucker"}, rank=0.5, task_rank={"c*": 2}, verbose=False
+    )
+    assert few.get_layer("classes").rank[-1] == 2
+    assert few.get_layer("stem").sharing.name == "independent"
+    with pytest.raises(
+        ValueError, match=r"`task_rank` for layers \['Conv2D'\] does nothing"
+    ):
+        multitask(
+            backbone, 4, {"Dense": "tucker"}, task_rank={"Conv2D": 2, "*": 3}, verbose=False
+        )
+    with pytest.raises(ValueError, match=r"or be the class of one.*'Conv3D'"):
+        multitask(backbone, 4, "tucker", rank={"Conv3D": 2})
+    with pytest.raises(ValueError, match=r"layer 'stem'.*at most 2, the number of tasks"):
+        multitask(backbone, 2, "tucker", rank=0.5, task_rank=3)
 
 
 def test_hard_after_the_split(rng):

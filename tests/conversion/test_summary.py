@@ -101,7 +101,7 @@ def test_independent_networks_are_the_unit(shared_input):
     for arguments in (
         {},
         {"sharing": "hard"},
-        {"sharing": "tucker", "rank": 0.3, "share_until": "relu_8"},
+        {"sharing": "tucker", "rank": 0.5, "share_until": "relu_8"},
     ):
         model = multitask(
             backbone, 3, shared_input=shared_input, verbose=False, **arguments

@@ -21,6 +21,12 @@ BOUNDS = {
     "tt": decomposition.tt_bounds,
 }
 
+RANKS = {
+    "laf": decomposition.laf_ranks,
+    "tucker": decomposition.tucker_ranks,
+    "tt": decomposition.tt_ranks,
+}
+
 shapes = st.lists(st.integers(1, 5), min_size=2, max_size=5).map(tuple)
 tensors = shapes.flatmap(
     lambda shape: arrays(
@@ -90,12 +96,87 @@ def test_full_rank_is_exact(method, tensor):
 def test_given_ranks_are_kept(method, tensor, fraction, cap):
     """Fractions and caps give exactly the ranks that they stand for."""
     bounds = BOUNDS[method](tensor.shape)
-    parts = decompose(method, tensor, rank=fraction)
+    # In a tuple, and as a file of version 0.1 has it, a fraction is one of the bound.
     wanted = tuple(max(1, math.ceil(fraction * b - 1e-9)) for b in bounds)
-    assert ranks_of(method, parts) == wanted
-    if cap <= max(bounds):
+    saved = RANKS[method](tensor.shape, fraction, "as_saved")
+    assert saved == wanted == RANKS[method](tensor.shape, (fraction,) * len(bounds))
+    if method != "tt" or len(bounds) == 1 or fraction == 1:
+        parts = decompose(method, tensor, rank=(fraction,) * len(bounds))
+        assert ranks_of(method, parts) == wanted
+        size = sum(part.size for part in parts)
+        assert size == entries(method, tensor.shape, wanted)
+    if len(bounds) > 1 and cap <= max(bounds[:-1]):
         parts = decompose(method, tensor, rank=cap)
-        assert ranks_of(method, parts) == tuple(min(cap, b) for b in bounds)
+        *others, task = ranks_of(method, parts)
+        assert tuple(others) == tuple(min(cap, b) for b in bounds[:-1])
+        size = others[-1] * tensor.shape[-2] if method == "tt" else math.prod(others)
+        assert task == min(bounds[-1], size)
+
+
+def entries(method, shape, ranks):
+    """How many numbers the factors have."""
+    if method == "laf":
+        return ranks[0] * (math.prod(shape[:-1]) + shape[-1])
+    if method == "tucker":
+        return math.prod(ranks) + sum(d * k for d, k in zip(shape, ranks))
+    return sum(a * d * b for a, d, b in zip((1, *ranks), shape, (*ranks, 1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(
+        *[st.sampled_from([1, 2, 3, 5])] * 2,
+        st.integers(1, 40),
+        st.integers(1, 40),
+        st.integers(1, 8),
+    ),
+    window=st.integers(0, 2),
+    fraction=st.floats(0.02, 0.99),
+)
+def test_a_fraction_is_one_of_the_weights(method, shape, window, fraction):
+    """The most that keeps to it; the tasks stay whole, and Tucker's window."""
+    shape = shape[2 - window :]
+
+    def size_of(ranks):
+        return entries(method, shape, ranks)
+
+    ranks, full = (RANKS[method](shape, choice) for choice in (fraction, 1.0))
+    size, budget = size_of(ranks), fraction * math.prod(shape)
+    if method == "laf":
+        fitting = [k for k in range(1, full[0] + 1) if size_of((k,)) <= budget]
+        assert ranks == (max([*fitting, min(2, full[0])]),)
+        return
+    useful = ranks[-2] * shape[-2] if method == "tt" else math.prod(ranks[:-1])
+    assert ranks[-1] == min(full[-1], useful)
+    if size > budget:
+        # There are no smaller ones with which the tasks can differ.
+        assert ranks == RANKS[method](shape, 1e-9)
+    if method == "tucker":
+        assert ranks[:window] == full[:window]
+    # No cap that keeps to it gives more.
+    cut = 2 if method == "tucker" else 1
+    for cap in range(1, max(full) + 1):
+        capped = (min(cap, bound) for bound in full[:-1][-cut:])
+        capped = RANKS[method](shape, (*full[: -1 - cut], *capped))
+        if capped[-1] == full[-1] and size_of(capped) <= budget:
+            assert all(a >= b for a, b in zip(ranks[-1 - cut : -1], capped[-1 - cut : -1]))
+
+
+def test_shares_of_usual_layers():
+    """What half of the weights is: close to it, window and tasks whole, T = 2 to 10."""
+    for shape in [(3, 3, 16, 32, 2), (3, 3, 64, 128, 4), (5, 5, 32, 64, 10), (512, 64, 2)]:
+        for fraction in (0.5, 0.25, 0.1):
+            for method in ("tucker", "tt"):
+                ranks = RANKS[method](shape, fraction)
+                share = entries(method, shape, ranks) / math.prod(shape)
+                assert 0.75 * fraction < share <= fraction, (shape, method)
+                assert ranks[-1] == shape[-1] and ranks[0] >= min(shape[0], 3)
+    assert decomposition.tucker_ranks((3, 3, 16, 32, 2), 0.5) == (3, 3, 14, 15, 2)
+    # A task rank of 1 leaves more for the channels, and half of LAF's latent kernels.
+    assert decomposition.tucker_ranks((64, 32, 4), 0.25, task_rank=1) == (17, 18, 1)
+    assert decomposition.laf_ranks((3, 3, 16, 32, 10), 0.5) == (4,)
+    assert decomposition.laf_ranks((3, 3, 16, 32, 10), None, task_rank=0.5) == (5,)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,6 +297,12 @@ def test_zero_tensor_and_single_task(method, rng):
         ({"rank": "all"}, "positive int"),
         ({"rank": 1000}, "at most.*1000"),
         ({"rank": (1,) * 7}, "entries"),
+        ({"rank": 0.5, "task_rank": 3}, "at most 2|once"),
+        ({"rank": 0.5, "task_rank": 0}, "`task_rank` must.*task_rank=0"),
+        ({"rank": 0.5, "task_rank": "full"}, "`task_rank` must.*'full'"),
+        ({"rank": (1.0,) * 3, "task_rank": 2}, "task"),
+        ({"rank": ()}, "positive int"),
+        ({"rank": float("nan")}, "positive int"),
         ({"rank": 2, "tolerance": 0.1}, "not both"),
         ({}, "neither"),
         ({"tolerance": 0.1, "threshold": "energy"}, "energy"),

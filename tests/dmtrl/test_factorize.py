@@ -118,8 +118,45 @@ def test_choosing_layers(rng):
     assert type(new.get_layer("conv")) is layers.TaskConv2D
     new = factorize(model, "tt", rank={"conv": 2, "twice": (3, 2)}, verbose=False)
     assert new.get_layer("twice").rank == (3, 2)
-    assert new.get_layer("conv").rank == (2, 2, 2, 2)
+    assert new.get_layer("conv").rank == (2, 2, 2, 3)
     assert len(factorization_report(new)) == 2
+    # By pattern and by class; the first that fits holds.
+    ranks = {"t*": (3, 2), "Dense": (2, 2), "Conv2D": 2}
+    new = factorize(model, "tt", rank=ranks, verbose=False)
+    found = {layer.name: layer.rank for layer in task_layers(new)}
+    assert found["twice"] == (3, 2) and found["nested"] == (2, 2)
+    assert found["conv"] == (2, 2, 2, 3) and found["depthwise"] is None
+    with pytest.raises(ValueError, match=r"nothing for layer 'conv'.*'twice'"):
+        factorize(model, "tt", layers=["conv"], rank={"twice": 2}, verbose=False)
+    with pytest.raises(ValueError, match=r"named \['missing'\]"):
+        factorize(model, "tt", rank={"missing": 2}, verbose=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_task_rank(method, rng):
+    """By itself, with a tolerance or a rank; of LAF it is the only one."""
+    model = randomize(network(), rng)
+
+    def ranks(**choice):
+        new = factorize(model, method, layers=["nested"], verbose=False, **choice)
+        return {layer.name: layer.rank for layer in task_layers(new)}["nested"]
+
+    assert ranks(task_rank=2)[-1] == 2
+    assert ranks(task_rank=0.5)[-1] == 2
+    if method == "laf":
+        for other in ({"rank": 2}, {"tolerance": 0.1}):
+            with pytest.raises(ValueError, match="LAF has no other rank"):
+                ranks(task_rank=2, **other)
+        return
+    assert ranks(task_rank=2, rank=0.5)[-1] == 2
+    assert ranks(task_rank=2, tolerance=0.9)[-1] == 2
+    # Full, although the tasks' kernels are equal; then the tolerance is spent elsewhere.
+    for variable in model.trainable_variables:
+        if variable.ndim == 3:
+            variable.assign(np.repeat(variable.numpy()[..., :1], 3, axis=-1))
+    assert ranks(task_rank=1.0, tolerance=0.2)[-1] == 3
+    with pytest.warns(UserWarning, match=r"'nested'.*multiples of each other"):
+        assert ranks(tolerance=0.2)[-1] == 1
 
 
 def test_factorized_model_trains_saves_and_prints(rng, tmp_path, capsys):
@@ -149,7 +186,8 @@ def test_sequential(rng):
     model = keras.Sequential(
         [keras.Input((5,)), layers.TaskDense(4, 3, shared_input=True, name="fc")]
     )
-    new = factorize(model, "laf", rank=1, verbose=False)
+    with pytest.warns(UserWarning, match="LAFDense 'fc'.*task rank is 1"):
+        new = factorize(model, "laf", rank=1, verbose=False)
     assert isinstance(new, keras.Sequential)
     x = rng.normal(size=(2, 5)).astype("float32")
     np.testing.assert_allclose(new(x), model(x), atol=1e-5)

@@ -46,9 +46,9 @@ def test_promises(kind, base, choice, rng):
 def test_same_as_sharing(kind, base, rng):
     """The name and the `sharing` argument are one layer."""
     shape = DIMENSIONS[base]
-    named = make(kind, base, rank=0.8, implementation="compose")
+    named = make(kind, base, rank=2, implementation="compose")
     plain_class = getattr(layers, f"Task{base}")
-    sharing = getattr(parameterizations, kind)(rank=0.8)
+    sharing = getattr(parameterizations, kind)(rank=2)
     window = () if base == "Dense" else (2,)
     plain = plain_class(3, *window, tasks=2, sharing=sharing)
     x = rng.normal(size=(2, *shape)).astype("float32")
@@ -73,6 +73,82 @@ def test_configuration_holds_the_ranks(kind):
     again = type(layer).from_config(config)
     again.build((None, 8))
     assert [w.shape for w in again.weights] == [w.shape for w in layer.weights]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank", [0.5, 2])
+def test_configurations_of_earlier_versions(kind, rank):
+    """They lack `task_rank`; rank was for the tasks too, a fraction one of each bound."""
+    layer = layers.TaskDense(6, tasks=4, sharing=getattr(parameterizations, kind)(0.3))
+    config = getattr(layers, f"{kind}Dense")(6, 4, rank=rank, name="fc").get_config()
+    assert config.pop("task_rank") is None
+    named = getattr(layers, f"{kind}Dense").from_config(config)
+    # Before it is built, its own configuration means the same.
+    named = type(named).from_config(named.get_config())
+    config = layer.get_config()
+    del config["sharing"]["config"]["task_rank"]
+    config["sharing"]["config"]["rank"] = rank
+    old = {"LAF": (2,), "Tucker": (5, 3, 2), "TT": (5, 2)}[kind]
+    expected = old if rank == 0.5 else (2,) * len(old)
+    for found in (named, layers.TaskDense.from_config(config)):
+        found.build((None, 40))
+        assert found.rank == expected
+        again = type(found).from_config(found.get_config())
+        again.build((None, 40))
+        assert again.rank == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tasks", [2, 3, 10])
+def test_half_of_the_weights(kind, tasks):
+    """Two tasks or ten, all latent kernels are there, so that the tasks can differ."""
+    layer = getattr(layers, f"{kind}Conv2D")(32, 3, tasks, rank=0.5, shared_input=True)
+    if kind == "LAF" and tasks < 4:
+        # Half of two or three kernels would be one.
+        with pytest.warns(UserWarning, match=r"can differ, \(2,\), have .* rank=0.5"):
+            layer.build((None, 8, 8, 16))
+        assert layer.rank == (2,)
+        return
+    layer.build((None, 8, 8, 16))
+    size = sum(int(np.prod(factor.shape)) for factor in layer.factors.values())
+    assert size <= 0.5 * 9 * 16 * 32 * tasks
+    assert layer.rank[-1] == (tasks if kind != "LAF" else 4)
+    assert kind != "Tucker" or layer.rank[:2] == (3, 3)
+    start = ops.convert_to_numpy(layer.kernel)
+    assert np.ptp(start, axis=-1).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_proportional_tasks_are_warned_of(kind, tmp_path):
+    """Where the layer is made, once; with the layer's name and what made it so."""
+
+    def one(**choice):
+        layer = make(kind, "Dense", name="fc", **choice)
+        with pytest.warns(UserWarning) as found:
+            layer.build((None, 16))
+        (warning,) = [str(one.message) for one in found]
+        assert f"{kind}Dense 'fc', stacked kernel (8, 3, 2)" in warning
+        assert "multiples of each other" in warning
+        for name, value in choice.items():
+            assert name == "common_draw" or f"{name}={value!r}" in warning
+        matrix = ops.convert_to_numpy(layer.kernel).reshape(-1, 2)
+        assert np.linalg.matrix_rank(matrix, tol=1e-5) == 1
+        return layer
+
+    one(task_rank=1)
+    one(tolerance=0.5, common_draw=True)
+    if kind != "TT":
+        # A core of 1 x 1 has no two latent kernels.
+        one(rank=1)
+    layer = one(rank=(1, 1, 1)[: len(layers_ranks(kind))])
+    # What is saved is as it was, and known.
+    type(layer).from_config(layer.get_config()).build((None, 16))
+    layers.TaskDense(3, 1, sharing=getattr(parameterizations, kind)(1)).build((None, 4))
+
+
+def layers_ranks(kind):
+    """The ranks of a dense layer."""
+    return {"LAF": "K", "Tucker": "IOK", "TT": "IK"}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)

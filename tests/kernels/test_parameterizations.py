@@ -139,7 +139,7 @@ def test_task_matrix_is_linear(kind, rng):
 @pytest.mark.parametrize("kind", FACTORIZED)
 def test_task_rank_one_means_multiples(kind, rng):
     """With task rank 1, all kernels are multiples of one another."""
-    sharing = kind(rank=0.01)
+    sharing = kind(task_rank=1)
     composed = sharing.compose(tensors(sharing.decompose(rng.normal(size=(4, 5, 6)))), 6)
     rows = ops.convert_to_numpy(composed).reshape(6, -1)
     assert np.linalg.matrix_rank(rows, tol=1e-4) == 1
@@ -199,7 +199,10 @@ def test_registry_errors():
     with pytest.raises(ValueError, match="registered already"):
         parameterizations.register(LAF)
     assert parameterizations.get(None).name == "independent"
-    assert Tucker().get_config()["rank"] == 0.5
+    # Without a rank and a tolerance as with 0.5.
+    shape = (16, 8, 4)
+    found = [shapes_of(one.decompose(np.ones(shape))) for one in (Tucker(), Tucker(0.5))]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", parameterizations.names())
@@ -245,15 +248,18 @@ def test_replicate_keeps_the_tolerance(kind, tolerance, rng):
 
 @pytest.mark.parametrize("kind", FACTORIZED)
 def test_replicate_takes_every_kind_of_rank(kind, rng):
-    """An int is a cap at any size; a fraction and a tuple are of one kernel's ranks."""
+    """An int is a cap at any size; the task rank is full, but in a tuple, or by itself."""
     kernel, tasks = rng.normal(size=(3, 3, 8, 12)), 4
     ranks = {
         rank: kind(rank=rank).rank(shapes_of(kind(rank=rank).replicate(kernel, tasks)))
         for rank in (2, 1000, 0.5)
     }
-    assert max(ranks[2]) == 2 and ranks[2][-1] == 2
+    assert max(ranks[2][:-1], default=2) == 2
+    assert ranks[2][-1] == (2 if kind is LAF else tasks)
     assert ranks[1000][-1] == tasks
-    assert ranks[0.5][-1] == 2
+    assert ranks[0.5][-1] == (2 if kind is LAF else tasks)
+    few = kind(task_rank=3)
+    assert few.rank(shapes_of(few.replicate(kernel, tasks)))[-1] == 3
     exact = {1: (3,), 5: (2, 3, 4, 5, 3), 4: (2, 3, 4, 3)}[len(ranks[2])]
     values = kind(rank=exact).replicate(kernel, tasks)
     assert kind(rank=exact).rank(shapes_of(values)) == exact
@@ -263,13 +269,16 @@ def test_replicate_takes_every_kind_of_rank(kind, rng):
 
 
 @pytest.mark.parametrize("kind", FACTORIZED)
-@pytest.mark.parametrize("units", [5, 1])
-def test_replicated_tasks_can_differ(kind, units, rng):
+@pytest.mark.parametrize(
+    ("units", "choice"),
+    [(5, {"tolerance": 0.5}), (1, {"tolerance": 0.5}), (5, {"rank": 0.5})],
+)
+def test_replicated_tasks_can_differ(kind, units, choice, rng):
     """The first gradient step already takes the tasks apart, other than by scale."""
     from dmtrl_keras.tasks.rewrite import with_sharing
 
     tasks, kernel = 3, rng.normal(size=(6, units))
-    sharing = kind(tolerance=0.5)
+    sharing = kind(**choice)
     values = sharing.replicate(kernel, tasks)
     sharing = sharing.with_rank(sharing.rank(shapes_of(values)))
     layer = with_sharing(TaskDense(units, tasks, shared_input=True), sharing)

@@ -8,7 +8,7 @@ import keras_tuner as kt
 import numpy as np
 import pytest
 
-from dmtrl_keras import TaskRelationModel, task_layers
+from dmtrl_keras import TaskRelationModel, parameterizations, task_layers
 from tuning import hypermodels
 from tuning.hypermodels import FAMILIES, TUNABLE
 
@@ -71,9 +71,11 @@ def test_values_are_used():
     ranks = {"ranks": "layers", "rank/conv": 1.0, "rank/fc": 0.05}
     by_layer = build("tt", ranks, per_layer=True)
     by_name = {layer.name: layer for layer in task_layers(by_layer)}
-    shapes = {n: [v.shape for v in by_name[n].factors.values()] for n in ("conv", "fc")}
-    assert max(min(shape) for shape in shapes["fc"]) == 1
-    assert max(min(shape) for shape in shapes["conv"]) > 1
+    # The least with which two tasks can differ, and all.
+    assert by_name["fc"].rank == (1, 2)
+    assert by_name["conv"].rank == parameterizations.TT(1.0).rank(
+        {n: f.shape for n, f in by_name["conv"].factors.items()}
+    )
     (similar,) = (
         layer
         for layer in task_layers(build("similar", {"threshold": 0.7}))
@@ -91,6 +93,23 @@ def test_values_are_used():
     model = build("independent", rate, tune=TUNABLE)
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert float(model.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+def test_task_rank():
+    """A default for all layers, a hyperparameter with ranks by layer; not of LAF."""
+    losses = dict.fromkeys(("a", "b", "c"), "mse")
+
+    def rank_of(values, method="tucker", **arguments):
+        hp = kt.HyperParameters()
+        hp.values = values
+        family = FAMILIES[method](method, backbone, losses, heads=1, **arguments)
+        return family.build(hp).get_layer("fc").rank[-1]
+
+    assert rank_of({"tolerance": 0.2}) == 3
+    assert rank_of({"tolerance": 0.2}, defaults={"task_rank": 2}) == 2
+    assert rank_of({"ranks": "layers", "task_rank": 2}, per_layer=True) == 2
+    with pytest.raises(ValueError, match=r"LAF has no other rank.*task_rank=2"):
+        rank_of({}, "laf", defaults={"task_rank": 2})
 
 
 def test_trials_have_nothing_in_common():

@@ -48,6 +48,20 @@ def test_per_layer():
     assert {one.name for one in hp.space} == {"tolerance", "threshold"}
 
 
+def test_task_rank():
+    """Searched with ranks by layer; of two tasks there is nothing to choose."""
+    hp = kt.HyperParameters()
+    hp.values = {"ranks": "layers"}
+    space = Space(hp, per_layer=True)
+    space.factorization(["fc"], 0.1)
+    assert space.task_rank(2) is None and space.task_rank(5, 0.5) == 0.5
+    assert Space(hp).task_rank(5, 3) == 3
+    assert "task_rank" not in {one.name for one in hp.space}
+    assert space.task_rank(5) == 5
+    (own,) = (one for one in hp.space if one.name == "task_rank")
+    assert (own.min_value, own.max_value) == (2, 5)
+
+
 def test_tasks_are_asked_for_where_they_are_needed():
     """Their names may need data that is not loaded yet."""
     assert Space(kt.HyperParameters()).loss_weights(None, {"a": 2.0}) == {"a": 2.0}

@@ -10,10 +10,12 @@ import sys
 
 from filelock import FileLock, Timeout
 
+from .reading import DataError
+
 GOES_ON = "The same command goes on from what is there."
 
 
-class UnusableFileError(ValueError):
+class UnusableFileError(DataError):
     """A file that an interrupted call left, or another program, and can't be read."""
 
 

@@ -200,10 +200,10 @@ class TotalLoss(keras.metrics.Mean):
             counted: for each of the losses its weighted value, as it is in the total, and
                 its number of labels.
         """
-        values, labels = zip(*counted)
-        unscaled = [unscaled_loss(ops.cast(value, self.dtype)) for value in values]
-        self.step_values.assign(ops.stack(unscaled))
-        self.step_labels.assign(ops.stack([ops.cast(n, self.dtype) for n in labels]))
+        values = [unscaled_loss(ops.cast(value, self.dtype)) for value, _ in counted]
+        labels = [ops.cast(number, self.dtype) for _, number in counted]
+        self.step_values.assign(ops.stack(values))
+        self.step_labels.assign(ops.stack(labels))
 
     def update_state(self, values: Tensor, sample_weight: Tensor | None = None) -> None:
         """Add a batch."""

@@ -41,6 +41,7 @@ from .experiment import (
     trainable_parameters,
 )
 from .image_tasks import load_task
+from .mtda import MultiTaskDiscriminantAnalysis
 from .resnet import resnet18
 from .results import mean_and_spread
 from .vgg import BLOCKS, vgg
@@ -48,6 +49,7 @@ from .vgg import BLOCKS, vgg
 TITLES = {
     "single": "Single-task",
     "shared": "Multi-task (all shared)",
+    "mtda": "MTDA",
     "stitch": "Cross-Stitch",
     "nddr": "NDDR",
     "mtal": "MTAL",
@@ -67,6 +69,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "mtal_filters_common": {"kernels": "filter", "mode": "forward", "start": "common"},
 }
 SIMILAR = tuple(VARIANTS)
+SHRINKAGES = (0.01, 0.1, 0.5, 0.9)  # Of MTDA.
 
 
 class Group(typing.NamedTuple):
@@ -290,6 +293,8 @@ def train_and_test(
         A dict that JSON takes: accuracy by task, the loss by task and epoch, parameters,
         seconds of training, and the shared kernels of MTAL.
     """
+    if method == "mtda":
+        return discriminant_analysis(options, tasks, parts, seed, tick)
     with timed(seed) as took:
         model, losses = train(options, method, tasks, parts, seed, tick, threshold, watch)
     inputs = {name: task.images[parts[name][1]] for name, task in tasks.items()}
@@ -317,6 +322,60 @@ def train_and_test(
                 path = f"activations_{options.group}_{method}_{number}.png"
                 plot_activations(model, layer, tasks, parts, options.output / path)
     return results
+
+
+def discriminant_analysis(options, tasks, parts, seed, tick):
+    """Train and test MTDA on pixels, its shrinkage chosen on a part of the training images.
+
+    Args:
+        options: parsed arguments: `size`.
+        tasks: dict from name to `ImageTask`.
+        parts: as from `split`.
+        seed: int, of the part held out.
+        tick: function without arguments, called at the end.
+
+    Returns:
+        A dict as from `train_and_test`, without losses.
+    """
+    pixels, labels = [], []
+    for number in range(2):
+        chosen = {name: parts[name][number] for name in tasks}
+        pixels.append(
+            {
+                name: keras.ops.convert_to_numpy(
+                    prepared(tasks[name].images[own], name, options.size)
+                ).reshape(len(own), -1)
+                for name, own in chosen.items()
+            }
+        )
+        labels.append({name: tasks[name].labels[own] for name, own in chosen.items()})
+    fitted, watched = held_out_by_task(parts, tasks, 0.25, seed), []
+    with timed(seed) as took:
+        sides = [
+            {n: np.isin(parts[n][0], fitted[n][side]) for n in tasks} for side in range(2)
+        ]
+        for shrinkage in SHRINKAGES:
+            (x, y), (x_out, y_out) = (
+                [{n: own[n][side[n]] for n in tasks} for own in (pixels[0], labels[0])]
+                for side in sides
+            )
+            found = MultiTaskDiscriminantAnalysis(shrinkage=shrinkage).fit(x, y)
+            watched.append(np.mean(list(_shares_right(found, x_out, y_out).values())))
+        best = SHRINKAGES[int(np.argmax(watched))]
+        found = MultiTaskDiscriminantAnalysis(shrinkage=best).fit(pixels[0], labels[0])
+    tick()
+    return {
+        "accuracy": _shares_right(found, pixels[1], labels[1]),
+        "losses": {},
+        "parameters": sum(p.size for p in found.projections_.values()),
+        "seconds": took.seconds,
+        "shrinkage": best,
+    }
+
+
+def _shares_right(model, x, y):
+    predicted = model.predict(x)
+    return {name: float(np.mean(predicted[name] == y[name])) for name in y}
 
 
 def _convolutions(model):
@@ -400,9 +459,10 @@ def plot_curves(runs, path):
         runs: data frame of runs.
         path: where the PNG goes.
     """
+    runs = runs[runs.method != "mtda"]  # It has no steps.
     present = list(dict.fromkeys(runs.method))
     shown = [m for m in ("single", "mtal", "mtal_r") if m in present] or present[:3]
-    figure, (axes,) = figure_of(len(shown), sharey=True)
+    figure, (axes,) = figure_of(max(len(shown), 1), sharey=True)
     for axis, method in zip(axes, shown):
         losses = [pd.DataFrame(losses) for losses in runs[runs.method == method].losses]
         for name in losses[0]:
@@ -412,7 +472,8 @@ def plot_curves(runs, path):
             axis.fill_between(line.get_xdata(), *spread, color=line.get_color(), alpha=0.2)
         axis.set(title=TITLES[method], xlabel="epoch", yscale="log")
     axes[0].set_ylabel("training loss")
-    axes[0].legend()
+    if shown:
+        axes[0].legend()
     figure.savefig(path)
 
 

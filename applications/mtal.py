@@ -22,7 +22,6 @@ from dmtrl_keras import (
     task_layers,
     zip_tasks,
 )
-from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mtal.similarity import cosine_similarity, kernel_rows
 from dmtrl_keras.optimizers import LearningRateMultiplier
@@ -43,6 +42,7 @@ from .experiment import (
     trainable_parameters,
 )
 from .image_tasks import load_task
+from .mtda import MultiTaskDiscriminantAnalysis
 from .reading import DataError, reason
 from .resnet import resnet18
 from .results import mean_and_spread
@@ -51,13 +51,27 @@ from .vgg import BLOCKS, vgg
 TITLES = {
     "single": "Single-task",
     "shared": "Multi-task (all shared)",
+    "mtda": "MTDA",
     "stitch": "Cross-Stitch",
     "nddr": "NDDR",
     "mtal": "MTAL",
     "mtal_r": "MTAL_R",
-    "mtal_apart": "MTAL, each task its own start",
+    "mtal_forward": "MTAL, gradients to both",
+    "mtal_common": "MTAL, common start",
+    "mtal_filters": "MTAL of filters",
+    "mtal_filters_common": "MTAL of filters, common start",
 }
-SIMILAR = ("mtal", "mtal_r", "mtal_apart")
+# What they have otherwise than `--kernels`, `--mode` and `--start` say.
+VARIANTS: dict[str, dict[str, str]] = {
+    "mtal": {},
+    "mtal_r": {},
+    "mtal_forward": {"mode": "forward"},
+    "mtal_common": {"start": "common"},
+    "mtal_filters": {"kernels": "filter", "mode": "forward"},
+    "mtal_filters_common": {"kernels": "filter", "mode": "forward", "start": "common"},
+}
+SIMILAR = tuple(VARIANTS)
+SHRINKAGES = (0.01, 0.1, 0.5, 0.9)  # Of MTDA.
 
 
 class Group(typing.NamedTuple):
@@ -139,6 +153,9 @@ def make_model(options, method, tasks, threshold=None):
     elif method in SIMILAR:
         thresholds = options.threshold if threshold is None else [threshold]
         patterns = ["*"] if len(thresholds) == 1 else block_patterns(options.network)
+        chosen = {n: getattr(options, n) for n in ("kernels", "mode", "start")}
+        chosen |= VARIANTS[method]
+        arguments["start"] = chosen.pop("start")
         arguments["sharing"] = {
             pattern: SimilarKernels(
                 value,
@@ -146,6 +163,7 @@ def make_model(options, method, tasks, threshold=None):
                 pairs=options.pairs,
                 related=options.related if method == "mtal_r" else None,
                 update_every=options.update_every,
+                **chosen,
             )
             for pattern, value in zip(patterns, thresholds)
         }
@@ -156,8 +174,6 @@ def make_model(options, method, tasks, threshold=None):
         heads={name: len(task.classes) for name, task in tasks.items()},
         **arguments,
     )
-    if method == "mtal_apart":
-        start_apart(model)
     inputs = {
         name: keras.Input(task.images.shape[1:], dtype="uint8", name=name)
         for name, task in tasks.items()
@@ -170,19 +186,6 @@ def block_patterns(network):
     """Patterns of the layers' names, one for each of the network's five blocks."""
     name = "resnet_conv" if network == "resnet18" else "block"
     return [f"{name}{number}_*" for number in range(1, 6)]
-
-
-def start_apart(model):
-    """Draw the kernels of each task anew, where tasks start from equal ones."""
-    for layer in task_layers(model):
-        kernel = layer.factors["kernel"]
-        kernel.assign(
-            draw_stacked_kernel(
-                layer.kernel_initializer, kernel.shape[:-1], layer.tasks, common=False
-            )
-        )
-        if layer.selection is not None:
-            layer.selection.refresh()
 
 
 def split(tasks, options, seed):
@@ -292,6 +295,8 @@ def train_and_test(
         A dict that JSON takes: accuracy by task, the loss by task and epoch, parameters,
         seconds of training, and the shared kernels of MTAL.
     """
+    if method == "mtda":
+        return discriminant_analysis(options, tasks, parts, seed, tick)
     with timed(seed) as took:
         model, losses = train(options, method, tasks, parts, seed, tick, threshold, watch)
     inputs = {name: task.images[parts[name][1]] for name, task in tasks.items()}
@@ -308,7 +313,10 @@ def train_and_test(
     }
     if method in SIMILAR:
         results["sharing"] = [
-            {"layer": row.layer, "ratio": row.ratio, "saved": row.saved}
+            {
+                name: getattr(row, name)
+                for name in ("layer", "pair_ratio", "chance", "ratio", "saved")
+            }
             for row in kernel_sharing_ratio(model, verbose=False)
         ]
         if figures:
@@ -318,16 +326,72 @@ def train_and_test(
     return results
 
 
+def discriminant_analysis(options, tasks, parts, seed, tick):
+    """Train and test MTDA on pixels, its shrinkage chosen on a part of the training images.
+
+    Args:
+        options: parsed arguments: `size`.
+        tasks: dict from name to `ImageTask`.
+        parts: as from `split`.
+        seed: int, of the part held out.
+        tick: function without arguments, called at the end.
+
+    Returns:
+        A dict as from `train_and_test`, without losses.
+    """
+    pixels, labels = [], []
+    for number in range(2):
+        chosen = {name: parts[name][number] for name in tasks}
+        pixels.append(
+            {
+                name: keras.ops.convert_to_numpy(
+                    prepared(tasks[name].images[own], name, options.size)
+                ).reshape(len(own), -1)
+                for name, own in chosen.items()
+            }
+        )
+        labels.append({name: tasks[name].labels[own] for name, own in chosen.items()})
+    fitted, watched = held_out_by_task(parts, tasks, 0.25, seed), []
+    with timed(seed) as took:
+        sides = [
+            {n: np.isin(parts[n][0], fitted[n][side]) for n in tasks} for side in range(2)
+        ]
+        for shrinkage in SHRINKAGES:
+            (x, y), (x_out, y_out) = (
+                [{n: own[n][side[n]] for n in tasks} for own in (pixels[0], labels[0])]
+                for side in sides
+            )
+            found = MultiTaskDiscriminantAnalysis(shrinkage=shrinkage).fit(x, y)
+            watched.append(np.mean(list(_shares_right(found, x_out, y_out).values())))
+        best = SHRINKAGES[int(np.argmax(watched))]
+        found = MultiTaskDiscriminantAnalysis(shrinkage=best).fit(pixels[0], labels[0])
+    tick()
+    return {
+        "accuracy": _shares_right(found, pixels[1], labels[1]),
+        "losses": {},
+        "parameters": sum(p.size for p in found.projections_.values()),
+        "seconds": took.seconds,
+        "shrinkage": best,
+    }
+
+
+def _shares_right(model, x, y):
+    predicted = model.predict(x)
+    return {name: float(np.mean(predicted[name] == y[name])) for name in y}
+
+
 def _convolutions(model):
-    return [layer for layer in task_layers(model) if layer.selection is not None]
+    return [
+        layer for layer in task_layers(model) if isinstance(layer.sharing, SimilarKernels)
+    ]
 
 
 def plot_activations(model, layer, tasks, parts, path, columns=8):
-    """Maps of one layer that similar kernels of two tasks make (Figures 10 and 11).
+    """Maps of one layer that similar filters of two tasks make (Figures 10 and 11).
 
-    Each column is a pair of kernels of different tasks, the most similar first, below each
+    Each column is a pair of filters of different tasks, the most similar first, below each
     other the maps of the two for a test image of their task; a red frame marks the pairs
-    that are shared.
+    above the threshold.
 
     Args:
         model: the trained network, as from `make_model`.
@@ -340,9 +404,7 @@ def plot_activations(model, layer, tasks, parts, path, columns=8):
     names = list(tasks)
     pairs, cosines = _most_similar_pairs(layer, len(names), columns)
     maps = _maps(model, layer, {n: t.images[parts[n][1][:1]] for n, t in tasks.items()})
-    threshold = float(
-        layer.sharing.threshold_at(int(keras.ops.convert_to_numpy(layer.selection.step)))
-    )
+    threshold = float(layer.sharing.threshold_at(0))
     figure, axes = figure_of(len(pairs), 2, size=(1.3, 1.6))
     for column, pair, cosine in zip(axes.T, pairs, cosines):
         for axis, kernel_number in zip(column, pair):
@@ -399,10 +461,10 @@ def plot_curves(runs, path):
         runs: data frame of runs.
         path: where the PNG goes.
     """
-    shown = [
-        method for method in ("single", "mtal", "mtal_r") if method in set(runs.method)
-    ]
-    figure, (axes,) = figure_of(len(shown), sharey=True)
+    runs = runs[runs.method != "mtda"]  # It has no steps.
+    present = list(dict.fromkeys(runs.method))
+    shown = [m for m in ("single", "mtal", "mtal_r") if m in present] or present[:3]
+    figure, (axes,) = figure_of(max(len(shown), 1), sharey=True)
     for axis, method in zip(axes, shown):
         losses = [pd.DataFrame(losses) for losses in runs[runs.method == method].losses]
         for name in losses[0]:
@@ -412,7 +474,8 @@ def plot_curves(runs, path):
             axis.fill_between(line.get_xdata(), *spread, color=line.get_color(), alpha=0.2)
         axis.set(title=TITLES[method], xlabel="epoch", yscale="log")
     axes[0].set_ylabel("training loss")
-    axes[0].legend()
+    if shown:
+        axes[0].legend()
     figure.savefig(path)
 
 
@@ -459,21 +522,26 @@ def table_of_sweep(runs, names):
     """Figure 9 as a table."""
     rows = []
     for threshold, own in runs.groupby("swept"):
-        shared = [100 * found[-1]["ratio"] for found in own.sharing]
+        total = pd.DataFrame(found[-1] for found in own.sharing)
         row = {"Threshold": f"{threshold:g}", **_accuracies(own, names)}
-        rows.append(row | {"Kernels shared (%)": mean_and_spread(shared, 1)})
+        row["Pairs shared (%)"] = mean_and_spread(100 * total.pair_ratio, 1)
+        rows.append(row | {"Chance (%)": mean_and_spread(100 * total.chance, 1)})
     return pd.DataFrame(rows)
 
 
 def table_of_sharing(runs):
-    """Table 6: kernels that are shared, in percent, by layer and method."""
+    """Table 6: pairs that are shared, in percent, by layer and method."""
     columns = {}
     for method, own in runs[runs.method.isin(SIMILAR)].groupby("method", sort=False):
-        ratios = [{row["layer"]: 100 * row["ratio"] for row in run} for run in own.sharing]
-        saved = [100 * run[-1]["saved"] for run in own.sharing]
-        ratios = pd.DataFrame(ratios)
-        column = {layer: mean_and_spread(ratios[layer], 1) for layer in ratios}
-        column["weights saved"] = mean_and_spread(saved, 1)
+        found = pd.concat(map(pd.DataFrame, own.sharing))
+        by_layer = found.groupby("layer", sort=False)
+        column = {
+            layer: mean_and_spread(100 * rows.pair_ratio, 1) for layer, rows in by_layer
+        }
+        total = by_layer.get_group("total")
+        column["chance, total"] = mean_and_spread(100 * total.chance, 1)
+        column["kernels with a partner"] = mean_and_spread(100 * total.ratio, 1)
+        column["weights saved"] = mean_and_spread(100 * total.saved, 1)
         columns[TITLES[method]] = column
     return pd.DataFrame(columns).rename_axis("Layer").reset_index()
 
@@ -514,6 +582,7 @@ class Mtal(Experiment):
     settings += ("training_images", "test_images", "epochs", "batch_size")
     settings += ("learning_rate", "optimizer", "loss_weights", "fusion_rate")
     settings += ("weight_decay", "threshold", "weights", "pairs", "related", "update_every")
+    settings += ("kernels", "mode", "start")
     families = {"independent": "single", "hard": "shared", "similar": "mtal"}
     data_argument = {"type": pathlib.Path, "help": "folder of the data sets with names"}
 
@@ -550,7 +619,13 @@ class Mtal(Experiment):
             default=1.0,
             help="learning rate of Cross-Stitch and NDDR layers, as a factor",
         )
-        p.add_argument("--weight-decay", type=real(least=0), default=1e-4)
+        p.add_argument(
+            "--weight-decay",
+            type=real(least=0),
+            default=1e-4,
+            help="of a loss that is a mean; the paper's 0.1 is of a sum (Eq. 7), which is "
+            "about 0.003 of a mean over 32",
+        )
         p.add_argument(
             "--threshold",
             nargs="+",
@@ -559,7 +634,25 @@ class Mtal(Experiment):
             "default 0.55 for the group 'unrelated', else 0.4",
         )
         p.add_argument("--weights", choices=["0.5", "learned"], default="0.5", help="phi")
-        p.add_argument("--pairs", choices=["all", "index"], default="all")
+        p.add_argument(
+            "--kernels",
+            choices=["slice", "filter"],
+            default="slice",
+            help="what is compared: one input and one output channel, or one output one",
+        )
+        p.add_argument(
+            "--pairs",
+            choices=["all", "index"],
+            help="by default index for slices, all for filters",
+        )
+        p.add_argument(
+            "--mode",
+            choices=["overwrite", "forward"],
+            default="overwrite",
+            help="the aggregates take the place of the weights (Algorithm 1), or are "
+            "functions of them",
+        )
+        p.add_argument("--start", choices=["apart", "common"], default="apart")
         p.add_argument("--update-every", type=whole(1), default=1)
         p.add_argument(
             "--sweep",
@@ -567,7 +660,7 @@ class Mtal(Experiment):
             choices=SIMILAR,
             const="mtal",
             metavar="METHOD",
-            help="Figure 9: accuracy by threshold, of mtal, mtal_r or mtal_apart",
+            help="Figure 9: accuracy by threshold, of mtal or a variant",
         )
         p.add_argument(
             "--thresholds",
@@ -600,6 +693,9 @@ class Mtal(Experiment):
             for related in options.related:
                 check_names("--related", related, options.sources, p)
         options.weights = "learned" if options.weights == "learned" else 0.5
+        overwritten = {*SIMILAR} & {*options.methods} - {"mtal_forward"}
+        if options.weights == "learned" and options.mode == "overwrite" and overwritten:
+            p.error("--weights learned: with --mode forward only")
 
     def mode(self, options):
         return Sweep() if options.sweep else self

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import keras
+import numpy as np
 from keras import tree
 
 from dmtrl_keras.ground.forms import Form
@@ -291,3 +292,21 @@ def names_of_tasks(model: keras.Model) -> tuple[str, ...]:
     layers = flatten_layers(model)
     named = (layer.task_names for layer in layers if hasattr(layer, "task_names"))
     return next(named, ())
+
+
+def is_trained(model: keras.Model) -> bool:
+    """Whether the weights of a model are not those of a start.
+
+    Kernels tell nothing, but biases, scales and running statistics start as constants.
+    """
+    adapted = {
+        id(weight)
+        for layer in flatten_layers(model)
+        if isinstance(layer, keras.layers.Normalization)
+        for weight in layer.weights
+    }
+    return any(
+        len(weight.shape) == 1 and np.ptp(keras.ops.convert_to_numpy(weight)) > 0
+        for weight in model.weights
+        if id(weight) not in adapted
+    )

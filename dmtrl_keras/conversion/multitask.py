@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -13,6 +13,7 @@ from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     Names,
     checked_functional,
+    is_trained,
     replaced,
     run,
     values_in,
@@ -24,6 +25,7 @@ from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import (
     check_bool,
     check_name,
+    check_one_of,
     check_task_names,
     clean_name,
     is_for,
@@ -33,6 +35,7 @@ from dmtrl_keras.ground.validation import (
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import StatefulRegularizer
+from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.tasks.conv import TaskConv
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.rewrite import make_layer, started_layer
@@ -57,12 +60,14 @@ def multitask(
     implementation: str | None = None,
     threshold: Any = None,
     task_rank: Any = None,
+    start: Literal["common", "apart"] | None = None,
 ) -> MultiTaskModel:
     """The network of T tasks that has a given Keras model as every task's backbone.
 
     Each layer with a kernel becomes one layer with T kernels; how these are related is
     said by `sharing`. Batch, group and layer normalization are per task. All
-    tasks start from the weights of the backbone, which stays as it is.
+    tasks start from the weights of the backbone, which stays as it is, or each from kernels
+    of its own, see `start`.
 
     Equal kernels have task rank 1, so that a tolerance alone would never let them
     differ: `tolerance` and `rank` therefore say how one kernel is approximated (DMTRL
@@ -114,6 +119,12 @@ def multitask(
             `sharing=Tucker(tolerance=0.1, threshold="singular_value")`.
         task_rank: as `rank`, the rank of the tasks' axis: int or fraction; None: full. With
             1 the kernels of all tasks stay multiples of each other.
+        start: what the kernels of the tasks start from. `"common"`: all from those of the
+            backbone. `"apart"`: each from a draw of its own by the backbone's
+            initializers, decomposed if they are factorised; all other weights are the
+            backbone's. None: `"common"`, but `"apart"` for `"similar"` kernels (MTAL,
+            Algorithm 1, line 1), unless the backbone is trained: a bias, a scale or a
+            running statistic of it is not constant, as it would be at the start.
 
     Returns:
         A `MultiTaskModel`, whose outputs are a dict by task name; not compiled. Layers
@@ -162,8 +173,12 @@ def multitask(
     heads = checked_heads(heads, names)
     prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
     fusion_of = _fusion_of(between, surveyed)
+    if start is not None:
+        check_one_of("start", start, ("common", "apart"), owner)
+    if start is None and is_trained(backbone):
+        start = "common"
     inputs = _inputs(backbone, names, shared_input)
-    builder = _Builder(names, surveyed, choose, prior_of, fusion_of, inputs)
+    builder = _Builder(names, surveyed, choose, prior_of, fusion_of, inputs, start)
     features = builder.enter(backbone, inputs, shared_input)
     outputs = run(backbone, features, builder.visit)
     _check_effects(given, builder, surveyed.with_weights)
@@ -336,6 +351,7 @@ class _Builder:
         prior_of: Callable[[str], StatefulRegularizer | None],
         fusion_of: Callable[[str], Callable[..., Any] | None],
         inputs: Any,
+        start: str | None,
     ) -> None:
         self.names = names
         # A name for a layer that no other layer of the network has.
@@ -345,6 +361,7 @@ class _Builder:
         self._choose = choose
         self._prior_of = prior_of
         self._fusion_of = fusion_of
+        self._start = start
         self._made: dict[tuple[int, str], Any] = {}
         # Names of layers of which `sharing`, and what is said of kernels, made something.
         self.reached: dict[str, set[str]] = {"sharing": set(), "kernels": set()}
@@ -497,13 +514,21 @@ class _Builder:
         if prior is not None:
             config[f"{part.cls._kernel_prefix}_regularizer"] = prior
         kernel = part.kernel.astype("float64")
+        stacked = np.broadcast_to(kernel[..., None], (*kernel.shape, self.tasks))
+        apart = self._start == "apart" or (self._start is None and sharing.starts_apart)
+        if apart:
+            initializer = part.config.get(f"{part.cls._kernel_prefix}_initializer")
+            initializer = keras.initializers.get(initializer)
+            stacked = draw_stacked_kernel(initializer, kernel.shape, self.tasks, False)
         try:
-            factors = sharing.replicate(kernel, self.tasks)
+            if apart:
+                factors = sharing.decompose(stacked.astype("float64"))
+            else:
+                factors = sharing.replicate(kernel, self.tasks)
         except ValueError as error:
             raise ValueError(
                 f"multitask: layer {name!r}, kernel {kernel.shape}: {error}"
             ) from error
-        stacked = np.broadcast_to(kernel[..., None], (*kernel.shape, self.tasks))
         return started_layer(
             lambda own: make_layer(part.cls, config, own), sharing, stacked, factors
         )

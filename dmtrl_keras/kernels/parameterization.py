@@ -94,8 +94,12 @@ class Parameterization:
     name: str = None  # type: ignore[assignment]  # Subclasses have one.
     # Whether the only factor, "kernel", is the stacked kernel itself.
     is_stacked_kernel = False
+    # Whether it has a say, by `projected`, in what an update makes of this factor.
+    projects_updates = False
     # Whether `multitask` gives it to convolutions only, unless a layer is named.
     convolutions_only = False
+    # Whether each task starts from a draw of its own if nothing is said.
+    starts_apart = False
     # Which arguments of `multitask` are this one's, where it is given by name.
     short_forms: tuple[str, ...] = ()
 
@@ -166,6 +170,17 @@ class Parameterization:
             tasks: int, T.
         """
         raise NotImplementedError
+
+    def projected(self, kernel: Tensor, state: keras.layers.Layer | None) -> Tensor:
+        """What an update by the optimizer leaves of the stacked kernel.
+
+        It is asked if `projects_updates`, where the kernel is the only factor.
+
+        Args:
+            kernel: tensor `(*window, in, out, T)`, after the update.
+            state: what `new_state` returned.
+        """
+        return kernel
 
     def compose_flops(self, shapes: FactorShapes) -> int:
         """Operations of `compose`, from the dict of the factors' shapes."""

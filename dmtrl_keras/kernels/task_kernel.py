@@ -145,6 +145,9 @@ class TaskKernel(keras.layers.Layer):
             # The penalty is of the composed kernel. It hangs on the first factor,
             # so that Keras counts it once, and not while the layer is frozen.
             regularizer = _OfComposed(regularizer, self)
+        constraint = self.constraint if direct else None
+        if self.sharing.projects_updates:
+            constraint = _Projection(self)
         self._factors = {}
         for name, value in values.items():
             self._factors[name] = self.add_weight(
@@ -152,7 +155,7 @@ class TaskKernel(keras.layers.Layer):
                 shape=value.shape,
                 initializer=_constant(value),
                 regularizer=regularizer,
-                constraint=self.constraint if direct else None,
+                constraint=constraint,
             )
             regularizer = None
         self.rank = self.sharing.rank(self._shapes())
@@ -353,6 +356,18 @@ class _OfComposed(keras.regularizers.Regularizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._penalty(self._kernel.value())
+
+
+class _Projection(keras.constraints.Constraint):
+    """What the parameterization makes of the updated kernel, then the constraint."""
+
+    def __init__(self, kernel: TaskKernel) -> None:
+        self._kernel = kernel
+
+    def __call__(self, w: Tensor) -> Tensor:
+        own = self._kernel
+        w = own.sharing.projected(w, own.selection)
+        return w if own.constraint is None else own.constraint(w)
 
 
 def _constant(value: np.ndarray) -> Callable[..., Any]:

@@ -1,12 +1,18 @@
 """MTAL's layers by name: convolutions whose similar kernels are shared between tasks."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 
-from dmtrl_keras.mtal.similar_kernels import KernelThreshold, SimilarKernels, TaskWeights
-from dmtrl_keras.mtal.similarity import Pairing
+from dmtrl_keras.mtal.similar_kernels import (
+    KernelThreshold,
+    Mode,
+    SimilarKernels,
+    TaskWeights,
+    as_saved,
+)
+from dmtrl_keras.mtal.similarity import KernelKind, Pairing
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.rewrite import NamedSharing
 
@@ -19,16 +25,22 @@ class SimilarKernelLayer(NamedSharing):
         threshold: number in [0, 1], `"related"` (0.4), `"unrelated"` (0.55), or a
             `keras.optimizers.schedules.LearningRateSchedule`.
         weights: 0.5, `"learned"`, or a matrix `(T, T)` of `phi_ij`.
-        pairs: `"all"` pairs of kernels, or those of equal `"index"`.
+        pairs: `"all"` pairs of kernels, or those of equal `"index"`; None: `"index"` for
+            slices, `"all"` for filters.
         related: list of groups of task numbers, those that may share (MTAL_R); None: all.
         update_every: positive int, steps from one choice of the pairs to the next.
+        kernels: what is compared: `"slice"`, one input and one output channel, or
+            `"filter"`, one output channel.
+        mode: `"forward"`: the aggregates are functions of the trained kernels;
+            `"overwrite"`: they take their place after each update.
         **kwargs: of the layer below.
 
     See `dmtrl_keras.parameterizations.SimilarKernels` for what they mean and raise.
 
     Attributes:
-        selection: the state, None for a single task; `selection.refresh()` chooses the
-            pairs anew, as training does, after the kernels were changed by hand.
+        selection: the state with `mode="forward"`, None for a single task;
+            `selection.refresh()` chooses the pairs anew, as training does, after the
+            kernels were changed by hand.
     """
 
     _parameterization = SimilarKernels
@@ -38,14 +50,23 @@ class SimilarKernelLayer(NamedSharing):
         *args: Any,
         threshold: KernelThreshold = "related",
         weights: TaskWeights = 0.5,
-        pairs: Pairing = "all",
+        pairs: Pairing | None = None,
         related: Sequence[Sequence[int | str]] | None = None,
         update_every: int = 1,
+        kernels: KernelKind = "slice",
+        mode: Mode = "forward",
         **kwargs: Any,
     ) -> None:
-        sharing = SimilarKernels(threshold, weights, pairs, related, update_every)
+        sharing = SimilarKernels(
+            threshold, weights, pairs, related, update_every, kernels, mode
+        )
         # The constructor of the layer below, not of `TaskLayer`.
         super().__init__(*args, sharing=sharing, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """From the dict of `get_config`."""
+        return super().from_config(as_saved(config))
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -57,7 +78,8 @@ class SimilarKernelConv2D(SimilarKernelLayer, TaskConv2D):
     that the paper leaves open are read is said in
     `dmtrl_keras.parameterizations.SimilarKernels`. Arguments, shapes and errors are those
     of `TaskConv2D` (`filters`, `kernel_size` and `tasks` first, without `sharing`) and of
-    `SimilarKernelLayer`: `threshold`, `weights`, `pairs`, `related`, `update_every`.
+    `SimilarKernelLayer`: `threshold`, `weights`, `pairs`, `related`, `update_every`,
+    `kernels`, `mode`.
 
     Example:
 

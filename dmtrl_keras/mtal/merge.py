@@ -27,8 +27,12 @@ class KernelSharing:
 
     Attributes:
         layer: str, its name, or `"total"`.
-        kernels: int, `T * filters`.
+        kernels: int, how many there are of all tasks: `T * filters`, and times the input
+            channels if they are slices.
         shared: int, how many of them have a similar kernel of another task.
+        pairs: int, how many pairs of kernels of different tasks are compared.
+        similar: int, how many of these pairs pass the threshold.
+        expected: float, how many would pass if all kernels were random.
         distinct: int, how many different kernels there are after aggregation.
         parameters: int, the weights of all these kernels.
         parameters_distinct: int, the weights of the distinct ones.
@@ -37,6 +41,9 @@ class KernelSharing:
     layer: str
     kernels: int
     shared: int
+    pairs: int
+    similar: int
+    expected: float
     distinct: int
     parameters: int
     parameters_distinct: int
@@ -45,6 +52,16 @@ class KernelSharing:
     def ratio(self) -> float:
         """The share of kernels that are aggregated with others, a float in [0, 1]."""
         return self.shared / self.kernels
+
+    @property
+    def pair_ratio(self) -> float:
+        """The share of pairs that pass, a float in [0, 1]."""
+        return self.similar / self.pairs if self.pairs else 0.0
+
+    @property
+    def chance(self) -> float:
+        """The share of pairs of random kernels that would pass, a float in [0, 1]."""
+        return self.expected / self.pairs if self.pairs else 0.0
 
     @property
     def saved(self) -> float:
@@ -57,11 +74,15 @@ def kernel_sharing_ratio(
 ) -> list[KernelSharing]:
     """How many kernels are shared, by layer and in total (MTAL Table 6).
 
-    The paper's ratio is given as the compression, too. Both are here: `ratio` counts the
-    kernels that have a similar one; `saved` the weights that `merge_similar_kernels`
-    saves. They differ, since only kernels whose aggregates are equal can be stored once:
-    two that are similar to each other and to no other have the same aggregate
-    (Eq. 5), while in larger banks each kernel has a mean of its own (Eq. 6).
+    The paper calls it the ratio of shared pairs, and the compression of the network. There
+    are three numbers: `pair_ratio` is the share of the compared pairs that pass, beside
+    which `chance` says how many of random kernels do (`P(cos >= threshold)`, see
+    `dmtrl_keras.mtal.similarity.chance_of_similar`); `ratio` counts the kernels that have
+    a similar one, more with each further task; `saved` the weights that
+    `merge_similar_kernels` saves. The last two differ, since only kernels whose aggregates
+    are equal can be stored once: two that are similar to each other and to no other have
+    the same aggregate (Eq. 5), while in larger banks each kernel has a mean of its own
+    (Eq. 6). Where all tasks start from one draw, all pairs of equal index pass at first.
 
     Args:
         model: a model with layers of similar kernels, such as `SimilarKernelConv2D`.
@@ -81,10 +102,10 @@ def kernel_sharing_ratio(
     >>> from dmtrl_keras import kernel_sharing_ratio
     >>> from dmtrl_keras.layers import SimilarKernelConv2D
     >>> inputs = keras.Input((8, 8, 3))
-    >>> layer = SimilarKernelConv2D(4, 3, tasks=2, shared_input=True, pairs="index")
+    >>> layer = SimilarKernelConv2D(64, 3, tasks=2, threshold=0.1, shared_input=True)
     >>> *_, total = kernel_sharing_ratio(keras.Model(inputs, layer(inputs)), verbose=False)
-    >>> total.ratio, total.saved  # Both tasks start from equal kernels.
-    (1.0, 0.5)
+    >>> total.pairs, round(total.chance, 3), abs(total.pair_ratio - total.chance) < 0.2
+    (192, 0.392, True)
     """
     layers = _similar_layers(model, tolerance, verbose, "kernel_sharing_ratio")
     rows = [_sharing_of(layer, tolerance) for layer in layers]
@@ -125,9 +146,9 @@ def merge_similar_kernels(
     >>> from dmtrl_keras import merge_similar_kernels
     >>> from dmtrl_keras.layers import SimilarKernelConv2D
     >>> inputs = keras.Input((8, 8, 3))
-    >>> layer = SimilarKernelConv2D(4, 3, tasks=2, shared_input=True, pairs="index")
+    >>> layer = SimilarKernelConv2D(4, 3, tasks=2, shared_input=True, common_draw=True)
     >>> merged = merge_similar_kernels(keras.Model(inputs, layer(inputs)), verbose=False)
-    >>> merged.count_params()  # 4 kernels of 27 weights, and 8 biases
+    >>> merged.count_params()  # 12 slices of 9 weights, and 8 biases
     116
     """
     owner = "merge_similar_kernels"
@@ -171,34 +192,52 @@ def _distinct(layer: TaskLayer, tolerance: float) -> tuple[np.ndarray, np.ndarra
         `similar_kernels.kernel_rows`, and for each the number of the first that it equals.
     """
     # In float64 the squares of all that float32 holds are finite.
-    rows = similar_kernels.kernel_rows(keras.ops.convert_to_tensor(layer.kernel))
-    rows = keras.ops.convert_to_numpy(rows).astype("float64")
+    kernel = keras.ops.reshape(layer.kernel, _compared(layer))
+    rows = keras.ops.convert_to_numpy(similar_kernels.kernel_rows(kernel))
+    rows = rows.astype("float64")
     first = np.arange(len(rows))
-    if layer.selection is not None:
-        one, other = _pairs(layer)
-        distance = np.linalg.norm(rows[one] - rows[other], axis=1)
-        equal = distance <= tolerance * np.linalg.norm(rows[one], axis=1)
-        np.minimum.at(first, one[equal], other[equal])
+    one, other = _pairs(layer)
+    distance = np.linalg.norm(rows[one] - rows[other], axis=1)
+    equal = distance <= tolerance * np.linalg.norm(rows[one], axis=1)
+    np.minimum.at(first, one[equal], other[equal])
     return rows, first[first]
 
 
+def _compared(layer: TaskLayer) -> tuple[int, ...]:
+    """The shape of the stacked kernel in which an output channel is what is compared."""
+    assert isinstance(layer.sharing, SimilarKernels)
+    return similar_kernels.compared_shape(layer.stacked.shape, layer.sharing.kernels)
+
+
 def _pairs(layer: TaskLayer) -> tuple[np.ndarray, np.ndarray]:
-    """The similar pairs, as two arrays of numbers of rows."""
-    assert layer.selection is not None
-    selection = keras.ops.convert_to_numpy(layer.selection.tensors()["selection"])
-    group, one, other = np.nonzero(selection)
+    """The similar pairs, each in both orders, as two arrays of numbers of rows."""
+    assert isinstance(layer.sharing, SimilarKernels)
+    if layer.tasks == 1:
+        return np.zeros(0, int), np.zeros(0, int)
+    selection = layer.sharing.selected(layer.stacked.tensors())
+    group, one, other = np.nonzero(keras.ops.convert_to_numpy(selection))
     size = selection.shape[1]
     return group * size + one, group * size + other
 
 
 def _sharing_of(layer: TaskLayer, tolerance: float) -> KernelSharing:
+    sharing, shape = layer.sharing, _compared(layer)
+    assert isinstance(sharing, SimilarKernels)
     rows, first = _distinct(layer, tolerance)
-    shared = 0 if layer.selection is None else len(np.unique(_pairs(layer)[0]))
+    one, _ = _pairs(layer)
     distinct = len(np.unique(first))
+    pairs = sharing.compared_pairs(shape)
+    step = keras.ops.convert_to_numpy(getattr(layer.selection, "step", 0))
+    threshold = float(sharing.threshold_at(step))
+    # A schedule may go beyond, so that none or all pass.
+    chance = similar_kernels.chance_of_similar(min(max(threshold, -1), 1), rows.shape[1])
     return KernelSharing(
         layer=layer.name,
         kernels=len(rows),
-        shared=shared,
+        shared=len(np.unique(one)),
+        pairs=pairs,
+        similar=len(one) // 2,
+        expected=chance * pairs,
         distinct=distinct,
         parameters=rows.size,
         parameters_distinct=distinct * rows.shape[1],
@@ -214,21 +253,24 @@ def _merged(layer: TaskLayer, tolerance: float) -> TaskLayer:
         new = with_sharing(layer, Independent())
         new.start_from({"kernel": kernel})
         return new
+    shape = _compared(layer)
     numbers = numbers.reshape(-1, layer.tasks)
-    new = with_sharing(layer, StoredOnce(numbers.tolist()))
-    new.start_from({"kernel": rows[kept].T.reshape(*kernel.shape[:-2], len(kept))})
+    inputs = kernel.shape[-3] if shape != kernel.shape else None
+    new = with_sharing(layer, StoredOnce(numbers.tolist(), inputs))
+    new.start_from({"kernel": rows[kept].T.reshape(*shape[:-2], len(kept))})
     return new
 
 
 def _print(model: keras.Model, rows: Sequence[KernelSharing]) -> None:
-    columns = ["Layer", "Kernels", "Shared", "Ratio", "Distinct", "Weights saved"]
+    columns = ["Layer", "Pairs", "Similar", "Chance", "Kernels", "Shared", "Saved"]
     cells = [
         [
             row.layer,
+            f"{row.pairs:,}",
+            f"{row.pair_ratio:.1%}",
+            f"{row.chance:.1%}",
             f"{row.kernels:,}",
-            f"{row.shared:,}",
             f"{row.ratio:.1%}",
-            f"{row.distinct:,}",
             f"{row.saved:.1%}",
         ]
         for row in rows

@@ -24,7 +24,7 @@ from dmtrl_keras.kernels.independent import Independent
 from dmtrl_keras.kernels.parameterization import Parameterization, register
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mtal import similarity as similar_kernels
-from dmtrl_keras.mtal.similarity import Pairing
+from dmtrl_keras.mtal.similarity import KernelKind, Pairing
 
 KernelThreshold: TypeAlias = (
     float
@@ -32,11 +32,15 @@ KernelThreshold: TypeAlias = (
     | keras.optimizers.schedules.LearningRateSchedule
 )
 TaskWeights: TypeAlias = float | Literal["learned"] | ArrayLike
+Mode: TypeAlias = Literal["forward", "overwrite"]
+MODES = ("forward", "overwrite")
 
 # In training a kernel is aggregated with its partners alone if none has more than these,
 # or than T - 1. Each one more costs time, whether it is used or not.
 _PARTNERS = 4
 _OWNER = "SimilarKernels"
+# All pairs of this many kernels take 270 MB of cosines.
+_MOST_COMPARED = 8192
 
 
 @register
@@ -44,23 +48,31 @@ class SimilarKernels(Parameterization):
     """Kernels of different tasks that are similar are shared (MTAL Eq. 3-6).
 
     Variables: `kernel`, the stacked kernel `(*window, in, out, T)`; and `logits`, `(T, T)`,
-    if the weights are learned. Each of the `T * out` kernels (one output channel of one
-    task) is compared with those of the other tasks by the cosine (Eq. 3); the pairs at or
-    above the threshold (Eq. 4) are aggregated, `phi_ij w_i + phi_ji w_j` with
-    `phi_ij + phi_ji = 1` (Eq. 5), and the mean over all aggregates of a kernel takes its
-    place (Eq. 6). A kernel that has none stays as it is.
+    if the weights are learned. Each kernel of a task is compared with those of the other
+    tasks by the cosine (Eq. 3); the pairs at or above the threshold (Eq. 4) are aggregated,
+    `phi_ij w_i + phi_ji w_j` with `phi_ij + phi_ji = 1` (Eq. 5), and the mean over all
+    aggregates of a kernel takes its place (Eq. 6). A kernel that has none stays as it is.
 
     What the paper leaves open is read as follows.
 
+    - *What a kernel is.* `kernels="slice"`: one input and one output channel, 9 numbers of
+      a 3 x 3 window. `kernels="filter"`: one output channel with all its input channels.
+      The shares of Table 6, 8 to 17% in every layer, are the chance that two random slices
+      have a cosine of 0.4; that of filters is nil beyond the first layer. In a window of
+      one entry, as of 1 x 1 convolutions and dense layers, slices are numbers, and the
+      filters are compared.
     - *Which kernels are paired.* The text and Algorithm 1 write pairs of tasks, Figure 7
-      draws pairs of kernels. `pairs="all"`: every kernel of task i with every one of task
-      j, so that a bank (Eq. 6) has an entry for each similar kernel. `pairs="index"`: the
-      kernels of equal index only, at most T - 1 entries; it is far cheaper, and
-      tasks that start from equal kernels (such as pretrained ones) start with these.
-    - *What is updated.* Algorithm 1 writes the aggregate over the kernel and then goes on
-      by back propagation. Here the aggregate is a function of the kernels that are
-      trained, so that gradients flow to both kernels of each pair; which pairs pass is
-      not differentiated.
+      draws pairs of kernels. `pairs="index"`: those of equal index, at most T - 1 for each.
+      `pairs="all"`: every kernel of task i with every one of task j, so that a bank (Eq. 6)
+      has an entry for each similar kernel.
+    - *What is updated.* Algorithm 1 writes the aggregate over the kernel (line 13) and then
+      goes on by back propagation. `mode="overwrite"` does so: after each update by the
+      optimizer the aggregate takes the place of the variable, and in between every task
+      has the gradient of its own loss alone. `mode="forward"`: the aggregate is a function
+      of the kernels that are trained, so that gradients flow to both kernels of each pair;
+      which pairs pass is not differentiated. With weights of one half the two kernels of
+      a pair then have equal gradients, and what is between them stays as it was: such a
+      pair parts only by what other partners do.
     - *In which order.* All tasks at once, from the kernels as they were; a loop over
       tasks that overwrites them would depend on the order of the tasks.
     - *When.* The pairs are chosen anew in training, at every step (the paper's algorithm)
@@ -76,14 +88,20 @@ class SimilarKernels(Parameterization):
             a function of the training step.
         weights: 0.5 for all pairs; `"learned"`, per layer and pair of tasks, from 0.5 on;
             or a matrix `(T, T)` of `phi_ij` in [0, 1] with `phi_ij + phi_ji = 1`.
-        pairs: `"all"` or `"index"`.
+        pairs: `"all"` or `"index"`; None: `"index"` for slices, `"all"` for filters.
         related: MTAL_R: the groups of tasks that may share, a list of lists of two or more
             tasks, numbers or (in `multitask`) names. None: all tasks.
-        update_every: positive int, steps from one choice of the pairs to the next.
+        update_every: positive int, steps from one choice of the pairs to the next; with
+            `mode="overwrite"`, from one aggregation to the next.
+        kernels: `"slice"` or `"filter"`.
+        mode: `"forward"` or `"overwrite"`.
 
     Raises:
         ValueError: on a malformed argument, such as a threshold out of [0, 1] or a group of
-            a single task.
+            a single task; on learned weights with `mode="overwrite"`, which leaves them
+            without a gradient; on all pairs of too many slices; on JAX on `update_every`
+            above 1 or a schedule with `mode="overwrite"`, since there an optimizer's step
+            knows nothing of the steps of layers.
 
     Example:
 
@@ -94,23 +112,39 @@ class SimilarKernels(Parameterization):
 
     name = "similar"
     convolutions_only = True
+    starts_apart = True  # Algorithm 1, line 1.
     short_forms = ("threshold",)
 
     def __init__(
         self,
         threshold: KernelThreshold = "related",
         weights: TaskWeights = 0.5,
-        pairs: Pairing = "all",
+        pairs: Pairing | None = None,
         related: Sequence[Sequence[int | str]] | None = None,
         update_every: int = 1,
+        kernels: KernelKind = "slice",
+        mode: Mode = "forward",
     ) -> None:
         self.threshold = _check_threshold(threshold)
         self.weights = _check_weights(weights)
-        self.pairs = check_one_of("pairs", pairs, similar_kernels.PAIRINGS, _OWNER)
+        self.kernels = check_one_of("kernels", kernels, similar_kernels.KINDS, _OWNER)
+        self.mode = check_one_of("mode", mode, MODES, _OWNER)
+        if pairs is not None:
+            check_one_of("pairs", pairs, similar_kernels.PAIRINGS, _OWNER)
+        self.pairs = pairs or similar_kernels.usual_pairs(kernels)
         self.related = _check_related(related)
         self.update_every = check_positive(
             "update_every", update_every, _OWNER, ", a number of steps"
         )
+        if mode == "overwrite":
+            if self.weights == "learned":
+                raise ValueError(
+                    "SimilarKernels: learned weights have no gradient where the aggregates "
+                    'overwrite the kernels. Use mode="forward", or weights of 0.5. '
+                    f"Received: mode={mode!r}, weights={weights!r}."
+                )
+            # Between two updates the kernels are what the layer works with.
+            self.is_stacked_kernel = self.projects_updates = True
 
     def with_names(self, names: Sequence[str]) -> Self:
         if self.related is None or not _named(self.related):
@@ -156,7 +190,28 @@ class SimilarKernels(Parameterization):
                 f"Received: shape {np.shape(self.weights)}."
             )
         self._groups(tasks)
+        self._check_size(kernel.shape)
+        if self.mode == "overwrite":
+            # Line 13 of Algorithm 1 comes before the first update.
+            with eager_scope():
+                start = self.projected(ops.convert_to_tensor(kernel), None)
+                factors["kernel"] = ops.convert_to_numpy(start)
         return factors
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Refuse comparisons that would take gigabytes."""
+        *_, outputs, tasks = self._compared(shape)
+        if self.pairs == "all" and outputs * tasks > _MOST_COMPARED:
+            raise ValueError(
+                f'SimilarKernels: pairs="all" would compare each of {outputs * tasks:,} '
+                f"kernels ({self.kernels}s of a stacked kernel {tuple(shape)}) with all "
+                f'others; at most {_MOST_COMPARED:,} are possible. Use pairs="index", or '
+                'kernels="filter".'
+            )
+
+    def _compared(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The stacked kernel's shape in which an output channel is one kernel."""
+        return similar_kernels.compared_shape(tuple(shape), self.kernels)
 
     def new_state(
         self,
@@ -164,11 +219,46 @@ class SimilarKernels(Parameterization):
         start: Mapping[str, np.ndarray],
         tasks: int,
         dtype: str,
-    ) -> "SelectionState | None":
+    ) -> "SelectionState | StepCounter | None":
         # A single task has nothing to choose.
         if tasks == 1:
             return None
-        return SelectionState(self, factors, start["kernel"], dtype)
+        if self.mode == "forward":
+            return SelectionState(self, factors, start["kernel"], dtype)
+        if not callable(self.threshold) and self.update_every == 1:
+            return None
+        if keras.config.backend() == "jax":
+            raise ValueError(
+                'SimilarKernels: on JAX mode="overwrite" needs update_every=1 and a fixed '
+                "threshold, since an optimizer's step knows nothing of the layers' steps. "
+                f"Received: update_every={self.update_every}, threshold={self.threshold!r}."
+            )
+        return StepCounter()
+
+    def projected(self, kernel: Tensor, state: keras.layers.Layer | None) -> Tensor:
+        """What the optimizer's update leaves of the stacked kernel, if it is overwritten.
+
+        Args:
+            kernel: tensor `(*window, in, out, T)`.
+            state: the `StepCounter`, or None.
+        """
+        if self.mode == "forward" or kernel.shape[-1] == 1:
+            return kernel
+        step = 0 if state is None else ops.convert_to_tensor(state.step)
+
+        def aggregated() -> Tensor:
+            # As the selections of layers, in full precision.
+            dtype = keras.backend.standardize_dtype(kernel.dtype)
+            full = ops.cast(kernel, full_precision(dtype))
+            factors = {"kernel": full, "step": step}
+            factors["selection"] = self.selected(factors)
+            return ops.cast(self._mixed(full, factors), dtype)
+
+        if self.update_every == 1:
+            return aggregated()
+        return ops.cond(
+            ops.equal(step % self.update_every, 0), aggregated, lambda: kernel + 0
+        )
 
     def task_weights(self, factors: Factors) -> Tensor:
         """The weights `phi_ij` of Eq. 5, a tensor `(T, T)` in full precision."""
@@ -192,14 +282,13 @@ class SimilarKernels(Parameterization):
             A dict: `"selection"`, a bool tensor `(groups, size, size)`, True for the pairs;
             and the same as lists, `"partners"` and `"counts"`.
         """
-        tasks = kernel.shape[-1]
-        compared = similar_kernels.comparable(
-            similar_kernels.kernel_rows(kernel), tasks, self.pairs
-        )
+        tasks, shape = kernel.shape[-1], self._compared(kernel.shape)
+        rows = similar_kernels.kernel_rows(ops.reshape(kernel, shape))
+        compared = similar_kernels.comparable(rows, tasks, self.pairs)
         selection = similar_kernels.similar_pairs(
             compared, self.threshold_at(step), self._groups(tasks)
         )
-        capacity = self._capacity(kernel.shape)
+        capacity = self._capacity(shape)
         partners, counts = similar_kernels.partners_of(selection, capacity)
         return {
             # TensorFlow sends no int8 to other machines.
@@ -214,23 +303,26 @@ class SimilarKernels(Parameterization):
 
     def compose(self, factors: Factors, tasks: int) -> Tensor:
         kernel = factors["kernel"]
-        if tasks > 1 and "selection" not in factors:
-            factors = factors | self.select(ops.stop_gradient(kernel), 0)
-            # One use is not worth the compilation.
-            del factors["partners"]
-        if tasks == 1 or "partners" in factors:
-            if tasks > 1:
-                kernel = self._by_partners(kernel, factors)
-            return Independent().compose({"kernel": kernel}, tasks)
-        return self._by_matrix(kernel, factors)
+        if tasks > 1 and self.mode == "forward":
+            if "selection" not in factors:
+                factors = factors | self.select(ops.stop_gradient(kernel), 0)
+                # One use is not worth the compilation.
+                del factors["partners"]
+            kernel = self._mixed(kernel, factors)
+        return Independent().compose({"kernel": kernel}, tasks)
+
+    def _mixed(self, kernel: Tensor, factors: Factors) -> Tensor:
+        """The aggregated kernels, `(*window, in, out, T)`, for a choice of pairs."""
+        compared = ops.reshape(kernel, self._compared(kernel.shape))
+        mix = self._by_partners if "partners" in factors else self._by_matrix
+        return ops.reshape(mix(compared, factors), kernel.shape)
 
     def _by_matrix(self, kernel: Tensor, factors: Factors) -> Tensor:
         rows = similar_kernels.kernel_rows(kernel)
         compared = similar_kernels.comparable(rows, kernel.shape[-1], self.pairs)
-        weights = self.task_weights(factors)
+        weights = self.task_weights(factors | {"kernel": kernel})
         mixed = similar_kernels.aggregate(compared, factors["selection"], weights)
-        mixed = ops.reshape(mixed, rows.shape)
-        return similar_kernels.kernels_by_task(mixed, kernel.shape)
+        return ops.reshape(ops.transpose(ops.reshape(mixed, rows.shape)), kernel.shape)
 
     def _by_partners(self, kernel: Tensor, factors: Factors) -> Tensor:
         """The aggregated kernels, by the lists where they are long enough."""
@@ -251,8 +343,18 @@ class SimilarKernels(Parameterization):
         return ops.cond(
             ops.max(counts) <= partners.shape[1],
             listed,
-            lambda: ops.moveaxis(self._by_matrix(kernel, factors), 0, -1),
+            lambda: self._by_matrix(kernel, factors),
         )
+
+    def compared_pairs(self, shape: tuple[int, ...]) -> int:
+        """How many pairs of kernels are compared, each once.
+
+        Args:
+            shape: tuple, the stacked kernel's, as from `compared_shape`.
+        """
+        *_, outputs, tasks = shape
+        related = int(self._groups(tasks).sum()) // 2
+        return related * outputs * (1 if self.pairs == "index" else outputs)
 
     def _most(self, shape: tuple[int, ...]) -> int:
         """The most partners that a kernel can have."""
@@ -260,23 +362,36 @@ class SimilarKernels(Parameterization):
         return (tasks - 1) * (1 if self.pairs == "index" else outputs)
 
     def compose_flops(self, shapes: FactorShapes) -> int:
-        shape = shapes["kernel"]
-        partners = self._capacity(shape) if shape[-1] > 1 else 0
+        shape = self._compared(shapes["kernel"])
+        if shape[-1] == 1 or self.mode == "overwrite":
+            return 0
+        partners = self._capacity(shape)
         return 2 * int(np.prod(shape)) * (partners + 1)
 
     def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         """How much of task t's kernels comes from task k's: `(T, T)`, columns sum to 1."""
         if tasks == 1:
             return ops.eye(1)
-        if "selection" not in factors:
-            factors = factors | self.select(factors["kernel"], 0)
         weights = self.task_weights(factors)
-        others = similar_kernels.coefficients(factors["selection"], weights)
+        others = similar_kernels.coefficients(self.selected(factors), weights)
         groups, size, _ = others.shape
         shape = (groups, size // tasks, tasks, size // tasks, tasks)
         others = ops.mean(ops.sum(ops.reshape(others, shape), axis=3), axis=(0, 1))
         own = 1 - ops.sum(others, axis=1)
         return ops.transpose(others + ops.diag(own))
+
+    def selected(self, factors: Factors) -> Tensor:
+        """The pairs of the last choice; those that would be chosen now if none is kept.
+
+        Args:
+            factors: dict of tensors, those of a layer and of its state.
+
+        Returns:
+            A bool tensor `(groups, size, size)`, as from `select`.
+        """
+        if "selection" in factors:
+            return factors["selection"]
+        return self.select(factors["kernel"], factors.get("step", 0))["selection"]
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -285,6 +400,8 @@ class SimilarKernels(Parameterization):
             "pairs": self.pairs,
             "related": self.related,
             "update_every": self.update_every,
+            "kernels": self.kernels,
+            "mode": self.mode,
         }
 
     def get_config(self) -> dict[str, Any]:
@@ -292,6 +409,34 @@ class SimilarKernels(Parameterization):
         if callable(self.threshold):
             config["threshold"] = keras.optimizers.schedules.serialize(self.threshold)
         return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**as_saved(config))
+
+
+def as_saved(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a configuration has; those of before 0.2 are of filters."""
+    return {"kernels": "filter", **config}
+
+
+class StepCounter(keras.layers.Layer):
+    """Counts the training steps (not for direct use): a child of the kernels' layer."""
+
+    def __init__(self) -> None:
+        super().__init__(name="selection", trainable=False)
+
+    def build(self, input_shape: Shape | None = None) -> None:
+        self.step = state_weight(self, "step", np.zeros((), "int32"))
+        self.built = True
+
+    def tensors(self, training: bool | None = False) -> dict[str, Tensor]:
+        """The step, by name."""
+        return {"step": ops.convert_to_tensor(self.step)}
+
+    def call(self, training: bool | None = None) -> None:
+        if training:
+            self.step.assign(ops.convert_to_tensor(self.step) + 1)
 
 
 class SelectionState(keras.layers.Layer):

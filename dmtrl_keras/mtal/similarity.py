@@ -29,11 +29,83 @@ from dmtrl_keras.ground.validation import (
 THRESHOLDS = {"related": 0.4, "unrelated": 0.55}
 Pairing: TypeAlias = Literal["all", "index"]
 PAIRINGS = ("all", "index")
+KernelKind: TypeAlias = Literal["slice", "filter"]
+KINDS = ("slice", "filter")
 
 # What weights of tasks are, for the error.
 WEIGHTS = "a matrix (T, T) of phi_ij in [0, 1] with phi_ij + phi_ji = 1"
 # A cosine this far below the threshold counts as at it: equal kernels miss 1 by rounding.
 _ROUNDING = 2e-6
+
+
+def compared_shape(shape: tuple[int, ...], kernels: KernelKind) -> tuple[int, ...]:
+    """The stacked kernel's shape in which each output channel is what is compared.
+
+    Args:
+        shape: tuple `(*window, in, out, T)`.
+        kernels: `"filter"`, an output channel with all of its input channels: the shape as
+            it is. `"slice"`, one input and one output channel: `(*window, 1, in * out, T)`.
+            Slices of a window of one entry are numbers, whose cosine is 1 or -1; there the
+            filter is taken.
+
+    Returns:
+        A tuple like `shape`, of as many entries in the same order.
+    """
+    *window, inputs, outputs, tasks = shape
+    if kernels == "filter" or math.prod(window) == 1:
+        return tuple(shape)
+    return (*window, 1, inputs * outputs, tasks)
+
+
+def usual_pairs(kernels: KernelKind) -> Pairing:
+    """Which kernels are compared if nothing is said.
+
+    Slices by index: over all pairs a slice has a partner by chance alone.
+    """
+    return "index" if kernels == "slice" else "all"
+
+
+def chance_of_similar(threshold: float, size: int) -> float:
+    """The chance that two random kernels are similar: `P(cos >= threshold)`.
+
+    For directions that are uniform on the sphere in d dimensions it is
+
+    `1/2 I_{1 - delta^2}((d - 1) / 2, 1/2)` for `delta >= 0`,
+
+    with the regularised incomplete beta function, which is the share of the sphere's area
+    in a cap: the integral of `sin^(d - 2)` up to the angle `arccos delta`.
+
+    Args:
+        threshold: number in [-1, 1], `delta`.
+        size: positive int, d, the entries of a kernel: 9 of a 3 x 3 slice.
+
+    Returns:
+        A float in [0, 1].
+
+    Raises:
+        ValueError: on a threshold or size out of its range.
+
+    Example:
+
+    >>> from dmtrl_keras.mtal.similarity import chance_of_similar
+    >>> round(chance_of_similar(0.4, 9), 3), round(chance_of_similar(0.4, 27), 4)
+    (0.126, 0.0175)
+    """
+    if not -1 <= threshold <= 1 or size != int(size) or size < 1:
+        raise ValueError(
+            "chance_of_similar: expected a threshold in [-1, 1] and a positive int size. "
+            f"Received: threshold={threshold!r}, size={size!r}."
+        )
+    if size == 1:
+        return 0.5 if threshold > -1 else 1.0
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+
+    def area(angle: float) -> float:
+        return float(weights @ np.sin(angle * (nodes + 1) / 2) ** (size - 2)) * angle
+
+    # By halves: nearly all of the area is about the equator if d is large.
+    share = area(math.acos(abs(threshold))) / area(math.pi / 2) / 2
+    return share if threshold >= 0 else 1 - share
 
 
 def kernel_rows(kernel: Tensor) -> Tensor:
@@ -345,8 +417,9 @@ def aggregate_similar_kernels(
     kernels: Tensor,
     threshold: float,
     weights: float | ArrayLike = 0.5,
-    pairs: Pairing = "all",
+    pairs: Pairing | None = None,
     related: Sequence[Sequence[int]] | None = None,
+    kind: KernelKind = "slice",
 ) -> Tensor:
     """MTAL's aggregation of the kernels of T tasks (Eq. 3-6), once.
 
@@ -358,8 +431,10 @@ def aggregate_similar_kernels(
         weights: number, `phi_ij` for all tasks, or array `(T, T)` with
             `phi_ij + phi_ji = 1`.
         pairs: `"all"`, every kernel of one task with every kernel of another; or `"index"`,
-            kernels of equal index only.
+            kernels of equal index only. None: `"index"` for slices, `"all"` for filters.
         related: list of groups of task numbers, those that may share; None: all.
+        kind: what a kernel is: `"slice"`, one input and one output channel; or `"filter"`,
+            one output channel.
 
     Returns:
         A tensor `(*window, in, out, T)`.
@@ -370,9 +445,10 @@ def aggregate_similar_kernels(
     Example:
 
     >>> import numpy as np
-    >>> kernels = np.array([[1.0, 0.0], [0.8, 0.6]])[:, :, None]  # T = 2, in = 2, out = 1
-    >>> stacked = aggregate_similar_kernels(list(kernels), threshold=0.7)
-    >>> np.round(np.asarray(stacked)[:, 0, :], 2).tolist()
+    >>> kernels = np.array([[1.0, 0.0], [0.8, 0.6]])[:, None, None]  # T = 2, two wide
+    >>> kernels = [kernel.reshape(2, 1, 1) for kernel in kernels]
+    >>> stacked = aggregate_similar_kernels(kernels, threshold=0.7)
+    >>> np.round(np.asarray(stacked)[:, 0, 0, :], 2).tolist()
     [[0.9, 0.9], [0.3, 0.3]]
     """
     owner = "aggregate_similar_kernels"
@@ -386,14 +462,17 @@ def aggregate_similar_kernels(
     threshold = check_number("threshold", threshold, owner, low=-math.inf)
     threshold = min(max(threshold, -2.0), 2.0)
     weights = checked_weights(weights, owner, "a number in [0, 1], or ")
+    check_one_of("kind", kind, KINDS, owner)
+    pairs = usual_pairs(kind) if pairs is None else pairs
     check_one_of("pairs", pairs, PAIRINGS, owner)
     if weights.ndim and len(weights) != tasks:
         what = f"a matrix for {tasks} tasks"
         raise refusal("weights", weights, owner, what)
-    rows = kernel_rows(kernel)
+    shape = compared_shape(tuple(kernel.shape), kind)
+    rows = kernel_rows(ops.reshape(kernel, shape))
     compared = comparable(rows, tasks, pairs)
     selection = similar_pairs(compared, threshold, related_tasks(tasks, related))
     weights = ops.broadcast_to(ops.cast(weights, kernel.dtype), (tasks, tasks))
     mixed = aggregate(compared, selection, weights)
-    mixed = kernels_by_task(ops.reshape(mixed, rows.shape), kernel.shape)
-    return ops.moveaxis(mixed, 0, -1)
+    mixed = ops.moveaxis(kernels_by_task(ops.reshape(mixed, rows.shape), shape), 0, -1)
+    return ops.reshape(mixed, kernel.shape)

@@ -58,7 +58,8 @@ class TaskLayer(keras.layers.Layer):
         sharing: name of a parameterization, or an instance.
         common_draw: bool; all tasks start from the same draw. None: True, unless
             the ranks come from a tolerance: equal kernels have task rank 1 at any
-            tolerance, so the tasks could never differ.
+            tolerance, so the tasks could never differ; or kernels that are similar are
+            shared, which equal ones all would be.
         contractible: bool; factors may be applied one after another, without composing.
         **kwargs: of `keras.layers.Layer`.
 
@@ -90,9 +91,9 @@ class TaskLayer(keras.layers.Layer):
         if common_draw is not None:
             common_draw = check_bool("common_draw", common_draw, owner, " or None")
         sharing = parameterizations.get(sharing, owner)
-        tolerant = getattr(sharing, "tolerance", None) is not None
+        apart = sharing.starts_apart or getattr(sharing, "tolerance", None) is not None
         self._common_draw_argument = common_draw
-        self.common_draw = not tolerant if common_draw is None else common_draw
+        self.common_draw = not apart if common_draw is None else common_draw
         prefix = self._kernel_prefix
         self.kernel_initializer = getattr(twin, f"{prefix}_initializer")
         self.kernel_regularizer = getattr(twin, f"{prefix}_regularizer")

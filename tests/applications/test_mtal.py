@@ -42,7 +42,7 @@ def tasks(tmp_path, rng):
 
 def test_command(tasks, tmp_path, monkeypatch, few_steps):
     """Tables and figures, also in a page; finished runs are not run again."""
-    methods = ["single", "nddr", "mtal", "mtal_r"]
+    methods = ["single", "nddr", "mtda", "mtal", "mtal_r"]
     page = tmp_path / "docs" / "mtal.md"
     page.parent.mkdir()
     blocks = ("mtal-own", "mtal-sharing-own")
@@ -58,7 +58,7 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
         run["results"] for run in Results(tmp_path / "out" / "runs.jsonl")._runs.values()
     ]
     assert len(runs) == len(methods)
-    assert all(len(run["losses"]["objects"]) == 2 for run in runs)
+    assert all(len(run["losses"]["objects"]) == 2 for run in runs if run["losses"])
     sharing = [run["sharing"] for run in runs if "sharing" in run]
     layers = [row["layer"] for row in sharing[0]]
     assert layers[0] == "block1_conv1" and layers[-1] == "total" and len(layers) == 9
@@ -75,12 +75,13 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
 def test_sweep(tasks, tmp_path, few_steps):
     """Figure 9: one run for each threshold; fewer kernels are shared as it grows."""
     arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--sweep"]
-    tables = mtal.main([*arguments, "mtal_apart", "--thresholds", "0.0", "1.0"])
-    table = tables["mtal-apart-sweep-own"]
-    assert list(table["Threshold"]) == ["0", "1"]
-    shared = [float(entry.split()[0]) for entry in table["Kernels shared (%)"]]
-    assert shared[0] == 100 > shared[1]
-    assert (tmp_path / "out" / "sweep_mtal_apart_own.png").stat().st_size > 5_000
+    tables = mtal.main([*arguments, "mtal_forward", "--thresholds", "0.1", "1.0"])
+    table = tables["mtal-forward-sweep-own"]
+    assert list(table["Threshold"]) == ["0.1", "1"]
+    shared = [float(entry.split()[0]) for entry in table["Pairs shared (%)"]]
+    assert 80 > shared[0] > 20 > shared[1] == 0
+    assert [float(entry.split()[0]) for entry in table["Chance (%)"]] == [39.2, 0]
+    assert (tmp_path / "out" / "sweep_mtal_forward_own.png").stat().st_size > 5_000
 
 
 def test_model_takes_original_images(tasks, tmp_path):
@@ -112,7 +113,7 @@ def test_networks_and_starts(network, tasks):
         for name, source in options.sources.items()
     }
     models = {
-        m: mtal.make_model(options, m, data) for m in ("single", "mtal", "mtal_apart")
+        m: mtal.make_model(options, m, data) for m in ("single", "mtal", "mtal_common")
     }
     sizes = {
         sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -121,7 +122,7 @@ def test_networks_and_starts(network, tasks):
     assert len(sizes) == 1
     for method, model in models.items():
         first = keras.ops.convert_to_numpy(task_layers(model)[0].factors["kernel"])
-        assert (np.ptp(first, axis=-1).max() > 0) == (method == "mtal_apart")
+        assert (np.ptp(first, axis=-1).max() > 0) == (method == "mtal")
         shares = {layer.sharing.name for layer in task_layers(model)}
         assert shares == {"independent" if method == "single" else "similar"}
     fused = mtal.make_model(options, "stitch", data)

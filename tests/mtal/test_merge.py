@@ -18,9 +18,9 @@ from dmtrl_keras.parameterizations import StoredOnce
 from dmtrl_keras.testing import check_layer
 
 
-def network(kernels, **arguments):
+def network(values, **arguments):
     """One layer with given kernels `(3, 3, 2, filters, T)`, and its choice of pairs."""
-    *_, filters, tasks = kernels.shape
+    *_, filters, tasks = values.shape
     inputs = keras.Input((6, 6, 2))
     layer = SimilarKernelConv2D(
         filters,
@@ -30,11 +30,12 @@ def network(kernels, **arguments):
         shared_input=True,
         name="conv",
         bias_initializer="random_normal",
-        **arguments,
+        **{"kernels": "filter", **arguments},
     )
     model = keras.Model(inputs, layers.TaskSplit(tasks)(layer(inputs)))
-    layer.factors["kernel"].assign(kernels)
-    layer.selection.refresh()
+    layer.factors["kernel"].assign(values)
+    if layer.selection is not None:
+        layer.selection.refresh()
     return model
 
 
@@ -48,7 +49,7 @@ def near(rng, kernel, noise=0.05):
 )
 @pytest.mark.parametrize("filters", [4, 100])
 def test_pairs_are_stored_once(weights, filters, rng):
-    """Two similar kernels become one; a bank of three has three aggregates."""
+    """Two similar filters become one; a bank of three has three aggregates."""
     kernels = rng.normal(size=(3, 3, 2, filters, 3))
     kernels[..., 1, 0] = near(rng, kernels[..., 0, 2])
     kernels[..., 2, :] = near(rng, np.repeat(kernels[..., 2, :1], 3, axis=-1))
@@ -56,12 +57,39 @@ def test_pairs_are_stored_once(weights, filters, rng):
     row, total = kernel_sharing_ratio(model, verbose=False)
     assert (row.kernels, row.shared, row.distinct) == (3 * filters, 5, 3 * filters - 1)
     assert row.ratio == pytest.approx(5 / (3 * filters))
+    assert (row.pairs, row.similar) == (3 * filters**2, 4)
     assert row.saved == total.saved == pytest.approx(1 / (3 * filters))
     merged = merge_similar_kernels(model, verbose=False)
     assert merged.count_params() == (3 * filters - 1) * 18 + 3 * filters
     x = rng.normal(size=(2, 6, 6, 2)).astype("float32")
     for task, output in model(x).items():
         np.testing.assert_allclose(output, merged(x)[task], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["forward", "overwrite"])
+def test_slices_are_stored_once(mode, rng, tmp_path):
+    """The same of slices; their numbers are short in a file."""
+    kernels = rng.normal(size=(3, 3, 2, 8, 3))
+    kernels[..., 0, 1, 0] = near(rng, kernels[..., 0, 1, 2])
+    kernels[..., 1, 5, 1] = near(rng, kernels[..., 1, 5, 0])
+    model = network(kernels, kernels="slice", mode=mode)
+    row, _ = kernel_sharing_ratio(model, verbose=False)
+    assert (row.kernels, row.pairs, row.similar, row.shared) == (48, 48, 2, 4)
+    # Overwritten ones are equal only after a step.
+    assert row.distinct == (46 if mode == "forward" else 48)
+    if mode == "overwrite":
+        layer = model.get_layer("conv")
+        zeros = ops.zeros(layer.kernel.shape)
+        keras.optimizers.SGD(0.1).apply([zeros], [layer.factors["kernel"]])
+    merged = merge_similar_kernels(model, verbose=False)
+    assert merged.count_params() == 46 * 9 + 24
+    assert len(merged.get_layer("conv").sharing.get_config()["numbers"]) < 100
+    x = rng.normal(size=(2, 6, 6, 2)).astype("float32")
+    merged.save(tmp_path / "merged.keras")
+    loaded = keras.saving.load_model(tmp_path / "merged.keras", safe_mode=True)
+    for task, output in model(x).items():
+        np.testing.assert_allclose(output, merged(x)[task], atol=1e-5)
+        np.testing.assert_array_equal(merged(x)[task], loaded(x)[task])
 
 
 def test_merged_network_trains_and_saves(rng, tmp_path):
@@ -98,7 +126,7 @@ def test_nothing_in_common(rng):
 
 
 def test_table_of_a_backbone(capsys):
-    """Tasks that start from one backbone: every kernel is stored once (Table 6)."""
+    """Tasks that start from one backbone: every kernel is stored once."""
     backbone = keras.Sequential(
         [
             keras.Input((16, 16, 3)),
@@ -110,7 +138,11 @@ def test_table_of_a_backbone(capsys):
         ]
     )
     model = multitask(
-        backbone, ["a", "b", "c"], sharing="similar", threshold={"conv1": 0.95, "*": 1.0}
+        backbone,
+        ["a", "b", "c"],
+        sharing="similar",
+        threshold={"conv1": 0.95, "*": 1.0},
+        start="common",
     )
     assert model.get_layer("conv1").sharing.threshold == 0.95
     assert model.get_layer("conv2").sharing.threshold == 1.0
@@ -118,6 +150,8 @@ def test_table_of_a_backbone(capsys):
     rows = kernel_sharing_ratio(model)
     assert [row.layer for row in rows] == ["conv1", "conv2", "total"]
     assert all(row.ratio == 1 and row.saved == pytest.approx(2 / 3) for row in rows)
+    assert all(row.pair_ratio == 1 for row in rows)
+    assert [row.pairs for row in rows] == [3 * 3 * 8, 3 * 8 * 6, 3 * 72]
     assert "66.7%" in capsys.readouterr().out
     merged = merge_similar_kernels(model, verbose=False)
     expected = backbone.get_layer("conv1").count_params() + 2 * 8
@@ -147,6 +181,8 @@ def test_errors(rng):
     for numbers in ([[0, 2]], [0, 1], [[0.5]]):
         with pytest.raises(ValueError, match="each used"):
             StoredOnce(numbers)
+    with pytest.raises(ValueError, match="3 rows, inputs=2"):
+        StoredOnce([[0, 0], [1, 2], [3, 1]], inputs=2)
     with pytest.raises(ValueError, match=r"\(out, T\)"):
         layers.TaskDense(3, 2, sharing=StoredOnce([[0, 1]])).build((None, 8))
 

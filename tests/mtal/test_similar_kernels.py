@@ -4,7 +4,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from scipy import special
 
+from dmtrl_keras import kernel_sharing_ratio
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import (
     SimilarKernelConv,
@@ -29,13 +31,23 @@ def draw(rng, tasks, noise=1.0, shape=SHAPE):
     return kernel.astype("float32")
 
 
-def plain_loop(kernel, threshold, weights, pairs="all", groups=None, gradient=None):
+def plain_loop(
+    kernel, threshold, weights, pairs="all", groups=None, gradient=None, kind="filter"
+):
     """Eq. 3-6 by loops over tasks, kernels and pairs; and the gradient's way back.
 
     Returns:
         `(aggregated, gradient of the kernel)`, for the sum of `gradient * aggregated`.
     """
     kernel = kernel.astype("float64")
+    if kind == "slice":
+        *window, inputs, outputs, tasks = kernel.shape
+        flat = (*window, inputs * outputs, tasks)
+        gradient = None if gradient is None else gradient.reshape(flat)
+        found = plain_loop(
+            kernel.reshape(flat), threshold, weights, pairs, groups, gradient
+        )
+        return tuple(x.reshape(kernel.shape) for x in found)
     *_, outputs, tasks = kernel.shape
     gradient = np.zeros_like(kernel) if gradient is None else gradient
     result, back = np.empty_like(kernel), np.zeros_like(kernel)
@@ -74,16 +86,19 @@ def random_weights(rng, tasks):
     return upper + lower
 
 
+@pytest.mark.parametrize("kind", similar_kernels.KINDS)
 @pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("threshold", np.arange(0.1, 0.95, 0.1).round(1))
-def test_equals_a_plain_loop(threshold, tasks, pairs, rng):
+@pytest.mark.parametrize("threshold", [0.1, 0.4, 0.55, 0.9])
+def test_equals_a_plain_loop(threshold, tasks, pairs, kind, rng):
     """Values and gradients."""
     kernel = draw(rng, tasks)
     weights = random_weights(rng, tasks)
-    sharing = SimilarKernels(threshold, weights, pairs)
+    sharing = SimilarKernels(threshold, weights, pairs, kernels=kind)
     gradient = rng.normal(size=kernel.shape).astype("float32")
-    expected, back = plain_loop(kernel, threshold, weights, pairs, gradient=gradient)
+    expected, back = plain_loop(
+        kernel, threshold, weights, pairs, gradient=gradient, kind=kind
+    )
 
     def aggregated(x):
         composed = sharing.compose({"kernel": x}, tasks)
@@ -102,19 +117,21 @@ def test_equals_a_plain_loop(threshold, tasks, pairs, rng):
     np.testing.assert_allclose(tape.gradient(loss, variable), back, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", similar_kernels.KINDS)
 @pytest.mark.parametrize("pairs", similar_kernels.PAIRINGS)
 @pytest.mark.parametrize("weights", ["matrix", "learned"])
 @pytest.mark.parametrize("threshold", [0.8, 0.3])
-def test_training_equals_the_loop(threshold, weights, pairs, rng):
+def test_training_equals_the_loop(threshold, weights, pairs, kind, rng):
     """By lists of partners, and by the matrix where they are too long: also gradients."""
     if keras.config.backend() != "tensorflow":
         pytest.skip("gradients are compared on TensorFlow")
     tf = tensorflow()
-    tasks, shape = 3, (3, 4, 30)
+    tasks, shape = 3, (3, 4, 30) if kind == "filter" else (3, 4, 2, 15)
     kernel = draw(rng, tasks, shape=shape)
     logits = rng.normal(size=(tasks, tasks)).astype("float32")
     phi = 1 / (1 + np.exp(logits.T - logits))
-    sharing = SimilarKernels(threshold, phi if weights == "matrix" else "learned", pairs)
+    phis = phi if weights == "matrix" else "learned"
+    sharing = SimilarKernels(threshold, phis, pairs, kernels=kind)
     found = sharing.select(tf.constant(kernel), 0)
     capacity = found["partners"].shape[1]
     assert capacity == (4 if pairs == "all" else 2)
@@ -122,7 +139,7 @@ def test_training_equals_the_loop(threshold, weights, pairs, rng):
     assert fits == (threshold == 0.8 or pairs == "index")
     assert int(ops.sum(found["counts"])) > 10
     gradient = rng.normal(size=kernel.shape).astype("float32")
-    expected, back = plain_loop(kernel, threshold, phi, pairs, gradient=gradient)
+    expected, back = plain_loop(kernel, threshold, phi, pairs, gradient=gradient, kind=kind)
     variables = {"kernel": tf.Variable(kernel)}
     if weights == "learned":
         variables["logits"] = tf.Variable(logits)
@@ -148,7 +165,7 @@ def test_threshold_above_one_is_independent(pairs, rng):
     actual = aggregate_similar_kernels(kernel, 1.01, pairs=pairs)
     np.testing.assert_array_equal(ops.convert_to_numpy(actual), kernel)
     never = keras.optimizers.schedules.PiecewiseConstantDecay([10], [1.01, 0.5])
-    layer = TaskDense(4, 3, sharing=SimilarKernels(never, pairs=pairs))
+    layer = TaskDense(4, 3, sharing=SimilarKernels(never, pairs=pairs, kernels="filter"))
     layer.build((None, 9))
     np.testing.assert_array_equal(layer.kernel, layer.factors["kernel"])
 
@@ -156,7 +173,9 @@ def test_threshold_above_one_is_independent(pairs, rng):
 @pytest.mark.parametrize("weights", [0.5, "learned"])
 def test_identical_tasks_stay_identical(weights, rng):
     """Equal kernels, equal inputs and labels: equal after training."""
-    layer = SimilarKernelConv2D(4, 3, 3, threshold=0.2, weights=weights, shared_input=True)
+    layer = SimilarKernelConv2D(
+        4, 3, 3, threshold=0.2, weights=weights, shared_input=True, common_draw=True
+    )
     model = keras.Sequential([keras.Input((6, 6, 2)), layer])
     model.compile(keras.optimizers.SGD(0.1), "mse")
     x = rng.normal(size=(16, 6, 6, 2))
@@ -168,12 +187,14 @@ def test_identical_tasks_stay_identical(weights, rng):
     np.testing.assert_allclose(kernel, np.repeat(kernel[..., :1], 3, -1), atol=1e-5)
 
 
-def test_permuting_tasks(rng):
+@pytest.mark.parametrize("kind", similar_kernels.KINDS)
+def test_permuting_tasks(kind, rng):
     """Tasks in another order give the same kernels in that order."""
     kernel, weights = draw(rng, 4), random_weights(rng, 4)
     order = [2, 0, 3, 1]
-    a = aggregate_similar_kernels(kernel, 0.3, weights)
-    b = aggregate_similar_kernels(kernel[..., order], 0.3, weights[np.ix_(order, order)])
+    a = aggregate_similar_kernels(kernel, 0.3, weights, kind=kind)
+    theirs = weights[np.ix_(order, order)]
+    b = aggregate_similar_kernels(kernel[..., order], 0.3, theirs, kind=kind)
     a, b = map(ops.convert_to_numpy, (a, b))
     np.testing.assert_allclose(a[..., order], b, atol=1e-5)
     assert not np.allclose(a, kernel)
@@ -185,7 +206,7 @@ def test_rescaling(rng):
     a = ops.convert_to_numpy(aggregate_similar_kernels(kernel, 0.3))
     b = ops.convert_to_numpy(aggregate_similar_kernels(1e-3 * kernel, 0.3))
     np.testing.assert_allclose(b, 1e-3 * a, rtol=1e-4, atol=1e-8)
-    kernel[..., 0, 0] = 0
+    kernel[..., 0, 0] = 0  # All slices of a filter.
     c = ops.convert_to_numpy(aggregate_similar_kernels(kernel, 0.3, pairs="index"))
     assert np.all(c[..., 0, 0] == 0) and np.all(np.isfinite(c))
 
@@ -194,10 +215,10 @@ def test_related_groups(rng):
     """MTAL_R: only the tasks of a group share; the task matrix shows it."""
     kernel, weights = draw(rng, 4), np.full((4, 4), 0.5)
     groups = [[0, 2], [1, 3]]
-    actual = aggregate_similar_kernels(kernel, 0.2, weights, related=groups)
+    actual = aggregate_similar_kernels(kernel, 0.2, weights, related=groups, kind="filter")
     expected, _ = plain_loop(kernel, 0.2, weights, groups=groups)
     np.testing.assert_allclose(ops.convert_to_numpy(actual), expected, atol=1e-5)
-    sharing = SimilarKernels(0.2, related=groups)
+    sharing = SimilarKernels(0.2, related=groups, kernels="filter")
     matrix = sharing.task_matrix({"kernel": ops.convert_to_tensor(kernel)}, 4)
     matrix = ops.convert_to_numpy(matrix)
     np.testing.assert_allclose(matrix.sum(axis=0), 1, atol=1e-6)
@@ -208,7 +229,7 @@ def test_related_groups(rng):
 def test_only_training_chooses(rng):
     """Every `update_every` steps, at the threshold of the schedule; never elsewhere."""
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5], [0.9, -1.0])
-    sharing = SimilarKernels(schedule, update_every=3)
+    sharing = SimilarKernels(schedule, pairs="all", update_every=3)
     layer = TaskDense(4, 2, sharing=sharing, shared_input=True, common_draw=False)
     model = keras.Sequential([keras.Input((5,)), layer])
     model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -257,6 +278,134 @@ def test_modes_of_training(weights, rng):
     np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", similar_kernels.KINDS)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5])
+def test_overwriting_equals_the_loop(tasks, kind, rng):
+    """Algorithm 1: aggregated, each task by its own gradient, aggregated again."""
+    kernel, phi = draw(rng, tasks, 1.5), random_weights(rng, tasks)
+    sharing = SimilarKernels(0.4, phi, "index", kernels=kind, mode="overwrite")
+    *window, inputs, outputs, _ = kernel.shape
+    layer = TaskConv2D(outputs, window, tasks, sharing=sharing, use_bias=False)
+    layer.build((None, 6, 6, inputs * tasks))
+    variable = layer.factors["kernel"]
+    assert list(layer.factors) == ["kernel"] and layer.kernel is variable
+
+    def loop(kernel):
+        return plain_loop(kernel, 0.4, phi, "index", kind=kind)[0]
+
+    start = sharing.decompose(kernel)["kernel"]
+    np.testing.assert_allclose(start, loop(kernel), atol=1e-5)
+    variable.assign(start)
+    gradient = rng.normal(size=kernel.shape).astype("float32")
+    sgd = keras.optimizers.SGD(0.5)
+    for _ in range(2):
+        expected = loop(ops.convert_to_numpy(variable) - 0.5 * gradient)
+        sgd.apply([ops.convert_to_tensor(gradient)], [variable])
+        np.testing.assert_allclose(variable, expected, atol=1e-5)
+    if tasks > 1:
+        assert not np.allclose(expected, kernel - gradient, atol=0.01)
+
+
+def test_overwriting_separates_the_gradients(rng):
+    """A pair: equal gradients with the aggregate as a function, own ones if overwritten."""
+    x = rng.normal(size=(8, 5, 5, 1)).astype("float32")
+    y = rng.normal(size=(8, 3, 3, 2)).astype("float32")
+    between = {}
+    for mode in ("forward", "overwrite"):
+        sharing = SimilarKernels(0.4, mode=mode)
+        layer = TaskConv2D(1, 3, 2, shared_input=True, sharing=sharing, common_draw=False)
+        model = keras.Sequential([keras.Input((5, 5, 1)), layer])
+        kernel = np.stack([np.ones((3, 3, 1, 1)), np.ones((3, 3, 1, 1))], axis=-1)
+        kernel[0, 0, 0, 0, 0] = 1.5
+        layer.factors["kernel"].assign(kernel)
+        if mode == "forward":
+            layer.selection.refresh()
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        model.fit(x, y, verbose=0)
+        found = ops.convert_to_numpy(layer.factors["kernel"])
+        between[mode] = np.squeeze(found[..., 0] - found[..., 1])
+    expected = np.zeros((3, 3))
+    expected[0, 0] = 0.5
+    np.testing.assert_allclose(between["forward"], expected, atol=1e-6)
+    np.testing.assert_allclose(between["overwrite"], 0, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="refused, see the next test")
+def test_overwriting_now_and_then(rng):
+    """Every `update_every` steps, at the threshold of the schedule."""
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5], [1.5, -1.0])
+    sharing = SimilarKernels(schedule, update_every=3, mode="overwrite")
+    layer = TaskConv2D(2, 3, 2, shared_input=True, sharing=sharing)
+    model = keras.Sequential([keras.Input((3, 3, 2)), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    start, equal = ops.convert_to_numpy(layer.kernel), []
+    for _ in range(7):
+        model.fit(rng.normal(size=(4, 3, 3, 2)), np.zeros((4, 1, 1, 4)), verbose=0)
+        kernel = ops.convert_to_numpy(layer.kernel)
+        equal.append(np.allclose(kernel[..., 0], kernel[..., 1]))
+        assert equal[-1] or np.array_equal(kernel, start)
+    assert equal == [False] * 5 + [True] * 2
+    assert int(layer.selection.step) == 7
+
+
+def test_overwriting_refused():
+    """Learned weights; on JAX, what needs the number of the step."""
+    with pytest.raises(ValueError, match=r"no gradient.*weights='learned'"):
+        SimilarKernels(weights="learned", mode="overwrite")
+    if keras.config.backend() == "jax":
+        layer = SimilarKernelConv2D(2, 3, 2, mode="overwrite", update_every=2)
+        with pytest.raises(ValueError, match="update_every=2"):
+            layer.build((None, 5, 5, 4))
+    layer = SimilarKernelConv2D(64, 3, 3, pairs="all", name="many")
+    with pytest.raises(ValueError, match=r"'many'.*12,288 kernels \(slices.*at most 8,192"):
+        layer.build((None, 8, 8, 3 * 64))
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_chance_of_similar_slices(size, rng):
+    """Random slices pass by the area of a cap, in closed form; the share falls with it."""
+    found = []
+    for threshold in (0.1, 0.4, 0.55, 0.9):
+        layer = SimilarKernelConv2D(
+            64, size, 2, threshold=threshold, kernel_initializer="random_normal"
+        )
+        model = keras.Sequential([keras.Input((size, size, 2 * 32)), layer])
+        row, _ = kernel_sharing_ratio(model, verbose=False)
+        cap = (size**2 - 1) / 2
+        closed = special.betainc(cap, 0.5, 1 - threshold**2) / 2
+        assert row.chance == pytest.approx(closed, rel=1e-9) and row.pairs == 32 * 64
+        spread = np.sqrt(closed * (1 - closed) / row.pairs)
+        assert abs(row.pair_ratio - closed) <= 4 * spread + 1e-9
+        assert row.ratio == pytest.approx(row.pair_ratio)
+        found.append(row.pair_ratio)
+    assert found == sorted(found, reverse=True) and found[0] > 0.3
+
+
+@pytest.mark.parametrize("dimensions", [2, 3, 9, 27, 576])
+def test_chance_is_the_incomplete_beta_function(dimensions):
+    """Also below zero, and for a single number."""
+    for threshold in (0.0, 0.1, 0.4, 0.9, 1.0):
+        closed = special.betainc((dimensions - 1) / 2, 0.5, 1 - threshold**2) / 2
+        chance = similar_kernels.chance_of_similar(threshold, dimensions)
+        assert chance == pytest.approx(closed, rel=1e-9, abs=1e-12)
+        other = similar_kernels.chance_of_similar(-threshold, dimensions)
+        assert other == pytest.approx(1 - closed)
+    assert similar_kernels.chance_of_similar(0.4, 1) == 0.5
+    for bad in ((1.5, 9), (0.4, 0), (0.4, 2.5)):
+        with pytest.raises(ValueError, match=r"chance_of_similar.*Received"):
+            similar_kernels.chance_of_similar(*bad)
+
+
+def test_slices_of_a_single_entry_are_filters(rng):
+    """In 1 x 1 convolutions and dense layers numbers would be compared."""
+    kernel = draw(rng, 3, shape=(1, 1, 8, 4))
+    slices = aggregate_similar_kernels(kernel, 0.3)
+    filters = aggregate_similar_kernels(kernel, 0.3, kind="filter", pairs="index")
+    np.testing.assert_array_equal(slices, filters)
+    assert similar_kernels.compared_shape((8, 4, 3), "slice") == (8, 4, 3)
+    assert similar_kernels.compared_shape((3, 3, 8, 4, 2), "slice") == (3, 3, 1, 32, 2)
+
+
 def test_learned_weights_are_trained(rng):
     """They move, stay between 0 and 1, and sum to 1 for each pair."""
     layer = SimilarKernelConv1D(3, 2, 3, threshold=0.1, weights="learned")
@@ -274,6 +423,8 @@ def test_learned_weights_are_trained(rng):
         (SimilarKernelConv1D, {"pairs": "index"}, (6, 6)),
         (SimilarKernelConv2D, {"weights": "learned", "update_every": 2}, (5, 5, 6)),
         (SimilarKernelConv2D, {"related": [[0, 2]]}, (5, 5, 6)),
+        (SimilarKernelConv2D, {"mode": "overwrite"}, (5, 5, 6)),
+        (SimilarKernelConv2D, {"kernels": "filter"}, (5, 5, 6)),
         (SimilarKernelConv3D, {"threshold": "unrelated"}, (4, 4, 4, 6)),
     ],
 )
@@ -287,7 +438,7 @@ def test_promises(cls, arguments, shape, rng):
 def test_promises_with_many_kernels(rng):
     """The same where kernels have more partners than are listed."""
     x = rng.normal(size=(2, 4, 4, 3)).astype("float32")
-    check_layer(lambda **k: SimilarKernelConv(90, 3, 3, common_draw=False, **k), x)
+    check_layer(lambda **k: SimilarKernelConv(90, 3, 3, kernels="filter", **k), x)
 
 
 def test_schedule_survives_a_file(tmp_path, rng):
@@ -315,6 +466,8 @@ def test_schedule_survives_a_file(tmp_path, rng):
         ({"weights": 0.3}, "phi_ij"),
         ({"weights": [[0, 0.3], [0.3, 0]]}, "phi_ij"),
         ({"pairs": "some"}, '"all" or "index"'),
+        ({"kernels": "channel"}, '"slice" or "filter"'),
+        ({"mode": "own"}, '"forward" or "overwrite"'),
         ({"update_every": 0}, "positive int"),
         ({"related": [[1]]}, "two or more different"),
         ({"related": [[1, 1]]}, "two or more different"),

@@ -104,8 +104,9 @@ class TaskLayer(keras.layers.Layer):
         self.bias_regularizer = twin.bias_regularizer
         self.bias_constraint = twin.bias_constraint
         self.data_format = getattr(twin, "data_format", "channels_last")
-        # A function: a layer held as an attribute would be tracked.
-        self._twin = lambda: twin
+        # What one task's outputs are shaped like. A function of the layer: held as an
+        # attribute it would be tracked.
+        self._output_shape_of_one = lambda shape: twin.compute_output_shape(shape)
         self._twin_arguments = twin.get_config()
         if isinstance(self.kernel_regularizer, StatefulRegularizer):
             # One task alone has no relations; a twin needs nothing of this library.
@@ -322,7 +323,7 @@ class TaskLayer(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         try:
-            shape = self._twin().compute_output_shape(self._task_shape(input_shape))
+            shape = self._output_shape_of_one(self._task_shape(input_shape))
         except ValueError as error:
             raise ValueError(f"{name_of(self)}: {error}") from error
         shape = list(shape)

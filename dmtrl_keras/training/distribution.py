@@ -200,7 +200,7 @@ def train(
     owner = "train"
     if not check_model(model, owner).compiled:
         raise ValueError(
-            f"{owner}: expected a compiled model. Received: {name_of(model)}, for which "
+            f"{owner}: the model must be compiled. Received: {name_of(model)}, for which "
             "`compile` was not called."
         )
     for argument, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):

@@ -93,7 +93,7 @@ def twins_of(layer, shape):
     """T ordinary Keras layers that hold the kernels of a built layer."""
     twins = []
     for t in range(layer.tasks):
-        twin = layer._twin()
+        twin = layer.task_twin()
         twin.build((None, *shape))
         weights = [ops.convert_to_numpy(layer.task_kernel(t))]
         if layer.use_bias:

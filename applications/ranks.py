@@ -29,7 +29,7 @@ from dmtrl_keras import factorize, multitask, task_layers
 from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.parameterizations import LAF, TT, Tucker
 
-from .arguments import OPTIMIZERS, in_range
+from .arguments import OPTIMIZERS, real, whole
 from .experiment import (
     Experiment,
     Table,
@@ -157,22 +157,22 @@ class Ranks(Experiment):
     }
 
     def add_arguments(self, p):
-        side = in_range(int, 7)
+        side = whole(8)
         p.add_argument("--size", type=side, default=32, help="side of the images")
-        width = in_range(int, 0)
+        width = whole(1)
         p.add_argument("--width", type=width, default=16, help="of the first layer")
-        p.add_argument("--training-images", type=in_range(int, 1), default=300)
-        p.add_argument("--testing-images", type=in_range(int, 1), default=2000)
+        p.add_argument("--training-images", type=whole(2), default=300)
+        p.add_argument("--testing-images", type=whole(2), default=2000)
         p.add_argument(
             "--cuts",
-            type=in_range(int, 0),
+            type=whole(1),
             default=4,
             help="how often a training face is cut out of its image, each time otherwise",
         )
         p.add_argument(
-            "--extent", nargs=2, type=in_range(float, 0, 1), default=[0.28, 0.48]
+            "--extent", nargs=2, type=real(above=0, most=1), default=[0.28, 0.48]
         )
-        p.add_argument("--tolerance", type=in_range(float, 0, 0.999), default=0.3)
+        p.add_argument("--tolerance", type=real(above=0, below=1), default=0.3)
 
     def tasks(self, options, data=None):
         return list(TASKS)

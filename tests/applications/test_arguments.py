@@ -111,7 +111,18 @@ def parsers():
 NAMES = (*EXPERIMENTS, "benchmark", "search", "own")
 # What has other arguments than numbers, in whatever command.
 WORDS = {
-    *("attributes", "backbone", "benchmark", "data", "directory", "domains", "experiment"),
+    *(
+        "kernels",
+        "mode",
+        "start",
+        "attributes",
+        "backbone",
+        "benchmark",
+        "data",
+        "directory",
+        "domains",
+        "experiment",
+    ),
     *("feature_layer", "features", "group", "method", "methods", "model", "network"),
     *("objectives", "optimizer", "output", "padding", "page", "page_block", "pairs"),
     *("parts", "related", "share_until", "shared_layers", "similar_backbone", "strategy"),

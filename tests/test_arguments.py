@@ -58,6 +58,9 @@ NOT_CALLED = {
 }
 EXAMPLES = 25
 
+# That a rank of 1 is a bad idea is said, and not what is looked for here.
+pytestmark = pytest.mark.filterwarnings("ignore:.*the task rank is 1")
+
 
 def public():
     """Every public class and function, by its module and name; aliases once."""
@@ -290,7 +293,11 @@ def cases():
             lambda function, classes, **given: function(classes, **given), classes=Unknown
         ),
         "decomposition.check_choice": Case(**ranks, skip=["owner"]),
-        "decomposition.resolve_rank": Case(rank=2, bounds=(3, 4)),
+        "decomposition.resolve_rank": Case(rank=2, bounds=(3, 4), skip=["owner"]),
+        **{
+            f"decomposition.{kind}_ranks": Case(owners=[kind], shape=(3, 4, 2), rank=2)
+            for kind in ("laf", "tucker", "tt")
+        },
         "decomposition.truncation_rank": Case(
             singular_values=np.array([2.0, 1.0]), tolerance=0.1, norm=2.3
         ),

@@ -116,7 +116,9 @@ def _is_rank(entry: Any) -> bool:
     return isinstance(entry, numbers.Real) and 0 < float(entry) <= 1
 
 
-def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
+def resolve_rank(
+    rank: Rank, bounds: tuple[int, ...], owner: str = "resolve_rank"
+) -> tuple[int, ...]:
     """Integer ranks from one entry for each, or for all, and the bound of every rank.
 
     Args:
@@ -124,6 +126,7 @@ def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
             bound, rounded up), or a tuple of ints and floats. The functions below take
             `rank` otherwise, as the module says.
         bounds: tuple of ints, the largest possible ranks.
+        owner: str, the function to name in errors.
 
     Returns:
         A tuple of ints.
@@ -137,7 +140,6 @@ def resolve_rank(rank: Rank, bounds: tuple[int, ...]) -> tuple[int, ...]:
     >>> resolve_rank(0.5, (3, 8)), resolve_rank(4, (3, 8)), resolve_rank((2, 8), (3, 8))
     ((2, 4), (3, 4), (2, 8))
     """
-    owner = "resolve_rank"
     if rank is None:
         raise refusal("rank", rank, owner, "an int, a float, or a tuple of them")
     check_choice(rank, None, owner=owner)
@@ -293,6 +295,7 @@ class RankRule:
         rank: Rank | None,
         task_rank: TaskRank = None,
         strict: bool = True,
+        owner: str = "rank",
     ) -> Ranks:
         """The ranks that `rank` and `task_rank` stand for.
 
@@ -301,6 +304,7 @@ class RankRule:
             rank: see the module.
             task_rank: see the module.
             strict: bool, whether an int above all bounds is an error.
+            owner: str, who to name in errors.
 
         Returns:
             A tuple of ints.
@@ -308,8 +312,8 @@ class RankRule:
         Raises:
             ValueError: on impossible ranks.
         """
-        check_choice(rank, None, task_rank=task_rank)
-        shape = tuple(int(size) for size in shape)
+        check_choice(rank, None, task_rank=task_rank, owner=owner)
+        shape = check_sizes("shape", shape, owner, 2)
         full = self.bounds(shape)
         alone = len(full) == 1
         entries = tuple(rank) if isinstance(rank, (tuple, list)) else ()
@@ -317,29 +321,30 @@ class RankRule:
         given = task_rank is not None and task_rank != AS_SAVED
         if given and (whole or (alone and rank is not None)):
             raise ValueError(
-                "Give the rank of the tasks once: it is "
+                f"{owner}: expected the rank of the tasks once: it is "
                 f"{'the only one' if alone else 'the last entry of `rank`'} here. "
                 f"Received: rank={rank!r}, task_rank={task_rank!r}."
             )
         if whole or task_rank == AS_SAVED:
-            return resolve_rank(1.0 if rank is None else rank, full)
-        tasks = self.task_rank(shape, task_rank)
+            return resolve_rank(1.0 if rank is None else rank, full, owner)
+        tasks = self.task_rank(shape, task_rank, owner)
         # Larger ones would be of no use with so small a task rank.
         others = self.bounds((*shape[:-1], tasks))[:-1]
         if entries and len(entries) != len(others):
             raise ValueError(
-                f"`rank` must have {len(full)} entries, one for each of the bounds {full}, "
-                f"or one less, without that of the tasks. Received: rank={entries}."
+                f"{owner}: `rank` must have {len(full)} entries, one for each of the "
+                f"bounds {full}, or one less, without that of the tasks. "
+                f"Received: rank={entries}."
             )
         if isinstance(rank, numbers.Integral):
             cap = int(rank)
             if not strict:
                 cap = min(cap, max(others or full))
             if alone:
-                return resolve_rank(cap, full)
-            found = resolve_rank(cap, others)
+                return resolve_rank(cap, full, owner)
+            found = resolve_rank(cap, others, owner)
         elif entries:
-            found = resolve_rank(entries, others)
+            found = resolve_rank(entries, others, owner)
         elif rank is None or rank == 1:
             found = others
         else:
@@ -352,7 +357,9 @@ class RankRule:
             found = self._within(shape, budget, others, tasks)
         return (*found, min(tasks, self.useful(shape, found)))
 
-    def task_rank(self, shape: tuple[int, ...], task_rank: TaskRank) -> int:
+    def task_rank(
+        self, shape: tuple[int, ...], task_rank: TaskRank, owner: str = "task_rank"
+    ) -> int:
         """The task rank that is asked for, as far as it is possible.
 
         Raises:
@@ -361,14 +368,14 @@ class RankRule:
         bound, tasks = self.bounds(shape)[-1], shape[-1]
         if isinstance(task_rank, numbers.Integral) and int(task_rank) > tasks:
             raise ValueError(
-                f"`task_rank` can be at most {tasks}, the number of tasks. "
+                f"{owner}: `task_rank` can be at most {tasks}, the number of tasks. "
                 f"Received: task_rank={task_rank}."
             )
         if task_rank is None or isinstance(task_rank, str):
             return bound
         if isinstance(task_rank, numbers.Integral):
             return min(int(task_rank), bound)
-        return resolve_rank(task_rank, (bound,))[0]
+        return resolve_rank(task_rank, (bound,), owner)[0]
 
     def _within(self, shape: Ranks, budget: float, others: Ranks, tasks: int) -> Ranks:
         """The largest ranks whose factors have at most `budget` entries.
@@ -445,7 +452,7 @@ def laf_ranks(
     >>> laf_ranks((3, 3, 16, 32, 10), 0.5), laf_ranks((64, 32, 2), 0.5)
     ((4,), (2,))
     """
-    return LAF_RANKS.ranks(shape, rank, task_rank)
+    return LAF_RANKS.ranks(shape, rank, task_rank, owner="laf_ranks")
 
 
 def tucker_ranks(
@@ -465,7 +472,7 @@ def tucker_ranks(
     >>> tucker_ranks((64, 32, 2), (0.5, 8)), tucker_ranks((64, 32, 2), 4)
     ((32, 8, 2), (4, 4, 2))
     """
-    return TUCKER_RANKS.ranks(shape, rank, task_rank)
+    return TUCKER_RANKS.ranks(shape, rank, task_rank, owner="tucker_ranks")
 
 
 def tt_ranks(
@@ -483,7 +490,7 @@ def tt_ranks(
     >>> tt_ranks((3, 3, 16, 32, 2), 0.5), tt_ranks((64, 32, 2), 0.25)
     ((3, 9, 21, 2), (7, 2))
     """
-    return TT_RANKS.ranks(shape, rank, task_rank)
+    return TT_RANKS.ranks(shape, rank, task_rank, owner="tt_ranks")
 
 
 def laf(

@@ -77,8 +77,8 @@ class FactorizedParameterization(Parameterization):
         self._task_rank = task_rank
 
     short_forms = ("rank", "tolerance", "implementation", "threshold", "task_rank")
-    # The ranks that there are.
-    _rule: RankRule
+    # The ranks that there are. None, of a class of a user's: replicated as any tensor.
+    _rule: RankRule | None = None
 
     @classmethod
     def of_trained(
@@ -108,6 +108,8 @@ class FactorizedParameterization(Parameterization):
         as always. Thus every task starts from `kernel`, and gradients reach them all.
         Ranks are those of T kernels, where an int is a cap at any size.
         """
+        if self._rule is None:
+            return super().replicate(kernel, tasks)
         if self.tolerance is None:
             shape = (*kernel.shape, tasks)
             ranks = self._rule.ranks(

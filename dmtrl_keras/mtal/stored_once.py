@@ -112,5 +112,9 @@ def _packed(numbers: Sequence[Sequence[int]]) -> str:
 
 def _unpacked(text: str) -> np.ndarray:
     tasks, _, data = text.partition(":")
-    differences = np.frombuffer(zlib.decompress(base64.b64decode(data)), "<i4")
-    return np.cumsum(differences, dtype="int64").reshape(-1, int(tasks))
+    try:
+        differences = np.frombuffer(zlib.decompress(base64.b64decode(data)), "<i4")
+        return np.cumsum(differences, dtype="int64").reshape(-1, int(tasks))
+    except (ValueError, zlib.error) as error:
+        what = "lists of ints, or a text that `get_config` made"
+        raise refusal("numbers", text, "StoredOnce", what) from error

@@ -116,9 +116,9 @@ def _check_sizes(sizes: dict[str, int], epoch: str) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(
-                f"Task {name!r}: with epoch={epoch!r} expected a finite data set of known "
-                "cardinality (see `tf.data.experimental.assert_cardinality`). Received: "
-                f"cardinality={size}. Or give a number of batches as `epoch`."
+                f"zip_tasks, task {name!r}: with epoch={epoch!r} expected a finite set "
+                "of known cardinality (see `tf.data.experimental.assert_cardinality`). "
+                f"Received: cardinality={size}. Or give a number of batches as `epoch`."
             )
 
 
@@ -133,19 +133,20 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
             )
         if _is_batched(tf, data):
             raise ValueError(
-                f"Task {name!r}: expected single examples. Received batches: "
+                f"zip_tasks, task {name!r}: expected single examples. Received batches: "
                 f"element_spec={spec}. Call `.unbatch()` first; if these are examples of "
                 "an open length, give them one shape (`tf.ensure_shape`, padding)."
             )
         size = int(data.cardinality())
         if size == 0:
             raise ValueError(
-                f"Task {name!r}: expected at least one example. Received: cardinality=0."
+                f"zip_tasks, task {name!r}: expected at least one example. "
+                "Received: cardinality=0."
             )
         return data, size
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
         raise ValueError(
-            f"Task {name!r}: expected a tf.data.Dataset, (x, y) or "
+            f"zip_tasks, task {name!r}: expected a tf.data.Dataset, (x, y) or "
             f"(x, y, sample_weight). Received: {type(data).__name__}. "
             "A generator of examples becomes a data set by "
             "`tf.data.Dataset.from_generator(..., output_signature=...)`."
@@ -159,7 +160,7 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     ]
     if strange or any(isinstance(part, list) for part in parts):
         raise ValueError(
-            f"Task {name!r}: expected arrays of examples in (x, y) or (x, y, "
+            f"zip_tasks, task {name!r}: expected arrays of examples in (x, y) or (x, y, "
             "sample_weight), or dicts and tuples of arrays; a list of numbers becomes one "
             f"by `numpy.asarray`. Received: {[type(part).__name__ for part in parts]}"
             + (f", in it {strange[0]}." if strange else ".")
@@ -175,7 +176,8 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     except (TypeError, ValueError) as error:
         kinds = [f"{type(a).__name__} of {getattr(a, 'dtype', '?')}" for a in arrays]
         raise ValueError(
-            f"Task {name!r}: expected arrays that TensorFlow takes. Received: {kinds}."
+            f"zip_tasks, task {name!r}: expected arrays that TensorFlow takes. "
+            f"Received: {kinds}."
         ) from error
 
 
@@ -194,7 +196,8 @@ def arrays_of(name: str, data: Any) -> tuple[Any, ...]:
     examples, size = _examples(tf, name, data)
     if size == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
-            f"Task {name!r}: expected a finite data set. Received: cardinality={size}."
+            f"zip_tasks, task {name!r}: expected a finite data set. "
+            f"Received: cardinality={size}."
         )
     batches = list(examples.batch(1024).as_numpy_iterator())
     return tuple(tree.map_structure(lambda *parts: np.concatenate(parts), *batches))

@@ -93,6 +93,9 @@ class Own(Study):
         p.add_argument("--learning-rate", type=positive, default=1e-3)
         arguments.add_training(p, "adam")
         p.add_argument("--tolerance", type=arguments.real(above=0, below=1), default=0.1)
+        p.add_argument(
+            "--task-rank", type=arguments.whole(1), help="of Tucker and TT; by default full"
+        )
         p.add_argument("--threshold", type=arguments.real(least=0, most=1), default=0.4)
         p.add_argument("--strength", type=positive, default=1e-3, help="of a prior")
         p.add_argument("--epsilon", type=positive, default=1e-3, help="of a prior")

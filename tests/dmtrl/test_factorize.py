@@ -128,7 +128,7 @@ def test_choosing_layers(rng):
     assert found["conv"] == (2, 2, 2, 3) and found["depthwise"] is None
     with pytest.raises(ValueError, match=r"nothing for layer 'conv'.*'twice'"):
         factorize(model, "tt", layers=["conv"], rank={"twice": 2}, verbose=False)
-    with pytest.raises(ValueError, match=r"named \['missing'\]"):
+    with pytest.raises(ValueError, match=r"names \['missing'\], expected"):
         factorize(model, "tt", rank={"missing": 2}, verbose=False)
 
 

@@ -181,7 +181,7 @@ def test_errors(rng):
     for numbers in ([[0, 2]], [0, 1], [[0.5]]):
         with pytest.raises(ValueError, match="each used"):
             StoredOnce(numbers)
-    with pytest.raises(ValueError, match="3 rows, inputs=2"):
+    with pytest.raises(ValueError, match="2 inputs and each output channel"):
         StoredOnce([[0, 0], [1, 2], [3, 1]], inputs=2)
     with pytest.raises(ValueError, match=r"\(out, T\)"):
         layers.TaskDense(3, 2, sharing=StoredOnce([[0, 1]])).build((None, 8))

@@ -415,6 +415,7 @@ def test_export_has_the_network_alone(tmp_path, rng):
     assert not {(9, 9), (12, 12)} & set(sizes)
 
 
+@pytest.mark.filterwarnings("ignore:.*the task rank is 1")
 def test_with_the_rest_of_the_library(rng):
     """One task alone, the summary, factorising the network, another relation on it."""
     network, _, x, y = many(rng, 3)

@@ -315,7 +315,8 @@ def relation_tables(options, console):
 def similar_tables(options, console):
     """What MTAL's sharing adds to the training step of T independent backbones.
 
-    All tasks start from one backbone, so that every kernel has a partner in each task.
+    Filters start from one backbone, so that every one has a partner in each task; slices
+    from draws of their own, of which about one in eight has.
     """
     name, size, tasks = options.similar_backbone, options.image_size, options.backbone_tasks
     every = options.similar_update_every
@@ -325,32 +326,34 @@ def similar_tables(options, console):
     labels = {task: rng.integers(10, size=len(x)) for task, x in images.items()}
     backbone = backbone_of(name, size)
     never = 10**9
+    filters = functools.partial(SimilarKernels, kernels="filter")
     variants = {
         "independent": "independent",
-        "kept": SimilarKernels(0.4, update_every=never),
-        "all": SimilarKernels(0.4),
-        "index": SimilarKernels(0.4, pairs="index"),
-        "many": SimilarKernels(0.0, update_every=never),
+        "slices": SimilarKernels(0.4),
+        "slices kept": SimilarKernels(0.4, update_every=never),
+        "overwritten": SimilarKernels(0.4, mode="overwrite"),
+        "overwritten never": SimilarKernels(0.4, mode="overwrite", update_every=never),
+        "filters": filters(0.4),
+        "filters kept": filters(0.4, update_every=never),
     }
-    steps = {
-        key: training_step(
-            multitask(backbone, tasks, sharing=sharing, shared_input=False, heads=10),
-            images,
-            labels,
-            "sparse_categorical_crossentropy",
+    steps = {}
+    for key, sharing in variants.items():
+        start = "common" if key.startswith("filters") else "apart"
+        model = multitask(
+            backbone, tasks, sharing=sharing, shared_input=False, heads=10, start=start
         )
-        for key, sharing in variants.items()
-    }
+        loss = "sparse_categorical_crossentropy"
+        steps[key] = training_step(model, images, labels, loss)
     times = in_turn(steps, options.repeats)
-    times["together"] = times["kept"] + (times["all"] - times["kept"]) / every
-    parts = {
-        "independent kernels": "independent",
-        "threshold 0.4, all pairs, chosen in every step": "all",
-        f"the same, chosen every {every} steps (computed)": "together",
-        "the same, never chosen anew": "kept",
-        "threshold 0.4, pairs of equal index, chosen in every step": "index",
-        "threshold 0, never chosen anew: more partners than are listed": "many",
-    }
+    parts = {"independent kernels": "independent"}
+    for key, kept, title in (
+        ("slices", "slices kept", "slices of equal index"),
+        ("overwritten", "overwritten never", "slices of equal index, overwritten"),
+        ("filters", "filters kept", "all pairs of filters"),
+    ):
+        times[f"now and then {key}"] = times[kept] + (times[key] - times[kept]) / every
+        parts[f"{title}: chosen in every step"] = key
+        parts[f"{title}: every {every} steps (computed)"] = f"now and then {key}"
     frame = pd.DataFrame(
         {
             "Training step": part,
@@ -360,7 +363,8 @@ def similar_tables(options, console):
         for part, key in parts.items()
     )
     size = f"images {size} x {size}, batch {options.backbone_batch}"
-    return [measured(f"{name}, T = {tasks}, {size}", frame, options)]
+    title = f"{name}, T = {tasks}, threshold 0.4, {size}"
+    return [measured(title, frame, options)]
 
 
 def naive_table(options):

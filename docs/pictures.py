@@ -303,20 +303,25 @@ def number(cell):
 
 
 def sharing_by_layer():
-    """The table of MTAL's shared kernels of related tasks, as bars."""
+    """The table of MTAL's shared pairs of related tasks, as bars, and what chance gives."""
     header, body = table("mtal", "mtal-sharing-related")
-    body = [row for row in body if row[0].startswith("block")]
+    rows = {row[0]: row for row in body}
+    names = ("MTAL", "MTAL of filters", "MTAL, common start")
+    layers = [row for row in body if row[0].startswith("block")]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    height = 0.8 / (len(header) - 1)
-    for column, (name, colour) in enumerate(zip(header[1:], TASKS)):
-        values = [number(row[1 + column])[0] for row in body]
-        places = np.arange(len(body)) + (column - 1) * height
+    height = 0.8 / len(names)
+    for number_of, (name, colour) in enumerate(zip(names, TASKS)):
+        column = header.index(name)
+        values = [number(row[column])[0] for row in layers]
+        places = np.arange(len(layers)) + (number_of - 1) * height
         axes.bar(places, values, height, label=name, color=colour)
-    labels = [row[0].replace("_conv", "\nconv") for row in body]
-    axes.set_xticks(range(len(body)), labels, fontsize=7)
-    axes.set(ylabel="kernels with a similar one, %", ylim=(0, 118))
-    axes.legend(ncols=3, loc="upper center", fontsize=8, frameon=False)
+    chance, _ = number(rows["chance, total"][header.index("MTAL")])
+    axes.axhline(chance, color="black", linestyle="--", linewidth=1, label="chance, slices")
+    labels = [row[0].replace("_conv", "\nconv") for row in layers]
+    axes.set_xticks(range(len(layers)), labels, fontsize=7)
+    axes.set(ylabel="pairs that are similar, %", ylim=(0, 118))
+    axes.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
     save(figure, "sharing-by-layer")
 
 

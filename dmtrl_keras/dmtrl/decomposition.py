@@ -60,6 +60,14 @@ THRESHOLDS = ("frobenius", "singular_value")
 AS_SAVED = "as_saved"
 
 
+def is_given(task_rank: Any) -> bool:
+    """Whether a task rank is one, and not what stands for none or for a saved one."""
+    # An array is not to be compared.
+    return task_rank is not None and not (
+        isinstance(task_rank, str) and task_rank == AS_SAVED
+    )
+
+
 def check_choice(
     rank: Rank | None,
     tolerance: float | None,
@@ -96,7 +104,7 @@ def check_choice(
             f"a number in (0, 1). Received: tolerance={shown(tolerance)}."
         )
     check_one_of("threshold", threshold, THRESHOLDS, owner)
-    if task_rank is not None and task_rank != AS_SAVED and not _is_rank(task_rank):
+    if is_given(task_rank) and not _is_rank(task_rank):
         raise ValueError(
             f"{owner}: `task_rank` must be a positive int, a fraction in (0, 1] given as a "
             f"float, or None for the full one. Received: task_rank={shown(task_rank)}."
@@ -318,7 +326,7 @@ class RankRule:
         alone = len(full) == 1
         entries = tuple(rank) if isinstance(rank, (tuple, list)) else ()
         whole = len(entries) == len(full)
-        given = task_rank is not None and task_rank != AS_SAVED
+        given = is_given(task_rank)
         if given and (whole or (alone and rank is not None)):
             raise ValueError(
                 f"{owner}: expected the rank of the tasks once: it is "
@@ -532,7 +540,7 @@ def laf(
         _need_choice(rank, tolerance, threshold, task_rank, "laf")
     tensor, exponent = _as_tensor(tensor, "laf")
     u, s, vt = _svd(tensor.reshape(-1, tensor.shape[-1]))
-    if tolerance is not None and task_rank in (None, AS_SAVED):
+    if tolerance is not None and not is_given(task_rank):
         k = truncation_rank(s, tolerance, np.linalg.norm(s), threshold)
     elif tolerance is not None:
         raise ValueError(
@@ -590,7 +598,7 @@ def tucker(
     ranks: list[int | None] = [None] * modes
     if rank is not None:
         ranks = list(tucker_ranks(tensor.shape, rank, task_rank))
-    elif task_rank not in (None, AS_SAVED):
+    elif is_given(task_rank):
         ranks[-1] = TUCKER_RANKS.task_rank(tensor.shape, task_rank)
     norm = np.linalg.norm(tensor)
     share = 0.0 if tolerance is None else tolerance
@@ -650,7 +658,7 @@ def tt(
     ranks: list[int | None] = [None] * (modes - 1)
     if rank is not None:
         ranks = list(tt_ranks(shape, rank, task_rank))
-    elif task_rank not in (None, AS_SAVED):
+    elif is_given(task_rank):
         ranks[-1] = TT_RANKS.task_rank(shape, task_rank)
     norm = np.linalg.norm(tensor)
     share = 0.0 if tolerance is None else tolerance

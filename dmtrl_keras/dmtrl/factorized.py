@@ -96,7 +96,7 @@ class FactorizedParameterization(Parameterization):
     @classmethod
     def _is_settled(cls, task_rank: TaskRank) -> bool:
         """Whether a task rank says all, since there is no other rank."""
-        return cls._rule is decomposition.LAF_RANKS and task_rank not in (None, AS_SAVED)
+        return cls._rule is decomposition.LAF_RANKS and decomposition.is_given(task_rank)
 
     def replicate(self, kernel: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
         """Factors of T equal kernels, whose tasks can still become different.

@@ -474,7 +474,7 @@ def check_endpoints(names: Sequence[str], owner: str) -> None:
     if reserved:
         raise ValueError(
             f"{owner}: no task can have a name that a SavedModel, in which every task is "
-            f"an endpoint, has for something else: {sorted(_RESERVED)}. "
+            f"an endpoint, has for something else: {sorted(_RESERVED)}. Expected others. "
             f"Received: {reserved}."
         )
 

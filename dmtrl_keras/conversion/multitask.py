@@ -1,8 +1,8 @@
 """From a Keras model to the network of T tasks."""
 
 import dataclasses
-import warnings
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 

@@ -42,8 +42,8 @@ class CheckedLayer(keras.layers.Layer):
             several = is_list(inputs) or isinstance(inputs, dict)
             instead = "" if self._takes_several or not several else self._instead
             raise ValueError(
-                f"{name_of(self)}: expected {self._expected}, of numbers, with "
-                f"{self._minimum_ndim} axes at least. Received: inputs="
+                f"{name_of(self)}: expected {self._expected}, of numbers, at "
+                f"least {self._minimum_ndim}-dimensional. Received: inputs="
                 f"{_described(inputs)}.{instead}"
             )
 

@@ -6,10 +6,10 @@ from typing import Any, Self
 import keras
 
 from dmtrl_keras.conversion.rules import Rule, register_rule
-from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.backend import full_precision
+from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.types import Shape, Tensor
-from dmtrl_keras.ground.validation import is_list, name_of, refusal
+from dmtrl_keras.ground.validation import from_keras, is_list, name_of, refusal
 from dmtrl_keras.kernels.state import StatePenalty, mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 
@@ -56,6 +56,14 @@ class TensorNormalPrior(CheckedLayer, keras.layers.Wrapper):
     >>> tuple(outputs.shape), sorted(layer.prior.covariances)
     ((2, 3), ['class', 'feature'])
     """
+
+    # How many the layer takes, it says itself.
+    _takes_several = (list, tuple, dict)
+    _expected = "a tensor, or a list or a dict of tensors"
+
+    @property
+    def _minimum_ndim(self) -> int:
+        return 1
 
     def __init__(
         self,

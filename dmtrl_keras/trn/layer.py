@@ -14,8 +14,8 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, checked, full_precision
-from dmtrl_keras.ground.linalg import whitener
 from dmtrl_keras.ground.called import CheckedLayer
+from dmtrl_keras.ground.linalg import whitener
 from dmtrl_keras.ground.types import DType, Shape, Tensor
 from dmtrl_keras.ground.validation import (
     check_number,
@@ -270,9 +270,7 @@ class TRL(CheckedLayer):
         self.momentum, self.ridge, self.method = settings.values()
         self.pairs = checked_pairs(pairs, name_of(self), "tasks")
 
-    def _sets(
-        self, inputs: Any, argument: str = "inputs"
-    ) -> tuple[list[Any], list[Any]]:
+    def _sets(self, inputs: Any, argument: str = "inputs") -> tuple[list[Any], list[Any]]:
         """`(names, values)` of an argument in one order."""
         if isinstance(inputs, dict):
             return list(inputs), list(inputs.values())

@@ -34,8 +34,8 @@ class CheckedLayer(keras.layers.Layer):
 
     def _check_inputs(self, inputs: Any) -> None:
         if isinstance(inputs, self._takes_several):
-            values = list(inputs.values() if isinstance(inputs, dict) else inputs)
-            fine = bool(values) and all(map(self._is_tensor, values))
+            values: Any = inputs.values() if isinstance(inputs, dict) else inputs
+            fine = len(values) > 0 and all(map(self._is_tensor, values))
         else:
             fine = self._takes_one and self._is_tensor(inputs)
         if not fine:

@@ -373,15 +373,20 @@ def problem_of(name, argument, value):
         # Any text is a path; whether there is such a folder, the system says.
         return None
     thing, case = PUBLIC[name], cases()[name]
+    given = {**case.arguments, argument: value}
+    return problem_in(lambda: case.use(thing, **given), [thing.__name__, *case.owners])
+
+
+def problem_in(call, owners):
+    """What is wrong with the error of a call, or None; it may name one of some owners."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            case.use(thing, **{**case.arguments, argument: value})
+            call()
         return None
     except Exception as error:
         text = str(error)
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        owners = (thing.__name__, *case.owners)
         complaints = {
             "another class": not isinstance(error, (ValueError, TypeError)),
             "not raised by the library": not frame.filename.startswith(ROOT),
@@ -437,6 +442,31 @@ def test_what_is_refused(name):
         assert problem_of(name, argument, value) is None, (argument, value)
 
     check()
+
+
+TENSOR = np.ones((2, 4), "float32")
+CALLS = [
+    *(None, "quick", b"x", 5, 2.5, True, 1j, object(), nothing, [], {}, (), [None]),
+    *([TENSOR], [TENSOR, TENSOR], (TENSOR, TENSOR), {"a": TENSOR}, {1: TENSOR, "a": None}),
+    *([[TENSOR], [TENSOR]], [TENSOR, "a"], [TENSOR, np.ones((2, 4, 4, 1))]),
+    *([[1.0, 2.0]], np.ones(()), np.ones(4), np.ones((1,) * 7), np.ones((2, 0))),
+    *(np.array(["a", "b"]), np.array([None, object()]), tf.constant([["a", "b"]])),
+    *(keras.Input(()), [keras.Input((4,)), keras.Input((4,))], {"a": keras.Input((4,))}),
+    *(keras.Input((4,), dtype="string"), keras.Input((None,)), keras.Input((5, 5, 5, 5))),
+]
+
+
+@pytest.mark.parametrize("name", [n for n in CALLED if n.startswith("layers.")])
+def test_calls_that_are_refused(name):
+    """Every layer, called with what is no input of it, or of few layers."""
+    cls = PUBLIC[name]
+    problems = {}
+    for inputs in CALLS:
+        layer = cls(**cases()[name].arguments)
+        said = problem_in(functools.partial(layer, inputs), [cls.__name__])
+        if said:
+            problems[repr(inputs)] = said
+    assert not problems, "\n".join(f"{k}: {v}" for k, v in problems.items())
 
 
 def no_layer(names):
@@ -516,7 +546,26 @@ FOUND = [
     ),
     (
         lambda: layers.TaskSplit(2)(np.ones(3)),
-        r"TaskSplit 'task_split.*: expected inputs \(batch, ..., channels\).*\(3,\)",
+        r"TaskSplit 'task_split.*: expected one tensor \(batch, ..., .*least 2-dim.*\(3,\)",
+    ),
+    (
+        lambda: layers.CrossStitch(2)([ONES, ONES]),
+        r"CrossStitch 'cross.*: expected one tensor \(batch, ..., tasks \* channels\).*"
+        r"inputs=\[ndarray of shape \(4,\), float64, ndarray.*\]\. .* by TaskStack",
+    ),
+    (
+        lambda: layers.CrossStitch(2)(np.ones((2, 3))),
+        "CrossStitch 'cross.*: expected a grouped input whose channels divide by tasks=2",
+    ),
+    (
+        # Nothing is built at the second call.
+        lambda: [(layer := layers.TaskDense(2, 2)), layer(TENSOR), layer({"a": TENSOR})],
+        r"TaskDense 'task_dense.*: expected one tensor .*\{'a': ndarray of shape \(2, 4\)",
+    ),
+    (lambda: trl(5), "TRL 'trl.*: `present` must be a list or a dict .*present=5"),
+    (
+        lambda: multitask(backbone(), 2, between=lambda: layers.CrossStitch(2)),
+        "multitask: `between` must .*called with the list of them.*<lambda>",
     ),
 ]
 

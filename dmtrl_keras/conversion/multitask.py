@@ -1,6 +1,7 @@
 """From a Keras model to the network of T tasks."""
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -279,12 +280,25 @@ def _fusion_of(between: Any, survey: Survey) -> Callable[[str], Any]:
 
 def _check_fusion(make: Any) -> Callable[..., Any] | None:
     # A layer would be one for all places.
-    if make is not None and (not callable(make) or isinstance(make, keras.layers.Layer)):
+    fine = callable(make) and not isinstance(make, keras.layers.Layer)
+    if make is not None and not (fine and _takes_one_argument(make)):
         raise ValueError(
             "multitask: `between` must have functions of the task names that return a "
-            f"layer, such as `lambda tasks: CrossStitch(tasks)`. Received: {make!r}."
+            "layer, such as `lambda tasks: CrossStitch(tasks)`: they are called with the "
+            f"list of them. Received: {make!r}."
         )
     return make
+
+
+def _takes_one_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        # Some functions of C don't say what they take.
+        return True
+    return True
 
 
 def _check_prior(prior: Any) -> StatefulRegularizer | None:

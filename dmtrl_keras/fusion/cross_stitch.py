@@ -62,9 +62,8 @@ class CrossStitch(FusionLayer):
         self.per_channel = check_bool("per_channel", per_channel, name_of(self))
 
     def build(self, input_shape: Shape) -> None:
-        start = self._start()
+        start, channels = self._start(), self._channels(input_shape)
         if self.per_channel:
-            channels = self._channels(input_shape)
             start = np.repeat(start[..., None], channels, axis=-1)
         self.alpha = self.add_weight(
             name="alpha",

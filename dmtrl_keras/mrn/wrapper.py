@@ -7,14 +7,15 @@ import keras
 
 from dmtrl_keras.conversion.rules import Rule, register_rule
 from dmtrl_keras.ground.backend import full_precision
+from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.types import Shape, Tensor
-from dmtrl_keras.ground.validation import is_list, name_of, refusal
+from dmtrl_keras.ground.validation import from_keras, is_list, name_of, refusal
 from dmtrl_keras.kernels.state import StatePenalty, mode_names
 from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TensorNormalPrior(keras.layers.Wrapper):
+class TensorNormalPrior(CheckedLayer, keras.layers.Wrapper):
     """Any Keras layer, with a tensor-normal prior over its kernel.
 
     The layers with T kernels take a `TensorNormalRegularizer` as `kernel_regularizer`. An
@@ -56,6 +57,14 @@ class TensorNormalPrior(keras.layers.Wrapper):
     ((2, 3), ['class', 'feature'])
     """
 
+    # How many the layer takes, it says itself.
+    _takes_several = (list, tuple, dict)
+    _expected = "a tensor, or a list or a dict of tensors"
+
+    @property
+    def _minimum_ndim(self) -> int:
+        return 1
+
     def __init__(
         self,
         layer: keras.layers.Layer,
@@ -90,7 +99,7 @@ class TensorNormalPrior(keras.layers.Wrapper):
         return getattr(self.layer, self.kernel_name, None)
 
     def build(self, input_shape: Any = None) -> None:
-        super().build(input_shape)
+        from_keras(name_of(self), super().build, input_shape=input_shape)
         kernel = self.kernel
         if not isinstance(kernel, keras.Variable):
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.types import DataFormat, Shape, Tasks, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
@@ -22,7 +23,7 @@ from dmtrl_keras.ground.validation import (
 from dmtrl_keras.kernels.plan import fold, unfold_tasks
 
 
-class LayoutLayer(keras.layers.Layer):
+class LayoutLayer(CheckedLayer):
     """Base of the layers that know names and channels of the tasks (not for direct use)."""
 
     def __init__(
@@ -68,12 +69,15 @@ def _is_shape(value: Any) -> bool:
 class _OfOneTensorPerTask(LayoutLayer):
     """What layers have in common that take one tensor per task."""
 
+    _takes_several = (list, tuple, dict)
+    _expected = "one tensor (batch, ..., channels) for each task, in a list or a dict"
+
     def _in_order(self, inputs: Any, is_one: Callable[[Any], bool]) -> list[Any]:
         if isinstance(inputs, dict):
             if set(inputs) != set(self.task_names):
                 raise ValueError(
                     f"{name_of(self)}: expected one input for each of the tasks "
-                    f"{list(self.task_names)}. Received: {sorted(inputs)}."
+                    f"{list(self.task_names)}. Received: {sorted(inputs, key=str)}."
                 )
             return [inputs[name] for name in self.task_names]
         inputs = [inputs] if is_one(inputs) else list(inputs)
@@ -170,6 +174,11 @@ class TaskBatch(_OfOneTensorPerTask):
     >>> tuple(TaskBatch(3)(np.zeros((2, 4, 4, 6))).shape)
     (6, 4, 4, 2)
     """
+
+    _expected = (
+        "one tensor (batch, ..., tasks * channels), or one (batch, ..., channels) for each "
+        "task, in a list or a dict"
+    )
 
     def call(self, inputs: Any) -> Tensor:
         if isinstance(inputs, (dict, list, tuple)):
@@ -404,6 +413,10 @@ class TaskConcatenate(LayoutLayer):
     >>> tuple(TaskConcatenate(2)([np.zeros((3, 4)), np.zeros((3, 6))]).shape)
     (3, 10)
     """
+
+    _takes_one = False
+    _takes_several = (list, tuple)
+    _expected = "a list of grouped tensors (batch, ..., tasks * channels)"
 
     def call(self, inputs: Sequence[Tensor]) -> Tensor:
         axis = self._axis(inputs[0].shape)

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import (
     channels_per_task,
@@ -20,7 +21,7 @@ from dmtrl_keras.ground.validation import (
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TaskLayerNormalization(keras.layers.LayerNormalization):
+class TaskLayerNormalization(CheckedLayer, keras.layers.LayerNormalization):
     """Layer normalization of each task's features by itself, on the grouped layout.
 
     For the features x of one task at one position,

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import (
@@ -44,7 +45,7 @@ def positions_of(shape: Shape, data_format: str) -> int:
     return math.prod(NOMINAL_LENGTH if d is None else d for d in middle)
 
 
-class TaskLayer(keras.layers.Layer):
+class TaskLayer(CheckedLayer):
     """Base of the layers that run T kernels at once (not for direct use).
 
     A subclass names its Keras twin, the layer that one task alone would use, which
@@ -69,10 +70,6 @@ class TaskLayer(keras.layers.Layer):
 
     # Names of the twin's kernel arguments; `DepthwiseConv2D` calls them otherwise.
     _kernel_prefix = "kernel"
-
-    @property
-    def _minimum_ndim(self) -> int:
-        return 2
 
     def __init__(
         self,

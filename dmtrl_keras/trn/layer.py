@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.backend import all_reduce_sum, assert_true, checked, full_precision
+from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.linalg import whitener
 from dmtrl_keras.ground.types import DType, Shape, Tensor
 from dmtrl_keras.ground.validation import (
@@ -188,7 +189,7 @@ def largest_canonical_correlation(
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
-class TRL(keras.layers.Layer):
+class TRL(CheckedLayer):
     """Task Relation Layer: the similarities of tasks' features, learned online.
 
     In training the covariances of the batch join moving ones (TRN Algorithm 1), `S <- m S +
@@ -251,6 +252,10 @@ class TRL(keras.layers.Layer):
     1.0
     """
 
+    _takes_one = False
+    _takes_several = (list, tuple, dict)
+    _expected = "the features (batch, ..., d) of each task, in a list or a dict"
+
     def __init__(
         self,
         pairs: Sequence[tuple[Any, Any]] | None = None,
@@ -265,13 +270,13 @@ class TRL(keras.layers.Layer):
         self.momentum, self.ridge, self.method = settings.values()
         self.pairs = checked_pairs(pairs, name_of(self), "tasks")
 
-    def _sets(self, inputs: Any) -> tuple[list[Any], list[Any]]:
-        """`(names, values)` of the input in one order."""
+    def _sets(self, inputs: Any, argument: str = "inputs") -> tuple[list[Any], list[Any]]:
+        """`(names, values)` of an argument in one order."""
         if isinstance(inputs, dict):
             return list(inputs), list(inputs.values())
         if not is_list(inputs):
-            what = "a list or a dict of the features of each task"
-            raise refusal("inputs", inputs, name_of(self), what)
+            what = "a list or a dict of one tensor for each task"
+            raise refusal(argument, inputs, name_of(self), what)
         return list(range(len(inputs))), list(inputs)
 
     def build(self, input_shape: Any) -> None:
@@ -349,7 +354,7 @@ class TRL(keras.layers.Layer):
 
     def _present(self, present: Any, names: Sequence[Any]) -> list[Tensor]:
         """Which examples have each set, in the order of the sets."""
-        given, there = self._sets(present)
+        given, there = self._sets(present, "present")
         shapes = [getattr(x, "shape", None) for x in there]
         if set(given) != set(names) or any(s is None or len(s) != 1 for s in shapes):
             raise ValueError(

@@ -218,9 +218,7 @@ def function_of(wrapper: Any) -> Callable[..., Any] | None:
     return getattr(wrapper, "fn", None) or getattr(wrapper, "_fn", None)
 
 
-def values_of(
-    metric: keras.metrics.Metric, y_true: Any, y_pred: Any
-) -> Any:
+def values_of(metric: keras.metrics.Metric, y_true: Any, y_pred: Any) -> Any:
     """The values of which a metric of a function takes the mean; None of other metrics."""
     wrapper = keras.metrics.MeanMetricWrapper
     if not isinstance(metric, wrapper):

@@ -8,7 +8,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from dmtrl_keras.ground.keras_private import MASK, attach, attached, unscaled_loss, values_of
+from dmtrl_keras.ground.keras_private import (
+    MASK,
+    attach,
+    attached,
+    unscaled_loss,
+    values_of,
+)
 from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import check_name, from_keras, name_of
 from dmtrl_keras.training.missing import (

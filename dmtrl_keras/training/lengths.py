@@ -94,7 +94,9 @@ def are_data_sets(model: keras.Model, x: Any, y: Any) -> bool:
     return by_task and y is None and any(_is_data_set(data) for data in x.values())
 
 
-def check_labels(model: keras.Model, x: Any, y: Any, sample_weight: Any = None) -> None:
+def check_labels(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+) -> None:
     """Refuse labels and weights by task of another length than the inputs of all tasks.
 
     Args:

@@ -139,7 +139,9 @@ def test_nothing_let_through(shuffle):
     examples = tf.data.Dataset.from_tensor_slices(arrays(6))
     data = {"a": arrays(3), "b": examples.filter(lambda x, y: y > 99)}
     stream = zip_tasks(data, 2, epoch=3, shuffle=shuffle)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="zip_tasks, task .*b.*filter"):
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"zip_tasks, task .*b.*filter"
+    ):
         next(iter(stream))
 
 

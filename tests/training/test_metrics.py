@@ -353,5 +353,5 @@ def test_errors():
     with pytest.raises(ValueError, match="expected labels"):
         MaskedMetric("mse").update_state(np.ones((2, 3, 4)), np.ones((2, 3)))
     for metric in (keras.metrics.Mean(), keras.metrics.Sum()):
-        with pytest.raises(ValueError, match="labels and predictions.*(Mean|Sum).*values"):
+        with pytest.raises(ValueError, match=r"labels and predictions.*(Mean|Sum).*values"):
             MaskedMetric(metric)

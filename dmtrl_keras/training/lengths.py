@@ -88,9 +88,9 @@ def one_set_each(
     return list(_pieces(x, y, sample_weight, sizes))
 
 
-def are_data_sets(model: keras.Model, x: Any, y: Any) -> bool:
+def are_data_sets(model: keras.Model, x: Mapping[str, Any], y: Any) -> bool:
     """Whether inputs are a dict of data sets by task, with labels of their own."""
-    by_task = isinstance(x, Mapping) and bool(x) and set(x) <= set(model.task_names)
+    by_task = bool(x) and set(x) <= set(model.task_names)
     return by_task and y is None and any(_is_data_set(data) for data in x.values())
 
 

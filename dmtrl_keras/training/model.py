@@ -563,7 +563,7 @@ class MultiTaskModel(ModelOfReplicas):
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
         x, y = given.get("x"), given.get("y")
-        if are_data_sets(self, x, y):
+        if isinstance(x, Mapping) and are_data_sets(self, x, y):
             kinds = {task: type(own).__name__ for task, own in x.items()}
             raise ValueError(
                 f"{name_of(self)}: expected one stream of all tasks for `fit`, such as "

@@ -218,6 +218,17 @@ def function_of(wrapper: Any) -> Callable[..., Any] | None:
     return getattr(wrapper, "fn", None) or getattr(wrapper, "_fn", None)
 
 
+def values_of(metric: keras.metrics.Metric, y_true: Any, y_pred: Any) -> Any:
+    """The values of which a metric of a function takes the mean; None of other metrics."""
+    wrapper = keras.metrics.MeanMetricWrapper
+    if not isinstance(metric, wrapper):
+        return None
+    if type(metric).update_state is not wrapper.update_state:
+        # What a subclass does with them is its own.
+        return None
+    return metric._fn(y_true, y_pred, **metric._fn_kwargs)
+
+
 def unscaled_loss(value: Any) -> Any:
     """A loss without the factor that Keras gives it for several replicas."""
     from keras.src.losses import loss as loss_module

@@ -51,6 +51,8 @@ def zip_tasks(
         ValueError: on no task, empty data, arrays of different lengths, data that are no
             arrays, a batched data set, one without a known end if `epoch` depends on it, or
             a bad `batch_size`, `epoch`, `shuffle` or `seed`.
+        tf.errors.InvalidArgumentError: from the stream, if a data set of unknown size
+            turns out to have no example.
 
     Example:
 
@@ -83,7 +85,7 @@ def zip_tasks(
     prefetch = check_bool("prefetch", prefetch, "zip_tasks")
     parts, sizes, weighted = {}, {}, {}
     for name, data in datasets.items():
-        part, size = _examples(tf, name, data)
+        part, size = _examples(tf, "zip_tasks", name, data)
         weighted[name] = len(part.element_spec) == 3
         parts[name], sizes[name] = part, size
     if isinstance(epoch, str) and epoch in ("longest", "shortest"):
@@ -101,7 +103,10 @@ def zip_tasks(
             part = part.shuffle(buffer, seed=own, reshuffle_each_iteration=True)
         if any(weighted.values()) and not weighted[name]:
             part = part.map(lambda x, y: (x, y, 1.0))
-        parts[name] = part.repeat().batch(batch_size, drop_remainder=True)
+        part = part.repeat()
+        if sizes[name] == tf.data.UNKNOWN_CARDINALITY:
+            part = _not_empty(tf, name, part)
+        parts[name] = part.batch(batch_size, drop_remainder=True)
     count = 3 if any(weighted.values()) else 2
 
     def regroup(batch: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -110,6 +115,28 @@ def zip_tasks(
     stream = tf.data.Dataset.zip(parts).map(regroup).take(steps)
     stream = stream.apply(tf.data.experimental.assert_cardinality(steps))
     return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
+
+
+def _not_empty(tf: Any, name: str, repeated: Dataset) -> Dataset:
+    """A data set that is repeated without end, or fails if it has no example."""
+    spec = repeated.element_spec
+    for own in tf.nest.flatten(spec):
+        if not isinstance(own, tf.TensorSpec) or own.shape.rank is None:
+            # What can't be made of nothing: TensorFlow itself says that the stream ends.
+            return repeated
+
+    def fail(number: Any) -> Any:
+        message = (
+            f"zip_tasks, task {name!r}: expected at least one example. Received: a data "
+            "set that ends without one, such as a filter's that lets nothing through."
+        )
+        with tf.control_dependencies([tf.debugging.Assert(number < 0, [message])]):
+            return tf.nest.map_structure(
+                lambda own: tf.zeros([size or 0 for size in own.shape], own.dtype), spec
+            )
+
+    # What comes after an endless one comes only if there was nothing to repeat.
+    return repeated.concatenate(tf.data.Dataset.range(1).map(fail))
 
 
 def _check_sizes(sizes: dict[str, int], epoch: str) -> None:
@@ -122,31 +149,31 @@ def _check_sizes(sizes: dict[str, int], epoch: str) -> None:
             )
 
 
-def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
+def _examples(tf: Any, owner: str, name: str, data: Any) -> tuple[Dataset, int]:
     """One task's data as an unbatched dataset, and its cardinality, negative if open."""
     if isinstance(data, tf.data.Dataset):
         spec = data.element_spec
         if not isinstance(spec, tuple) or len(spec) not in (2, 3) or _lacks(tf, spec):
             raise ValueError(
-                f"zip_tasks, task {name!r}: expected examples (x, y) or "
+                f"{owner}, task {name!r}: expected examples (x, y) or "
                 f"(x, y, sample_weight). Received: element_spec={spec}."
             )
         if _is_batched(tf, data):
             raise ValueError(
-                f"zip_tasks, task {name!r}: expected single examples. Received batches: "
+                f"{owner}, task {name!r}: expected single examples. Received batches: "
                 f"element_spec={spec}. Call `.unbatch()` first; if these are examples of "
                 "an open length, give them one shape (`tf.ensure_shape`, padding)."
             )
         size = int(data.cardinality())
         if size == 0:
             raise ValueError(
-                f"zip_tasks, task {name!r}: expected at least one example. "
+                f"{owner}, task {name!r}: expected at least one example. "
                 "Received: cardinality=0."
             )
         return data, size
     if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
         raise ValueError(
-            f"zip_tasks, task {name!r}: expected a tf.data.Dataset, (x, y) or "
+            f"{owner}, task {name!r}: expected a tf.data.Dataset, (x, y) or "
             f"(x, y, sample_weight). Received: {type(data).__name__}. "
             "A generator of examples becomes a data set by "
             "`tf.data.Dataset.from_generator(..., output_signature=...)`."
@@ -160,7 +187,7 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     ]
     if strange or any(isinstance(part, list) for part in parts):
         raise ValueError(
-            f"zip_tasks, task {name!r}: expected arrays of examples in (x, y) or (x, y, "
+            f"{owner}, task {name!r}: expected arrays of examples in (x, y) or (x, y, "
             "sample_weight), or dicts and tuples of arrays; a list of numbers becomes one "
             f"by `numpy.asarray`. Received: {[type(part).__name__ for part in parts]}"
             + (f", in it {strange[0]}." if strange else ".")
@@ -168,7 +195,7 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     sizes = [array.shape[0] for array in arrays]
     if len(set(sizes)) != 1 or sizes[0] == 0:
         raise ValueError(
-            f"zip_tasks, task {name!r}: expected arrays of one positive length. "
+            f"{owner}, task {name!r}: expected arrays of one positive length. "
             f"Received: lengths {sizes}."
         )
     try:
@@ -176,31 +203,46 @@ def _examples(tf: Any, name: str, data: Any) -> tuple[Dataset, int]:
     except (TypeError, ValueError) as error:
         kinds = [f"{type(a).__name__} of {getattr(a, 'dtype', '?')}" for a in arrays]
         raise ValueError(
-            f"zip_tasks, task {name!r}: expected arrays that TensorFlow takes. "
+            f"{owner}, task {name!r}: expected arrays that TensorFlow takes. "
             f"Received: {kinds}."
         ) from error
 
 
-def arrays_of(name: str, data: Any) -> tuple[Any, ...]:
+def arrays_of(name: str, data: Any, owner: str, labelled: bool = True) -> tuple[Any, ...]:
     """One task's data as arrays `(x, y)` or `(x, y, sample_weight)`.
 
     Args:
         name: str, the task.
         data: what `zip_tasks` takes for a task; a `tf.data.Dataset` may be batched.
+        owner: str, what to name in errors.
+        labelled: bool; False: the inputs alone are wanted, `(x,)`, and a data set may be
+            one of inputs.
     """
     if isinstance(data, tuple) and len(data) in (2, 3):
-        return data
+        return data if labelled else data[:1]
     tf = tensorflow()
-    if isinstance(data, tf.data.Dataset) and _is_batched(tf, data):
+    if not labelled:
+        if isinstance(data.element_spec, tuple):
+            data = data.map(lambda x, *_: x)
+        if _is_batched(tf, data):
+            data = data.unbatch()
+        # In the form of examples, for the checks.
+        data = data.map(lambda x: (x, 0.0))
+    elif isinstance(data, tf.data.Dataset) and _is_batched(tf, data):
         data = data.unbatch()
-    examples, size = _examples(tf, name, data)
+    examples, size = _examples(tf, owner, name, data)
     if size == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
-            f"zip_tasks, task {name!r}: expected a finite data set. "
+            f"{owner}, task {name!r}: expected a finite data set. "
             f"Received: cardinality={size}."
         )
     batches = list(examples.batch(1024).as_numpy_iterator())
-    return tuple(tree.map_structure(lambda *parts: np.concatenate(parts), *batches))
+    if not batches:
+        raise ValueError(
+            f"{owner}, task {name!r}: expected at least one example. Received: none."
+        )
+    arrays = tree.map_structure(lambda *parts: np.concatenate(parts), *batches)
+    return tuple(arrays) if labelled else tuple(arrays[:1])
 
 
 def _lacks(tf: Any, spec: tuple[Any, ...]) -> bool:

@@ -30,7 +30,11 @@ class Piece:
 
 
 def one_set_each(
-    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    labelled: bool = True,
 ) -> list[Piece] | None:
     """The pieces of data in which every task has its own examples, each exactly once.
 
@@ -39,6 +43,7 @@ def one_set_each(
         x: what the user gave; as are `y` and `sample_weight`.
         y: dict of labels by task, or None.
         sample_weight: dict of weights by task, or None.
+        labelled: bool, whether data sets are to have labels.
 
     Returns:
         None if the data is what Keras takes: the same examples for all tasks, or an input
@@ -54,9 +59,10 @@ def one_set_each(
     if not isinstance(x, Mapping) or not x or not set(x) <= set(tasks):
         return None
     if y is None and all(_is_data_set(data) for data in x.values()):
-        parts = {task: arrays_of(task, data) for task, data in x.items()}
+        parts = {t: arrays_of(t, data, owner, labelled) for t, data in x.items()}
         x = {task: part[0] for task, part in parts.items()}
-        y = {task: part[1] for task, part in parts.items()}
+        if labelled:
+            y = {task: part[1] for task, part in parts.items()}
         weights = {task: part[2] for task, part in parts.items() if len(part) > 2}
         sample_weight = weights or None
         split = True
@@ -80,6 +86,42 @@ def one_set_each(
     if len(set(sizes.values())) > 1:
         _check_independent(model, x)
     return list(_pieces(x, y, sample_weight, sizes))
+
+
+def are_data_sets(model: keras.Model, x: Mapping[str, Any], y: Any) -> bool:
+    """Whether inputs are a dict of data sets by task, with labels of their own."""
+    by_task = bool(x) and set(x) <= set(model.task_names)
+    return by_task and y is None and any(_is_data_set(data) for data in x.values())
+
+
+def check_labels(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+) -> None:
+    """Refuse labels and weights by task of another length than the inputs of all tasks.
+
+    Args:
+        model: a `MultiTaskModel`.
+        x: inputs that are the same for all tasks, or have one length.
+        y: what the user gave.
+        sample_weight: what the user gave.
+
+    Raises:
+        ValueError: where Keras knows no more than that the lengths differ.
+    """
+    sizes = {_length(leaf) for leaf in tree.flatten(x)} - {0}
+    if len(sizes) != 1:
+        return
+    for argument, given in (("y", y), ("sample_weight", sample_weight)):
+        if not isinstance(given, Mapping):
+            continue
+        lengths = {task: _length(own) for task, own in given.items() if _length(own)}
+        if set(lengths.values()) - sizes:
+            raise ValueError(
+                f"{name_of(model)}: expected `{argument}` of every task of the length of "
+                f"the inputs, {min(sizes)}. Received: lengths {lengths}. Mark the missing "
+                "labels, which `MaskedLoss` and `MaskedMetric` leave out; or give `x` by "
+                "task too, to `evaluate` as it is, for `fit` by `zip_tasks`."
+            )
 
 
 def different_lengths(model: keras.Model, x: Any) -> dict[str, int] | None:
@@ -164,7 +206,7 @@ def _sizes(x: Mapping[str, Any], y: Any, sample_weight: Any, owner: str) -> dict
 
 def _length(leaf: Any) -> int:
     shape = tuple(getattr(leaf, "shape", ()))
-    return int(shape[0]) if shape else 0
+    return int(shape[0] or 0) if shape else 0
 
 
 def _rows(data: Any, start: int, stop: int) -> Any:

@@ -1,5 +1,6 @@
 """Metrics for several tasks, and metrics with missing labels."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from dmtrl_keras.ground.keras_private import MASK, attached, unscaled_loss
+from dmtrl_keras.ground.keras_private import (
+    MASK,
+    attach,
+    attached,
+    unscaled_loss,
+    values_of,
+)
 from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import check_name, from_keras, name_of
 from dmtrl_keras.training.missing import (
@@ -15,6 +22,7 @@ from dmtrl_keras.training.missing import (
     CROSSENTROPIES,
     ELEMENTWISE_METRICS,
     Masked,
+    Parts,
     accuracy,
     crossentropy,
     like_labels,
@@ -254,7 +262,8 @@ class MaskedMetric(Masked, keras.metrics.Metric):
 
     Raises:
         ValueError: on labels that can't belong to the predictions, and as
-            `dmtrl_keras.losses.MaskedLoss`.
+            `dmtrl_keras.losses.MaskedLoss`; on a metric that takes no labels, such as
+            `keras.metrics.Mean`.
 
     Example:
 
@@ -278,6 +287,7 @@ class MaskedMetric(Masked, keras.metrics.Metric):
     ) -> None:
         check_name("name", name, type(self).__name__)
         wrapped = from_keras(type(self).__name__, _as_metric, metric=metric)
+        _check_takes_labels(wrapped, type(self).__name__)
         super().__init__(name=name or wrapped.name, dtype=dtype)
         self.metric = wrapped
         self._set_missing(missing, elementwise)
@@ -300,10 +310,11 @@ class MaskedMetric(Masked, keras.metrics.Metric):
             weights = ops.cast(weights, self.metric.dtype)
         undefined = ops.cast(ops.isnan(parts.y_pred), self.dtype)
         self.undefined.assign_add(ops.sum(undefined))
-        self._update(parts.y_true, parts.y_pred, weights)
+        self._update(parts, weights)
 
-    def _update(self, y_true: Tensor, y_pred: Tensor, weights: Tensor) -> None:
+    def _update(self, parts: Parts, weights: Tensor) -> None:
         """Update the wrapped metric, with weights that are 0 where a label is missing."""
+        y_true, y_pred = parts.y_true, parts.y_pred
         metric, each = self.metric, self._takes_each_label()
         own = getattr(metric, "elementwise", False)
         if not each or own or isinstance(metric, keras.metrics.IoU):
@@ -331,7 +342,14 @@ class MaskedMetric(Masked, keras.metrics.Metric):
             # Each label as a sample by itself, so that it has a weight of its own.
             y_true, y_pred = (ops.reshape(y, (-1, 1)) for y in (y_true, y_pred))
             weights = ops.reshape(weights, (-1,))
-        metric.update_state(y_true, y_pred, sample_weight=weights)
+        values = values_of(metric, y_true, y_pred)
+        if values is None:
+            y_true, y_pred = (_filled(y, weights) for y in (y_true, y_pred))
+            metric.update_state(y_true, y_pred, sample_weight=weights)
+            return
+        # Where there is no label the value may be none either: a weight of 0 is not enough.
+        values = _where_present(values, parts.present)
+        keras.metrics.Mean.update_state(metric, values, sample_weight=weights)
 
     def result(self) -> Any:
         """The wrapped metric's result."""
@@ -347,6 +365,52 @@ class MaskedMetric(Masked, keras.metrics.Metric):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "dtype": self.dtype}
+
+
+def _check_takes_labels(metric: keras.metrics.Metric, owner: str) -> None:
+    """Refuse metrics of values, such as `Mean` and `Sum`."""
+    signature = inspect.signature(metric.update_state)
+    try:
+        signature.bind(None, None, sample_weight=None)
+    except TypeError as error:
+        raise ValueError(
+            f"{owner}: expected a metric of labels and predictions, with "
+            "`update_state(y_true, y_pred, sample_weight=None)`. "
+            f"Received: {name_of(metric)} with `update_state{signature}`."
+        ) from error
+
+
+def _where_present(values: Tensor, present: Tensor) -> Tensor:
+    """Values of a metric's function, with zeros where a label is missing."""
+    shape = tuple(present.shape)
+    if not same_shape(tuple(values.shape)[: len(shape)], shape):
+        # No value for each label: such as a mean over the batch.
+        return values
+    mask = attached(values, MASK)
+    while len(present.shape) < len(values.shape):
+        present = ops.expand_dims(present, -1)
+    values = ops.where(present, values, ops.zeros_like(values))
+    if mask is not None:
+        # That of `ignore_class`, for instance.
+        attach(values, MASK, mask)
+    return values
+
+
+def _filled(y: Tensor, weights: Tensor) -> Tensor:
+    """Labels or predictions, in which the first that has a weight stands for the others.
+
+    It is as good as zeros, and a metric has a value there.
+    """
+    rank = len(weights.shape)
+    if not rank or not same_shape(tuple(y.shape)[:rank], tuple(weights.shape)):
+        return y
+    counts = ops.not_equal(weights, 0)
+    rest = tuple(y.shape)[rank:]
+    flat = ops.reshape(y, (-1, *rest))
+    first = ops.take(flat, ops.argmax(ops.reshape(counts, (-1,))), axis=0)
+    while len(counts.shape) < len(y.shape):
+        counts = ops.expand_dims(counts, -1)
+    return ops.where(counts, y, first)
 
 
 def _as_metric(metric: Any) -> keras.metrics.Metric:

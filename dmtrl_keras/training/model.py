@@ -43,6 +43,8 @@ from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.lengths import (
     Piece,
     TaskValidation,
+    are_data_sets,
+    check_labels,
     concatenated,
     different_lengths,
     one_set_each,
@@ -555,21 +557,32 @@ class MultiTaskModel(ModelOfReplicas):
                 `evaluate`.
 
         Raises:
-            ValueError: on training data of different lengths: `zip_tasks` makes one stream
-                of them.
+            ValueError: on training data of different lengths, or a dict of data sets:
+                `zip_tasks` makes one stream of them; on labels of another length than the
+                inputs.
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
-        self._build_losses(given.get("x"), given.get("y"))
-        sizes = different_lengths(self, given.get("x"))
+        x, y = given.get("x"), given.get("y")
+        if isinstance(x, Mapping) and are_data_sets(self, x, y):
+            kinds = {task: type(own).__name__ for task, own in x.items()}
+            raise ValueError(
+                f"{name_of(self)}: expected one stream of all tasks for `fit`, such as "
+                "`zip_tasks(data, batch_size)` makes of a data set for each. "
+                f"Received: a dict of data sets, {kinds}."
+            )
+        sizes = different_lengths(self, x)
         if sizes:
             raise ValueError(
                 f"{name_of(self)}: expected inputs of one length for `fit`; `zip_tasks` "
                 f"makes one stream of several data sets. Received: lengths {sizes}."
             )
+        check_labels(self, x, y, given.get("sample_weight"))
+        self._build_losses(x, y)
         data = given.get("validation_data")
         x, *others = data if isinstance(data, tuple) else (data,)
         pieces = None if data is None else one_set_each(self, x, *others)
         if pieces is None:
+            check_labels(self, x, *others)
             return super().fit(*args, **kwargs)
         if given.get("validation_steps") is not None:
             raise ValueError(
@@ -632,12 +645,14 @@ class MultiTaskModel(ModelOfReplicas):
             **kwargs: what Keras itself gives.
 
         Raises:
-            ValueError: on data of a task with different lengths, on tasks without data; on
+            ValueError: on data of a task with different lengths, on labels of another
+                length than common inputs, on tasks without data; on
                 inputs by task of different lengths for a network whose tasks see each
                 other's features.
         """
         pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
         if pieces is None:
+            check_labels(self, x, y, sample_weight)
             self._build_losses(x, y)
             return super().evaluate(
                 x=x,
@@ -698,14 +713,15 @@ class MultiTaskModel(ModelOfReplicas):
         """As in Keras, with inputs that may differ in length by task.
 
         Args:
-            x: as in Keras; or a dict by task, as in `evaluate`.
+            x: as in Keras; or a dict by task, as in `evaluate`, where data sets may be of
+                inputs without labels.
             *args: as in Keras.
             **kwargs: as in Keras.
 
         Returns:
             A dict of arrays by task, each as long as the task's own inputs.
         """
-        pieces = one_set_each(self, x)
+        pieces = one_set_each(self, x, labelled=False)
         if pieces is None:
             return super().predict(x, *args, **kwargs)
         parts: dict[str, list[Any]] = {task: [] for task in self.task_names}

@@ -133,6 +133,18 @@ def test_data_without_a_known_end():
             zip_tasks({name: data[name]}, 4)
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_nothing_let_through(shuffle):
+    """Known only when the stream runs; the error says which task it is."""
+    examples = tf.data.Dataset.from_tensor_slices(arrays(6))
+    data = {"a": arrays(3), "b": examples.filter(lambda x, y: y > 99)}
+    stream = zip_tasks(data, 2, epoch=3, shuffle=shuffle)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"zip_tasks, task .*b.*filter"
+    ):
+        next(iter(stream))
+
+
 def test_shuffle_among_some():
     """An int: no example comes before it is among so many."""
     stream = zip_tasks({"a": arrays(40)}, 10, shuffle=2, seed=0)

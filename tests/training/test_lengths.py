@@ -197,3 +197,50 @@ def test_in_a_graph(data):
     model.run_eagerly = False
     model.make_test_function(force=True)
     assert model.evaluate(x, y, 4, verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_for_common_inputs(data):
+    """Of another length than the inputs: what to do instead, in each method."""
+    x, y, weights = data
+    model, common = network(True), x["c"]
+    fine = {task: y["c"] for task in SIZES}
+    message = "`{}` of every task of the length of the inputs, 8.*'a': 5.*Mark.*zip_tasks"
+    for call, what in (
+        (lambda: model.evaluate(common, y), "y"),
+        (lambda: model.evaluate(common, fine, sample_weight=weights), "sample_weight"),
+        (lambda: model.fit(common, y), "y"),
+        (lambda: model.fit(common, fine, validation_data=(common, y)), "y"),
+    ):
+        with pytest.raises(ValueError, match=message.format(what)):
+            call()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_data_sets_by_task(shared, data):
+    """`predict` needs no labels, `fit` takes one stream; errors name the model."""
+    x, y, _ = data
+    model = network(shared)
+    expected = model.predict(x, verbose=0)
+    slices = tensorflow().data.Dataset.from_tensor_slices
+    inputs = {task: slices(own) for task, own in x.items()}
+    for given in (
+        inputs,
+        {task: own.batch(3) for task, own in inputs.items()},
+        {task: slices((own,)) for task, own in x.items()},
+        {task: slices((own, y[task])).batch(2) for task, own in x.items()},
+        {task: (own, y[task]) for task, own in x.items()},
+    ):
+        found = model.predict(given, verbose=0)
+        for task, own in expected.items():
+            np.testing.assert_allclose(found[task], own, rtol=1e-5)
+    name = "functional_?\\d*_multitask"
+    for given in (inputs, {task: (own, y[task]) for task, own in x.items()}):
+        with pytest.raises(ValueError, match=f"{name}.*`zip_tasks.*dict of data sets"):
+            model.fit(given)
+    with pytest.raises(ValueError, match=rf"{name}.*, task 'a': expected examples \(x, y"):
+        model.evaluate(inputs)
+    nothing = {task: own.filter(lambda x: False) for task, own in inputs.items()}
+    endless = {task: own.repeat() for task, own in inputs.items()}
+    for given, message in ((nothing, "at least one example"), (endless, "finite")):
+        with pytest.raises(ValueError, match=f"{name}.*, task 'a': expected.*{message}"):
+            model.predict(given)

@@ -278,6 +278,47 @@ def test_nothing_present():
     assert value(metric) == 0
 
 
+@keras.saving.register_keras_serializable("tests")
+class _Relative(keras.metrics.Mean):
+    """A metric of its own kind, undefined at labels of 0."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(ops.mean(y_pred / y_true, -1), sample_weight)
+
+
+def _relative(y_true, y_pred):
+    return ops.mean(y_pred / y_true, -1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        (lambda: keras.metrics.PearsonCorrelation(), 0.128),
+        (lambda: keras.metrics.MeanMetricWrapper(_relative), 85 / 72),
+        (lambda: _relative, 85 / 72),
+        (lambda: _Relative(), 85 / 72),
+    ],
+)
+def test_undefined_at_zeros(metric, expected):
+    """What a metric has at a missing label, NaN for instance, reaches no result."""
+    labels = np.array([[1, 2, 4], [NAN, 1, 1], [3, 1, 2]], "float32")
+    outputs = np.array([[1, 3, 3], [3, 1, 2], [1, 2, 3]], "float32")
+    masked = MaskedMetric(metric())
+    assert value(masked, (labels, outputs)) == pytest.approx(expected, abs=1e-3)
+    masked.reset_state()
+    assert value(masked, (labels[1:], outputs[1:]), (labels[:1], outputs[:1])) == (
+        pytest.approx(expected, abs=1e-3)
+    )
+    outputs[0, 0] = NAN
+    assert math.isnan(value(masked, (labels, outputs)))
+
+
+def test_undefined_without_any_label():
+    """A batch without a label adds nothing, whatever the function is at zeros."""
+    masked = MaskedMetric(keras.metrics.PearsonCorrelation())
+    assert value(masked, (np.full((2, 3), NAN), np.ones((2, 3)))) == 0
+
+
 def test_in_a_model(rng, tmp_path):
     """compile, evaluate, save and load."""
     inputs = keras.Input((3,))
@@ -311,3 +352,6 @@ def test_errors():
         MaskedMetric("mse", missing="x")
     with pytest.raises(ValueError, match="expected labels"):
         MaskedMetric("mse").update_state(np.ones((2, 3, 4)), np.ones((2, 3)))
+    for metric in (keras.metrics.Mean(), keras.metrics.Sum()):
+        with pytest.raises(ValueError, match=r"labels and predictions.*(Mean|Sum).*values"):
+            MaskedMetric(metric)

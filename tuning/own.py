@@ -256,7 +256,11 @@ def _making_models(function, name, parser):
     """A user's function of a backbone or model; what else it returns ends the program."""
 
     def make(*arguments):
-        model = function(*arguments) if callable(function) else function
+        try:
+            model = function(*arguments) if callable(function) else function
+        except TypeError as error:
+            # With its traceback: it may be a mistake within the function.
+            raise TypeError(f"--model {name}: {error}") from error
         if not isinstance(model, keras.Model):
             parser.error(
                 f"--model {name}: expected a function that returns a Keras model. "

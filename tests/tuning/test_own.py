@@ -100,7 +100,7 @@ def test_functions_that_need_more(monkeypatch, capsys):
             users.Own(method, ["--data", source], TUNABLE, False, 0.25, model)
         assert re.search(message, capsys.readouterr().err.splitlines()[-1])
     study = users.Own("own", ["--data", "m:data"], TUNABLE, False, 0.25, "json:dumps")
-    with pytest.raises(TypeError, match="^--model json:dumps: .* not JSON serializable"):
+    with pytest.raises(TypeError, match=r"^--model json:dumps: .* not JSON serializable"):
         study.settings(kt.HyperParameters())
 
 

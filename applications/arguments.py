@@ -129,6 +129,8 @@ def _arguments_from(action, value):
 def _word(value):
     """A number or a string as a string."""
     known = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("strings without a NUL character")
     # `argparse` takes the last one away.
     if not known or value == "--":
         raise ValueError("a number or a string, or a list of them for several")

@@ -22,6 +22,7 @@ from dmtrl_keras import (
     kernel_sharing_ratio,
     label_similarity,
     layers,
+    parameterizations,
     sharing_strength,
     sharing_strength_of,
     task_correlation,
@@ -210,6 +211,50 @@ def test_kernels_in_fit(value, arguments, message):
         labels = {task: np.ones((2, 2)) for task in "ab"}
         with pytest.raises(tf.errors.InvalidArgumentError, match=message):
             model.fit(np.ones((2, 3)), labels, verbose=0)
+
+
+@pytest.mark.parametrize("method", ["tucker", "tt"])
+def test_norms_beyond_floats(method, rng):
+    """A tensor of finite numbers, whose factors no float holds."""
+    tensor = np.full((4, 5, 3), 1e308) * (1 + 0.1 * rng.random((4, 5, 3)))
+    with pytest.raises(ValueError, match=rf"^{method}: expected .* times 2\^1024"):
+        getattr(decomposition, method)(tensor, rank=2)
+    # The entries of LAF are no larger than the tensor's.
+    assert np.all(np.isfinite(decomposition.laf(tensor, rank=2)[0]))
+
+
+def test_smallest_features():
+    """A similarity has no scale, directions have one."""
+    x = np.array([0.0, 1, 1, 0, 3])
+    y = np.array([0.0, 1, 2, 0, 1])
+    assert task_similarity(x * 5e-324, y) == pytest.approx(task_similarity(x, y))
+    with pytest.raises(ValueError, match=r"expected numbers .* times 2\^107"):
+        canonical_correlation(x * 5e-324, y)
+
+
+@pytest.mark.parametrize("mode", ["forward", "overwrite"])
+def test_similar_kernels_in_fit(mode):
+    """The layer's own error, eagerly and in a graph, before tasks part without a word."""
+    sharing = parameterizations.SimilarKernels(mode=mode)
+    inputs = keras.Input((3, 3, 1))
+    layer = layers.TaskConv2D(2, 3, tasks=2, shared_input=True, sharing=sharing, name="c")
+    maps = layers.TaskSplit(["a", "b"])(layer(inputs))
+    model = MultiTaskModel(inputs, maps)
+    kernel = np.ones(layer.stacked.shape)
+    kernel[0, 0, 0, 0, 1] = np.nan
+    layer.stacked.factors["kernel"].assign(kernel)
+    x, message = np.ones((2, 3, 3, 1)), "kernel has values that are not finite"
+    layer(x)
+    with pytest.raises(ValueError, match=f"TaskConv2D 'c': the {message}"):
+        layer(x, training=True)
+    model.compile("sgd", "mse", jit_compile=False)
+    labels = {task: np.ones((2, 1, 1, 2)) for task in "ab"}
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        model.fit(x, labels, verbose=0)
+    with pytest.raises(
+        ValueError, match=r"^kernel_sharing_ratio: TaskConv2D 'c': .* 1 val"
+    ):
+        kernel_sharing_ratio(model, verbose=False)
 
 
 def test_features_in_fit(rng):

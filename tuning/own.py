@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import time
 
 import keras
@@ -59,6 +60,12 @@ class Own(Study):
         try:
             make, data = _function(model), _function(self.options.data)
         except ValueError as error:
+            parser.error(str(error))
+        try:
+            _check_call("--data", self.options.data, data)
+            if not isinstance(make, keras.Model):
+                _check_call("--model", model, make, *([None] * (family == "own")))
+        except TypeError as error:
             parser.error(str(error))
         if not isinstance(make, keras.Model):
             make = _making_models(make, model, parser)
@@ -227,11 +234,33 @@ def _function(name):
         raise ValueError(f"{name}: {error}") from error
 
 
+def _check_call(flag, name, function, *arguments):
+    """Refuse what can't be called with the arguments that a search gives it.
+
+    Raises:
+        TypeError: with the function and what it is called with.
+    """
+    given = "`keras_tuner.HyperParameters` alone" if arguments else "no arguments"
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{flag} {name}: expected a function that is called with {given}. "
+            f"Received: {error}."
+        ) from error
+    except ValueError:  # Some built-in functions don't tell what they take.
+        pass
+
+
 def _making_models(function, name, parser):
     """A user's function of a backbone or model; what else it returns ends the program."""
 
     def make(*arguments):
-        model = function(*arguments) if callable(function) else function
+        try:
+            model = function(*arguments) if callable(function) else function
+        except TypeError as error:
+            # With its traceback: it may be a mistake within the function.
+            raise TypeError(f"--model {name}: {error}") from error
         if not isinstance(model, keras.Model):
             parser.error(
                 f"--model {name}: expected a function that returns a Keras model. "

@@ -36,7 +36,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dmtrl_keras.ground.linalg import mode_product, scaled, unfold
+from dmtrl_keras.ground.linalg import mode_product, scaled, unfold, unscaled
 from dmtrl_keras.ground.validation import (
     check_number,
     check_one_of,
@@ -525,7 +525,8 @@ def laf(
         `(L, S)`, float64 arrays of shapes `(d_1, ..., d_n, K)` and `(K, T)`.
 
     Raises:
-        ValueError: on a malformed or impossible rank or tolerance.
+        ValueError: on a malformed or impossible rank or tolerance; on a tensor whose norm
+            no float holds.
 
     Example:
 
@@ -551,7 +552,7 @@ def laf(
         (k,) = laf_ranks(tensor.shape, rank, task_rank)
     scale = math.sqrt(tensor.shape[-1])
     latent = (u[:, :k] * (s[:k] / scale)).reshape(*tensor.shape[:-1], k)
-    return np.ldexp(latent, exponent), vt[:k] * scale
+    return unscaled(latent, exponent, "laf"), vt[:k] * scale
 
 
 def tucker(
@@ -582,7 +583,7 @@ def tucker(
         of `N` arrays of shapes `(d_n, K_n)`.
 
     Raises:
-        ValueError: on a malformed or impossible rank or tolerance.
+        ValueError: as `laf`.
 
     Example:
 
@@ -613,7 +614,7 @@ def tucker(
         core = mode_product(core, u[:, :k].T, mode)
     scale = math.sqrt(tensor.shape[-1])
     factors[-1] = factors[-1] * scale
-    return np.ldexp(core / scale, exponent), factors
+    return unscaled(core / scale, exponent, "tucker"), factors
 
 
 def tt(
@@ -643,7 +644,7 @@ def tt(
         `(K_{n-1}, d_n, K_n)` and `(K_{N-1}, d_N)`.
 
     Raises:
-        ValueError: on a malformed or impossible rank or tolerance.
+        ValueError: as `laf`.
 
     Example:
 
@@ -680,7 +681,7 @@ def tt(
         cores.append(u[:, :k].reshape(left, shape[mode], k))
         rest, left = s[:k, None] * vt[:k], k
     scale = math.sqrt(shape[-1])
-    cores[-1] = np.ldexp(cores[-1] * (s[:k] / scale), exponent)
+    cores[-1] = unscaled(cores[-1] * (s[:k] / scale), exponent, "tt")
     cores.append(vt[:k] * scale)
     cores[0] = cores[0][0]
     return cores

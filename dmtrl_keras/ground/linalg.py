@@ -97,6 +97,35 @@ def scaled(values: np.ndarray) -> tuple[np.ndarray, int]:
     return np.ldexp(values, -exponent), exponent
 
 
+def unscaled(values: np.ndarray, exponent: ArrayLike, owner: str) -> np.ndarray:
+    """Numbers brought back to the scale of what they were computed from.
+
+    Args:
+        values: float array of finite numbers.
+        exponent: int or array of ints, as from `scaled`.
+        owner: str, the function to name in the error.
+
+    Raises:
+        ValueError: if the result is beyond the range of floats.
+
+    Example:
+
+    >>> import numpy as np
+    >>> unscaled(np.array([0.75, -0.125]), 3, "tucker")
+    array([ 6., -1.])
+    """
+    with np.errstate(over="ignore"):
+        found = np.ldexp(values, exponent)
+    if not np.all(np.isfinite(found)):
+        largest = float(np.max(np.abs(values)))
+        raise ValueError(
+            f"{owner}: expected numbers from which a result follows that floats can hold. "
+            f"Received: numbers of such a scale that the result is up to {largest:.3g} "
+            f"times 2^{int(np.max(exponent))}; divide them by a power of two first."
+        )
+    return found
+
+
 def whitener(covariance: Tensor) -> Tensor:
     """The inverse `L^-1` of the Cholesky factor of a covariance `S = L L^T`.
 

@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -450,14 +451,50 @@ def check_task_names(names: Sequence[str], owner: str) -> None:
     ...     print(str(error).split("Received: ")[1])
     ["5_o'Clock_Shadow"]. Possible: ['5_o_Clock_Shadow'].
     """
-    bad = [name for name in names if clean_name(name) != name]
-    if bad:
+    possible = _possible_names(names)
+    if possible:
         raise ValueError(
             f"{owner}: task names must be of the letters A to Z, digits and `_ . - >`, the "
             "first one a letter, a digit or a dot, since TensorFlow takes no others in a "
-            f"SavedModel. Received: {bad}. Possible: {[clean_name(n) for n in bad]}."
+            f"SavedModel. Received: {list(possible)}. Possible: {list(possible.values())}."
         )
     check_endpoints(names, owner)
+
+
+def _possible_names(names: Sequence[str]) -> dict[str, str]:
+    """For names that can't be those of tasks others that can, all different."""
+    found: dict[str, str] = {}
+    taken = {name for name in names if clean_name(name) == name}
+    for number, name in enumerate(names):
+        if name in taken:
+            continue
+        # Letters without their accents.
+        letters = unicodedata.normalize("NFKD", name)
+        plain = "".join(c for c in letters if not unicodedata.combining(c))
+        new = clean_name(plain) if re.search("[A-Za-z0-9]", plain) else f"task_{number}"
+        while new in taken or new in found.values():
+            new = f"{new}_{number}"
+        found[name] = new
+    return found
+
+
+def no_h5(owner: str) -> ValueError:
+    """The error on saving in a legacy HDF5 file."""
+    return ValueError(
+        f"{owner}: a whole model goes into a `.keras` file, since legacy HDF5 "
+        "files (`.h5`) can't hold layers that aren't Keras's own. Of weights alone, "
+        "`save_weights` makes a `.weights.h5` file."
+    )
+
+
+def not_quantized(owner: str, mode: Any, layers: Sequence[str]) -> ValueError:
+    """The error on quantizing layers with T kernels."""
+    return ValueError(
+        f"{owner}: layers with a kernel for each task can't be quantized. "
+        "Quantize the networks of single tasks, single_task(model, task)"
+        ".quantize(...), or give `filters` for the other layers. "
+        f"Received: quantize({mode!r}) with the layers {list(layers)}."
+    )
 
 
 def check_endpoints(names: Sequence[str], owner: str) -> None:

@@ -100,6 +100,8 @@ class Parameterization:
     convolutions_only = False
     # Whether each task starts from a draw of its own if nothing is said.
     starts_apart = False
+    # Whether the variable `kernel` is compared in training, which takes finite numbers.
+    compares_kernels = False
     # Which arguments of `multitask` are this one's, where it is given by name.
     short_forms: tuple[str, ...] = ()
 

@@ -13,9 +13,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.ground.backend import eager_scope, full_precision
+from dmtrl_keras.ground.backend import assert_true, eager_scope, full_precision
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.ground.types import Factors, Tensor
-from dmtrl_keras.ground.validation import from_keras
+from dmtrl_keras.ground.validation import from_keras, not_quantized
 from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
 from dmtrl_keras.kernels.state import (
@@ -165,6 +166,10 @@ class TaskKernel(keras.layers.Layer):
         )
         if self.selection is not None:
             self.selection.build()
+        for state in (self.selection, self.prior):
+            # Keras asks those layers alone that have no children.
+            for layer in [] if state is None else flatten_layers(state):
+                layer.quantize = self.quantize
         self.built = True
 
     def _draw(self, shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
@@ -300,6 +305,13 @@ class TaskKernel(keras.layers.Layer):
         normalization do.
         """
         training = bool(training) and self.trainable
+        if training and self.sharing.compares_kernels and self.tasks > 1:
+            # Nothing is similar to NaN: the tasks would part without a word.
+            assert_true(
+                ops.all(ops.isfinite(ops.convert_to_tensor(self._factors["kernel"]))),
+                f"{self.owner}: the kernel has values that are not finite (NaN or "
+                "infinite); none can be compared. Is the learning rate too high?",
+            )
         for state in (self.selection, self.prior):
             if state is not None:
                 state(training=training)
@@ -323,6 +335,14 @@ class TaskKernel(keras.layers.Layer):
             shared_input=self.shared_input,
             convolve=convolve,
         )
+
+    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
+        """Refused; `keras.Model.quantize` asks every layer.
+
+        Raises:
+            ValueError: always.
+        """
+        raise not_quantized(self.owner, mode, [self.owner])
 
     # --- serialization ----------------------------------------------------------
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from dmtrl_keras.ground.tables import print_table
-from dmtrl_keras.ground.validation import check_bool, check_model, check_number
+from dmtrl_keras.ground.validation import check_bool, check_model, check_number, name_of
 from dmtrl_keras.kernels.independent import Independent
 from dmtrl_keras.mtal import similarity as similar_kernels
 from dmtrl_keras.mtal.similar_kernels import SimilarKernels
@@ -94,7 +94,7 @@ def kernel_sharing_ratio(
         A list of `KernelSharing`, in the order of the layers; the last is the total.
 
     Raises:
-        ValueError: if the model has no such layer.
+        ValueError: if the model has no such layer, or a kernel is not finite.
 
     Example:
 
@@ -138,7 +138,8 @@ def merge_similar_kernels(
         `model`, and whose `count_params()` counts each kernel once.
 
     Raises:
-        ValueError: if the model has no layers of similar kernels, or can't be cloned.
+        ValueError: if the model has no layers of similar kernels, or can't be cloned, or
+            a kernel is not finite.
 
     Example:
 
@@ -181,6 +182,14 @@ def _similar_layers(
             f"{owner}: model {model.name!r} has no built layer of similar kernels, such as "
             "SimilarKernelConv2D."
         )
+    for layer in found:
+        kernel = keras.ops.convert_to_numpy(layer.factors["kernel"])
+        if not np.all(np.isfinite(kernel)):
+            raise ValueError(
+                f"{owner}: {name_of(layer)}: the kernel has "
+                f"{np.count_nonzero(~np.isfinite(kernel))} values that are not finite; "
+                "which kernels are similar means nothing."
+            )
     return found
 
 

@@ -113,6 +113,7 @@ class SimilarKernels(Parameterization):
     name = "similar"
     convolutions_only = True
     starts_apart = True  # Algorithm 1, line 1.
+    compares_kernels = True
     short_forms = ("threshold",)
 
     def __init__(

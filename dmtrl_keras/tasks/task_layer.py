@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.called import CheckedLayer
-from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.ground.keras_private import flatten_layers, saving_as_h5
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
@@ -20,6 +20,7 @@ from dmtrl_keras.ground.validation import (
     from_keras,
     is_int,
     name_of,
+    no_h5,
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization
@@ -377,6 +378,8 @@ class TaskLayer(CheckedLayer):
     )
 
     def get_config(self) -> dict[str, Any]:
+        if saving_as_h5():
+            raise no_h5(name_of(self))
         config = super().get_config()
         for name, value in self._twin_arguments.items():
             if name not in self._dropped:

@@ -38,7 +38,13 @@ from dmtrl_keras.ground.keras_private import (
     track_layers,
 )
 from dmtrl_keras.ground.types import PathLike, Tensor
-from dmtrl_keras.ground.validation import check_task_names, name_of, refusal
+from dmtrl_keras.ground.validation import (
+    check_task_names,
+    name_of,
+    no_h5,
+    not_quantized,
+    refusal,
+)
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.lengths import (
     Piece,
@@ -299,11 +305,7 @@ class MultiTaskModel(ModelOfReplicas):
         super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
     def _refuse_h5(self) -> None:
-        raise ValueError(
-            f"{name_of(self)}: a whole model goes into a `.keras` file, since legacy HDF5 "
-            "files (`.h5`) can't hold layers that aren't Keras's own. Of weights alone, "
-            "`save_weights` makes a `.weights.h5` file."
-        )
+        raise no_h5(name_of(self))
 
     def quantize(
         self, mode: Any = None, config: Any = None, filters: Any = None, **kwargs: Any
@@ -316,12 +318,7 @@ class MultiTaskModel(ModelOfReplicas):
         """
         layers = [x.name for x in flatten_layers(self) if hasattr(x, "task_kernel")]
         if layers and filters is None:
-            raise ValueError(
-                f"{name_of(self)}: layers with a kernel for each task can't be quantized. "
-                "Quantize the networks of single tasks, single_task(model, task)"
-                ".quantize(...), or give `filters` for the other layers. "
-                f"Received: quantize({mode!r}) with the layers {layers}."
-            )
+            raise not_quantized(name_of(self), mode, layers)
         given = {"mode": mode, "config": config, "filters": filters}
         # Keras before 3.15 doesn't know all of them.
         kwargs |= {name: value for name, value in given.items() if value is not None}

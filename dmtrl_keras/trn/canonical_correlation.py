@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dmtrl_keras.ground.linalg import unscaled
 from dmtrl_keras.ground.validation import (
     check_number,
     check_positive,
@@ -72,7 +73,7 @@ def canonical_correlation(
 
     Raises:
         ValueError: on different numbers of examples; on values that are not finite, masked
-            or complex.
+            or complex; on columns so small that no float holds their directions.
 
     Example:
 
@@ -83,17 +84,25 @@ def canonical_correlation(
     >>> np.abs(found.correlations - [1, 0]).max() < 0.1
     np.True_
     """
+    values, directions, exponents = _unit_correlation(x, y, ridge, chunk)
+    first, second = (
+        unscaled(unit, -own[:, None], _OWNER) for unit, own in zip(directions, exponents)
+    )
+    return CanonicalCorrelation(values, first, second)
+
+
+def _unit_correlation(
+    x: ArrayLike, y: ArrayLike, ridge: float, chunk: int
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The correlations, and the directions of columns divided by `2**exponents`."""
     ridge = check_number("ridge", ridge, _OWNER)
     covariance, sizes, exponents = _joint_covariance({"x": x, "y": y}, chunk)
     d = sizes[0]
     first = _whitener(covariance[:d, :d], ridge)
     second = _whitener(covariance[d:, d:], ridge)
     u, values, v = np.linalg.svd(first.T @ covariance[:d, d:] @ second, full_matrices=False)
-    first, second = (
-        np.ldexp(directions, -own[:, None])
-        for directions, own in ((first @ u, exponents[:d]), (second @ v.T, exponents[d:]))
-    )
-    return CanonicalCorrelation(np.clip(values, 0, 1), first, second)
+    directions = (first @ u, second @ v.T)
+    return np.clip(values, 0, 1), directions, (exponents[:d], exponents[d:])
 
 
 def task_similarity(
@@ -111,7 +120,7 @@ def task_similarity(
         A float in [0, 1]; 0 if a set is constant.
 
     Raises:
-        ValueError: as `canonical_correlation`.
+        ValueError: as `canonical_correlation`, but on columns of any scale.
 
     Example:
 
@@ -119,7 +128,7 @@ def task_similarity(
     >>> task_similarity(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]))
     0.5773502691896258
     """
-    values = canonical_correlation(x, y, ridge, chunk).correlations
+    values, *_ = _unit_correlation(x, y, ridge, chunk)
     return float(values[0]) if len(values) else 0.0
 
 

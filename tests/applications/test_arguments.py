@@ -52,6 +52,7 @@ def test_settings_from_a_file(tmp_path, capsys):
         ('{"rate": 1}', "rate"),
         ("[1]", "object of settings"),
         ("{", "no JSON file"),
+        ('{"epochs": "a\\u0000b"}', "without a NUL"),
         ('{"learning_rate": -1}', "above 0"),
     ):
         path.write_text(content)

@@ -9,6 +9,7 @@ from keras import ops
 from dmtrl_keras import (
     LossTerm,
     MultiTaskModel,
+    TensorNormalRegularizer,
     export_tasks,
     multitask,
     relationship_network,
@@ -252,7 +253,10 @@ def test_logged_total_of_one_task():
 
 NAMES_REFUSED = {
     "a b": "a_b",
-    "é": "layer",
+    "é": "e",
+    "": "task_0",
+    "年齢": "task_0",
+    "ö ther": "o_ther",
     "5_o'Clock_Shadow": "5_o_Clock_Shadow",
     "_private": "private",
     "a/b": "a_b",
@@ -392,6 +396,30 @@ def test_quantize(data):
     model.quantize("int8", filters="dense")
     np.testing.assert_allclose(alone(x), model(x)["a"], atol=0.1)
     assert {layer.dtype_policy.quantization_mode for layer in dense_of(model)} == {"int8"}
+
+
+@pytest.mark.filterwarnings("ignore:.*InputLayer does not have a `quantize`:UserWarning")
+def test_plain_models_around_task_layers(tmp_path):
+    """What the model of several tasks refuses, the layers refuse in one of Keras."""
+    inputs = keras.Input((4,))
+    prior = TensorNormalRegularizer()
+    for regularizer in (None, prior):
+        layer = TaskDense(
+            3, 2, shared_input=True, kernel_regularizer=regularizer, name="fc"
+        )
+        model = keras.Model(inputs, layer(inputs))
+        with pytest.raises(ValueError, match=r"^TaskDense 'fc': .*`.keras` file"):
+            model.save(tmp_path / "model.h5")
+        with pytest.raises(ValueError, match=r"^TaskDense 'fc'.*can't be quantized"):
+            model.quantize("int8")
+        model.save(tmp_path / "model.keras")
+
+
+def test_possible_names_differ():
+    inputs = keras.Input((4,))
+    outputs = {name: kl.Dense(1)(inputs) for name in ("e", "é", "è")}
+    with pytest.raises(ValueError, match=r"Possible: \['e_1', 'e_2'\]"):
+        MultiTaskModel(inputs, outputs)
 
 
 def dense_of(model):

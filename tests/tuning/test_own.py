@@ -1,5 +1,8 @@
 """A user's own data and backbone, as a search sees them."""
 
+import json
+import re
+
 import keras
 import keras_tuner as kt
 import numpy as np
@@ -74,6 +77,31 @@ def test_model_that_is_none(monkeypatch, capsys):
         last = capsys.readouterr().err.splitlines()[-1]
         assert "--model m:backbone: expected a function that returns a Keras model" in last
         assert last.endswith("Received: dict.")
+
+
+def test_functions_that_need_more(monkeypatch, capsys):
+    """A line that names the function, whatever it is called with."""
+    functions = {
+        "m:backbone": lambda: None,
+        "m:data": data,
+        "json:dumps": json.dumps,
+        "m:two": lambda hp, x: None,
+        "m:number": 3,
+    }
+    monkeypatch.setattr(users, "_function", lambda name: functions[name])
+    for method, model, source, message in (
+        ("laf", "json:dumps", "m:data", "--model json:dumps: expected .* no arguments"),
+        ("own", "m:two", "m:data", "--model m:two: expected .*HyperParameters.*: 'x'"),
+        ("own", "m:backbone", "m:data", "--model m:backbone: .*too many positional"),
+        ("laf", "m:number", "m:data", "--model m:number: expected .* not a callable"),
+        ("laf", "m:backbone", "m:two", "--data m:two: expected .*argument: 'hp'"),
+    ):
+        with pytest.raises(SystemExit):
+            users.Own(method, ["--data", source], TUNABLE, False, 0.25, model)
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    study = users.Own("own", ["--data", "m:data"], TUNABLE, False, 0.25, "json:dumps")
+    with pytest.raises(TypeError, match=r"^--model json:dumps: .* not JSON serializable"):
+        study.settings(kt.HyperParameters())
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,13 @@ def run_through_graph(model: keras.Model, inputs: Any, call: Callable[..., Any])
     """
     run = model._run_through_graph
     arguments: dict[str, Any] = {"call_fn": call}
-    if "operation_fn" in inspect.signature(run).parameters:
+    # That of Keras, of which ours takes whatever it does.
+    *_, original = (
+        vars(kind)["_run_through_graph"]
+        for kind in type(model).__mro__
+        if "_run_through_graph" in vars(kind)
+    )
+    if "operation_fn" in inspect.signature(original).parameters:
         # Keras before 3.15 has no default for it.
         arguments["operation_fn"] = lambda operation: operation
     return run(inputs, **arguments)

@@ -8,9 +8,10 @@ import platform
 import shutil
 import sys
 
+import numpy as np
 from filelock import FileLock, Timeout
 
-from .reading import DataError
+from .reading import DataError, read_arrays
 
 GOES_ON = "The same command goes on from what is there."
 
@@ -51,6 +52,25 @@ def write(path, content):
     """Write a text or bytes into a file, which has the old content or the new one."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def cached_arrays(path, make):
+    """Arrays of a file, which is made where it is not there.
+
+    Args:
+        path: `pathlib.Path` of an `.npz` file.
+        make: function without arguments that returns a dict of arrays.
+    """
+    if path.exists():
+        try:
+            return read_arrays(path, most=float("inf"))
+        except DataError as error:
+            raise DataError(f"{error} Delete it, then it is made again.") from error
+    arrays = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        np.savez(part, **arrays)
+    return arrays
 
 
 @contextlib.contextmanager

@@ -41,7 +41,8 @@ from .experiment import (
     hits,
     timed,
 )
-from .reading import DataError, cached_arrays, open_zip, read_image, read_text, reading
+from .files import cached_arrays
+from .reading import DataError, open_zip, read_image, read_text, reading
 from .resnet import STAGES, resnet18
 from .results import mean_and_spread
 

@@ -50,7 +50,8 @@ from .experiment import (
     timed,
     trainable_parameters,
 )
-from .reading import DataError, cached_arrays, read_arrays, reading
+from .files import cached_arrays
+from .reading import DataError, read_arrays, reading
 from .results import mean_and_spread
 
 METHODS = {

@@ -5,7 +5,6 @@ may take is limited before it is unpacked.
 """
 
 import contextlib
-import os
 import sys
 import warnings
 import zipfile
@@ -123,27 +122,6 @@ def read_arrays(path, *names, most=MOST_BYTES):
                     check_size(path, entry.file_size, most)
         with np.load(path) as file:
             return {name: file[name] for name in names or file.files if name in file}
-
-
-def cached_arrays(path, make):
-    """Arrays of a file, which is made where it is not there.
-
-    Args:
-        path: `pathlib.Path` of an `.npz` file.
-        make: function without arguments that returns a dict of arrays.
-    """
-    if path.exists():
-        try:
-            return read_arrays(path, most=float("inf"))
-        except DataError as error:
-            raise DataError(f"{error} Delete it, then it is made again.") from error
-    arrays = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole, or not there.
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **arrays)
-    os.replace(part, path)
-    return arrays
 
 
 def read_image(path):

@@ -25,7 +25,7 @@ from test_digits import idx, write_folder
 from test_domains import write_features, write_images
 from test_mtfl import write as write_faces
 
-from applications import celeba, mnist, mtal, mtfl, office_caltech, reading
+from applications import celeba, files, mnist, mtal, mtfl, office_caltech, reading
 from applications.digits import IDX_FILES, load_digits, read_idx
 from applications.domains import load_features, load_images
 from applications.image_tasks import load_task
@@ -538,7 +538,7 @@ def test_cached_arrays(tmp_path):
         return {"a/b": np.arange(3)}
 
     for _ in range(2):
-        assert reading.cached_arrays(path, make)["a/b"].tolist() == [0, 1, 2]
+        assert files.cached_arrays(path, make)["a/b"].tolist() == [0, 1, 2]
     assert len(made) == 1 and [p.name for p in path.parent.iterdir()] == [path.name]
     path.write_bytes(path.read_bytes()[:50])
-    refused(lambda: reading.cached_arrays(path, make), "features.npz: ", "Delete it, then")
+    refused(lambda: files.cached_arrays(path, make), "features.npz: ", "Delete it, then")

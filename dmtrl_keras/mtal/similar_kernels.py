@@ -283,20 +283,21 @@ class SimilarKernels(Parameterization):
             A dict: `"selection"`, a bool tensor `(groups, size, size)`, True for the pairs;
             and the same as lists, `"partners"` and `"counts"`.
         """
+        selection = self._similar(kernel, step)
+        capacity = self._capacity(self._compared(kernel.shape))
+        partners, counts = similar_kernels.partners_of(selection, capacity)
+        return {"selection": selection, "partners": partners, "counts": counts}
+
+    def _similar(self, kernel: Tensor, step: Tensor) -> Tensor:
+        """The `"selection"` of `select` alone."""
         tasks, shape = kernel.shape[-1], self._compared(kernel.shape)
         rows = similar_kernels.kernel_rows(ops.reshape(kernel, shape))
         compared = similar_kernels.comparable(rows, tasks, self.pairs)
         selection = similar_kernels.similar_pairs(
             compared, self.threshold_at(step), self._groups(tasks)
         )
-        capacity = self._capacity(shape)
-        partners, counts = similar_kernels.partners_of(selection, capacity)
-        return {
-            # TensorFlow sends no int8 to other machines.
-            "selection": ops.cast(selection, "bool"),
-            "partners": partners,
-            "counts": counts,
-        }
+        # TensorFlow sends no int8 to other machines.
+        return ops.cast(selection, "bool")
 
     def _capacity(self, shape: tuple[int, ...]) -> int:
         """How many partners of a kernel are listed."""
@@ -305,10 +306,8 @@ class SimilarKernels(Parameterization):
     def compose(self, factors: Factors, tasks: int) -> Tensor:
         kernel = factors["kernel"]
         if tasks > 1 and self.mode == "forward":
-            if "selection" not in factors:
-                factors = factors | self.select(ops.stop_gradient(kernel), 0)
-                # One use is not worth the compilation.
-                del factors["partners"]
+            fixed = factors | {"kernel": ops.stop_gradient(kernel)}
+            factors = factors | {"selection": self.selected(fixed)}
             kernel = self._mixed(kernel, factors)
         return Independent().compose({"kernel": kernel}, tasks)
 
@@ -320,10 +319,10 @@ class SimilarKernels(Parameterization):
 
     def _by_matrix(self, kernel: Tensor, factors: Factors) -> Tensor:
         rows = similar_kernels.kernel_rows(kernel)
-        compared = similar_kernels.comparable(rows, kernel.shape[-1], self.pairs)
         weights = self.task_weights(factors | {"kernel": kernel})
-        mixed = similar_kernels.aggregate(compared, factors["selection"], weights)
-        return ops.reshape(ops.transpose(ops.reshape(mixed, rows.shape)), kernel.shape)
+        return similar_kernels.aggregated(
+            rows, tuple(kernel.shape), factors["selection"], weights
+        )
 
     def _by_partners(self, kernel: Tensor, factors: Factors) -> Tensor:
         """The aggregated kernels, by the lists where they are long enough."""
@@ -392,7 +391,7 @@ class SimilarKernels(Parameterization):
         """
         if "selection" in factors:
             return factors["selection"]
-        return self.select(factors["kernel"], factors.get("step", 0))["selection"]
+        return self._similar(factors["kernel"], factors.get("step", 0))
 
     def _arguments(self) -> dict[str, Any]:
         return {

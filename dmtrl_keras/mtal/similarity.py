@@ -18,6 +18,7 @@ from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import (
     check_number,
     check_one_of,
+    check_positive,
     finite_array,
     is_int,
     is_list,
@@ -91,11 +92,9 @@ def chance_of_similar(threshold: float, size: int) -> float:
     >>> round(chance_of_similar(0.4, 9), 3), round(chance_of_similar(0.4, 27), 4)
     (0.126, 0.0175)
     """
-    if not -1 <= threshold <= 1 or size != int(size) or size < 1:
-        raise ValueError(
-            "chance_of_similar: expected a threshold in [-1, 1] and a positive int size. "
-            f"Received: threshold={threshold!r}, size={size!r}."
-        )
+    owner = "chance_of_similar"
+    threshold = check_number("threshold", threshold, owner, 1, low=-1, closed=True)
+    check_positive("size", size, owner)
     if size == 1:
         return 0.5 if threshold > -1 else 1.0
     nodes, weights = np.polynomial.legendre.leggauss(200)
@@ -222,6 +221,26 @@ def aggregate(kernels: Tensor, selection: Tensor, weights: Tensor) -> Tensor:
     others = coefficients(selection, weights)
     own = ops.cast(1 - ops.sum(others, axis=-1, keepdims=True), kernels.dtype)
     return own * kernels + ops.matmul(ops.cast(others, kernels.dtype), kernels)
+
+
+def aggregated(
+    rows: Tensor, shape: tuple[int, ...], selection: Tensor, weights: Tensor
+) -> Tensor:
+    """`aggregate`, of kernels that are rows, as a stacked kernel again.
+
+    Args:
+        rows: tensor `(out * T, d)`, as from `kernel_rows`.
+        shape: tuple `(*window, in, out, T)`.
+        selection: as from `similar_pairs`.
+        weights: tensor `(T, T)`.
+
+    Returns:
+        A tensor `(*window, in, out, T)`.
+    """
+    groups, size, _ = selection.shape
+    compared = ops.reshape(rows, (groups, size, rows.shape[1]))
+    mixed = aggregate(compared, selection, weights)
+    return ops.reshape(ops.transpose(ops.reshape(mixed, rows.shape)), shape)
 
 
 def partners_of(selection: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -473,6 +492,4 @@ def aggregate_similar_kernels(
     compared = comparable(rows, tasks, pairs)
     selection = similar_pairs(compared, threshold, related_tasks(tasks, related))
     weights = ops.broadcast_to(ops.cast(weights, kernel.dtype), (tasks, tasks))
-    mixed = aggregate(compared, selection, weights)
-    mixed = ops.moveaxis(kernels_by_task(ops.reshape(mixed, rows.shape), shape), 0, -1)
-    return ops.reshape(mixed, kernel.shape)
+    return ops.reshape(aggregated(rows, shape, selection, weights), kernel.shape)

@@ -175,20 +175,20 @@ def replicas_in_sync() -> int:
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of a tensor over all replicas, where there are several."""
-    if replicas_in_sync() == 1:
-        return x
-    distribute = tensorflow().distribute
-    context = distribute.get_replica_context()
-    return x if context is None else context.all_reduce(distribute.ReduceOp.SUM, x)
+    return _all_reduce(x, "SUM")
 
 
 def mean_over_replicas(x: Tensor) -> Tensor:
     """The mean of a tensor over all replicas, where there are several."""
+    return _all_reduce(x, "MEAN")
+
+
+def _all_reduce(x: Tensor, how: str) -> Tensor:
     if replicas_in_sync() == 1:
         return x
     distribute = tensorflow().distribute
     context = distribute.get_replica_context()
-    return x if context is None else context.all_reduce(distribute.ReduceOp.MEAN, x)
+    return x if context is None else context.all_reduce(distribute.ReduceOp[how], x)
 
 
 def share_of_replica(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from keras import tree
 
 from dmtrl_keras.ground.keras_private import function_of
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.training.missing import Masked
+from dmtrl_keras.training.missing import CONFUSION_METRICS, Masked
 
 # How the warning of plain metrics beside a masked loss goes on, a pattern.
 UNMASKED = ".*these metrics take missing labels for labels"
@@ -17,17 +17,7 @@ UNMASKED = ".*these metrics take missing labels for labels"
 # Metrics of Keras that take a label for each output, and fail or are wrong where class
 # labels are broadcast to them.
 _LABEL_FOR_EACH_OUTPUT = (
-    keras.metrics.AUC,
-    keras.metrics.Precision,
-    keras.metrics.Recall,
-    keras.metrics.TruePositives,
-    keras.metrics.TrueNegatives,
-    keras.metrics.FalsePositives,
-    keras.metrics.FalseNegatives,
-    keras.metrics.SensitivityAtSpecificity,
-    keras.metrics.SpecificityAtSensitivity,
-    keras.metrics.PrecisionAtRecall,
-    keras.metrics.RecallAtPrecision,
+    *CONFUSION_METRICS,
     keras.metrics.FBetaScore,
     keras.metrics.IoU,
     keras.metrics.CategoricalAccuracy,

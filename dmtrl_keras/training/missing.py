@@ -31,8 +31,8 @@ _ELEMENTWISE_FUNCTIONS = {
     keras.losses.poisson,
     keras.metrics.binary_accuracy,
 }
-# Metrics that take weights of the labels' shape, and one value for each.
-ELEMENTWISE_METRICS = (
+# Metrics that count right and wrong answers at thresholds.
+CONFUSION_METRICS = (
     keras.metrics.AUC,
     keras.metrics.Precision,
     keras.metrics.Recall,
@@ -44,6 +44,10 @@ ELEMENTWISE_METRICS = (
     keras.metrics.SpecificityAtSensitivity,
     keras.metrics.PrecisionAtRecall,
     keras.metrics.RecallAtPrecision,
+)
+# Metrics that take weights of the labels' shape, and one value for each.
+ELEMENTWISE_METRICS = (
+    *CONFUSION_METRICS,
     keras.metrics.RootMeanSquaredError,
     keras.metrics.R2Score,
 )

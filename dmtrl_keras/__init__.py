@@ -18,6 +18,7 @@ from dmtrl_keras import (
 from dmtrl_keras.canonical_correlation import task_similarity, task_similarity_matrix
 from dmtrl_keras.conversion import multitask, single_task
 from dmtrl_keras.conversion.export import export_tasks
+from dmtrl_keras.conversion.growing import add_task, remove_task
 from dmtrl_keras.conversion.summary import LayerSummary, task_summary
 from dmtrl_keras.dmtrl.factorize import factorize
 from dmtrl_keras.dmtrl.strength import (
@@ -58,6 +59,7 @@ __all__ = [
     "TaskRelations",
     "TensorNormalRegularizer",
     "__version__",
+    "add_task",
     "aggregate_similar_kernels",
     "canonical_correlation",
     "conversion",
@@ -80,6 +82,7 @@ __all__ = [
     "plot_sharing_strength",
     "regularizers",
     "relationship_network",
+    "remove_task",
     "sharing_strength",
     "sharing_strength_of",
     "single_task",

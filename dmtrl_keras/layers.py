@@ -26,6 +26,7 @@ from dmtrl_keras.mtal.layers import (
     SimilarKernelConv3D,
     SimilarKernelLayer,
 )
+from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
@@ -62,6 +63,7 @@ __all__ = [
     "TTConv3D",
     "TTDense",
     "TaskBatch",
+    "TaskColumn",
     "TaskConcatenate",
     "TaskConv1D",
     "TaskConv2D",

@@ -110,7 +110,8 @@ def form_of(operation: Any, forms: Sequence[Form]) -> Form:
     """The form of what an operation returns, from those of what it takes.
 
     Args:
-        operation: a layer or operation of a network of T tasks.
+        operation: a layer or operation of a network of T tasks; None: one that leaves
+            features in the form in which they are.
         forms: list of the `Form`s of its inputs; inputs of the network count as shared,
             also where each task has its own.
 
@@ -193,6 +194,13 @@ class Call:
         """All values among the arguments."""
         return values_in(Value, self.args, self.kwargs)
 
+    @property
+    def own(self) -> Mapping[str, Value] | None:
+        """Of a layer with T kernels, run for a task that is none of the T: its own part."""
+        if not isinstance(self.operation, TaskLayer):
+            return None
+        return self.kwargs.get("own")
+
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
@@ -249,7 +257,8 @@ def trace(model: keras.Model) -> Trace:
     ) -> Any:
         call = Call(operation, args, kwargs, path)
         calls.append(call)
-        form = form_of(operation, [value.form for value in call.inputs])
+        forms = [value.form for value in call.inputs]
+        form = form_of(operation if call.own is None else None, forms)
         args, kwargs = replaced(Value, args, kwargs, lambda value: value.spec)
         specs = output_spec(operation, args, kwargs)
         if isinstance(operation, TaskSplit):
@@ -269,6 +278,32 @@ def trace(model: keras.Model) -> Trace:
 
     inputs = tree.map_structure(Value, model.input)
     return Trace(inputs, run(model, inputs, visit), calls)
+
+
+def users_of(traced: Trace, tasks: int) -> dict[Call, set[str]]:
+    """The tasks whose outputs need a call, by call.
+
+    Args:
+        traced: the network.
+        tasks: int, T, of a network without outputs by task.
+    """
+    using: dict[Value, set[str]] = {}
+    users: dict[Call, set[str]] = {}
+    everybody = {f"task_{n}" for n in range(tasks)}
+    for task, value in (traced.by_task or {}).items():
+        using.setdefault(value, set()).add(task)
+    for call in reversed(traced.calls):
+        users[call] = set().union(
+            *(using.get(value, ()) for value in tree.flatten(call.outputs))
+        )
+        for value in call.inputs:
+            using.setdefault(value, set()).update(users[call])
+        if traced.by_task is None:
+            # Without outputs by task, by the parts of the channels.
+            parts = {part for value in call.inputs for part in value.parts}
+            names = {split.operation.task_names[n] for split, n in parts}
+            users[call] = names or everybody
+    return users
 
 
 def number_of_tasks(model: keras.Model) -> int:

@@ -19,17 +19,19 @@ from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.layout import TaskSplit
 
 
-def checked_heads(heads: Any, names: Sequence[str]) -> dict[str, Any]:
+def checked_heads(
+    heads: Any, names: Sequence[str], owner: str = "multitask"
+) -> dict[str, Any]:
     """A dict by task name of None, ints, layers and functions."""
     if isinstance(heads, dict):
         if set(heads) != set(names):
             raise ValueError(
-                f"multitask: `heads` must have one entry for each of the tasks "
+                f"{owner}: `heads` must have one entry for each of the tasks "
                 f"{list(names)}. Received: {sorted(map(str, heads))}."
             )
     elif isinstance(heads, keras.layers.Layer) and len(names) > 1:
         raise ValueError(
-            f"multitask: the layer {heads.name!r} as `heads` would be one for all tasks. "
+            f"{owner}: the layer {heads.name!r} as `heads` would be one for all tasks. "
             "Give a function of the features that makes one, or a dict by task name."
         )
     else:
@@ -37,7 +39,7 @@ def checked_heads(heads: Any, names: Sequence[str]) -> dict[str, Any]:
     for task, head in heads.items():
         if not (head is None or callable(head) or is_int(head, 1)):
             raise ValueError(
-                f"multitask: the head of task {task!r} must be a positive int, a layer or "
+                f"{owner}: the head of task {task!r} must be a positive int, a layer or "
                 f"a function of the features. Received: {shown(head)}."
             )
     return heads
@@ -61,28 +63,43 @@ def outputs_by_task(
     made: dict[str, keras.layers.Layer | None] = {}
     for task in names:
         features = tree.pack_sequence_as(outputs, [part[task] for part in parts])
-        head = heads[task]
-        if isinstance(head, numbers.Integral):
-            features = _classes(features, int(head), new_name(f"{task}_head"))
-        elif head is not None:
-            features = head(features)
-        if not isinstance(features, keras.KerasTensor):
-            raise ValueError(
-                f"multitask: the head of task {task!r} must return one output tensor. "
-                f"Received: {features!r}."
-            )
-        result[task] = features
-        if callable(head):
-            ends = [part[task] for part in parts]
-            made[task] = _last_with_weights(result[task], ends)
+        result[task] = output_of(features, heads[task], task, new_name)
+        if callable(heads[task]):
+            made[task] = last_with_weights(result[task], tree.flatten(features))
     for task, layer in made.items():
-        # A layer of several tasks is nobody's head.
-        if layer is not None and is_named_by_keras(layer) and is_called_once(layer):
-            rename(layer, new_name(f"{task}_head"))
+        name_head(layer, task, new_name)
     return result
 
 
-def _last_with_weights(
+def output_of(
+    features: Any,
+    head: Any,
+    task: str,
+    new_name: Callable[[str], str],
+    owner: str = "multitask",
+) -> keras.KerasTensor:
+    """The output tensor that a head makes of a task's features."""
+    if isinstance(head, numbers.Integral):
+        return _classes(features, int(head), new_name(f"{task}_head"))
+    output = features if head is None else head(features)
+    if not isinstance(output, keras.KerasTensor):
+        raise ValueError(
+            f"{owner}: the head of task {task!r} must return one output tensor. "
+            f"Received: {output!r}."
+        )
+    return output
+
+
+def name_head(
+    layer: keras.layers.Layer | None, task: str, new_name: Callable[[str], str]
+) -> None:
+    """Name the last layer of a head, unless it is nobody's or has a name."""
+    # A layer of several tasks is nobody's head.
+    if layer is not None and is_named_by_keras(layer) and is_called_once(layer):
+        rename(layer, new_name(f"{task}_head"))
+
+
+def last_with_weights(
     output: keras.KerasTensor, features: list[Any]
 ) -> keras.layers.Layer | None:
     """The last layer with weights between features and the output of a head, or None."""

@@ -16,9 +16,11 @@ from dmtrl_keras.conversion.graph import (
     number_of_tasks,
     replaced,
     trace,
+    values_in,
 )
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.validation import check_name, clean_name, is_int, refusal
+from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -72,12 +74,12 @@ def single_task(
     index = _index(task, names, len(names) or number_of_tasks(graph), graph)
     label = names[index] if names else f"task_{index}"
     outputs = traced.outputs if by_task is None else by_task[label]
-    demand = _Demand(traced)
+    demand = Demand(traced)
     for value in tree.flatten(outputs):
-        demand.want(value, _position(value, index, by_task is None, label))
+        demand.want(value, position_of(value, index, by_task is None, label))
     demand.back_to_inputs()
     inputs = _inputs(graph.input, traced.inputs, demand)
-    taker = _Taker(demand, inputs, traced.inputs)
+    taker = Taker(demand, inputs, traced.inputs)
     outputs = taker.take(outputs)
     if demand.problems:
         lines = "\n".join(f"- {line}" for line in demand.problems.values())
@@ -99,17 +101,19 @@ def _index(task: Any, names: tuple[str, ...], tasks: int, model: keras.Model) ->
     raise refusal("task", task, "single_task", what)
 
 
-def _position(value: Value, index: int, by_number: bool, label: str) -> int:
+def position_of(
+    value: Value, index: int, by_number: bool, label: str, owner: str = "single_task"
+) -> int:
     """Which part of an output's channels is the task's, where they are side by side."""
     if by_number or value.tasks <= 1:
         return index if by_number else 0
     raise ValueError(
-        f"single_task: the output {label!r} has the features of {value.tasks} tasks side "
+        f"{owner}: the output {label!r} has the features of {value.tasks} tasks side "
         "by side; a TaskSplit takes them apart."
     )
 
 
-def _inputs(inputs: Any, values: Any, demand: "_Demand") -> Any:
+def _inputs(inputs: Any, values: Any, demand: "Demand") -> Any:
     """New inputs in the same structure; where tasks have their own, those of this one."""
 
     def like(x: keras.KerasTensor, name: str | None = None) -> keras.KerasTensor:
@@ -132,12 +136,12 @@ def _inputs(inputs: Any, values: Any, demand: "_Demand") -> Any:
     }
 
 
-class _Demand:
+class Demand:
     """What one task needs of the calls of a network, found from its outputs backwards.
 
     Attributes:
         problems: dict of what it can't have alone, texts by operation.
-        apart: bool, whether one of the inputs that each task has for itself was chosen.
+        apart: bool, whether each task has an input of its own.
     """
 
     def __init__(self, traced: Trace) -> None:
@@ -145,7 +149,19 @@ class _Demand:
         self._wanted: dict[Value, set[int | None]] = {}
         self._indices: dict[Call, int | None] = {}
         self.problems: dict[int, str] = {}
-        self.apart = False
+        # Also of a task that came later, whose input goes into no stack.
+        self.apart = any(own_input(call, 0) is not None for call in traced.calls)
+        self._columns = {
+            value: call.operation
+            for call in traced.calls
+            if isinstance(call.operation, TaskColumn)
+            for value in call.outputs.values()
+        }
+
+    def column_of(self, call: Call) -> TaskColumn | None:
+        """What the task of a call has for itself in a layer with T kernels, or None."""
+        found = (self._columns.get(value) for value in (call.own or {}).values())
+        return next((column for column in found if column is not None), None)
 
     def want(self, value: Value, index: int | None) -> None:
         """The task needs a value; of several tasks' features the part of one index."""
@@ -186,10 +202,9 @@ class _Demand:
         index = self._indices[call]
         own = own_input(call, index)
         if own is not None:
-            self.apart = True
             self.want(own, None)
             return
-        for value in call.inputs:
+        for value in features_in(call):
             self.want(value, index)
 
     def add_problem(self, call: Call, error: object) -> None:
@@ -208,6 +223,11 @@ def own_input(call: Call, index: int | None) -> Value | None:
     return call.operation._in_order(call.args[0], lambda x: False)[index]
 
 
+def features_in(call: Call) -> list[Value]:
+    """What a call takes but the column and the bias of a task, whose values are taken."""
+    return call.inputs if call.own is None else values_in(Value, call.args, {})
+
+
 def _mixes(call: Call) -> bool:
     """Whether an ordinary operation takes several parts of one `TaskSplit`."""
     if isinstance(call.operation, (TaskStack, TaskBatch)):
@@ -216,10 +236,10 @@ def _mixes(call: Call) -> bool:
     return len(parts) > len({split for split, _ in parts})
 
 
-class _Taker:
+class Taker:
     """Makes the layers of one task, call by call of those that it needs."""
 
-    def __init__(self, demand: _Demand, inputs: Any, values: Any) -> None:
+    def __init__(self, demand: Demand, inputs: Any, values: Any) -> None:
         self._demand = demand
         self._made: dict[tuple[int, int | None], Any] = {}
         self._names = Names(x.name for x in tree.flatten(inputs))
@@ -238,7 +258,7 @@ class _Taker:
 
     def _call(self, call: Call) -> None:
         own = own_input(call, self._demand.index(call))
-        values = call.inputs if own is None else [own]
+        values = features_in(call) if own is None else [own]
         tensors = [self._tensors.get(value) for value in values]
         if any(tensor is None for tensor in tensors):
             self._lost(call)
@@ -250,6 +270,10 @@ class _Taker:
                     self._tensors[part] = tensors[0]
         else:
             self._through_layer(call)
+
+    def _name_of(self, layer: Any, path: tuple[str, ...]) -> str:
+        """A name for a new layer."""
+        return self._names.new(layer.name, path)
 
     def _lost(self, call: Call) -> None:
         """What comes from a layer that can't be had may be one that can't be had either."""
@@ -268,7 +292,8 @@ class _Taker:
 
     def _through_layer(self, call: Call) -> None:
         operation = rules.alone(call.operation)
-        key = (id(operation), self._demand.index(call))
+        column = self._demand.column_of(call)
+        key = (id(operation), self._demand.index(call) if column is None else id(column))
         try:
             layer = self._made.get(key) or self._layer(operation, call)
         except ValueError as error:
@@ -276,9 +301,10 @@ class _Taker:
             return
         fresh = key not in self._made
         if fresh:
-            layer.name = self._names.new(layer.name, call.path)
+            layer.name = self._name_of(layer, call.path)
             self._made[key] = layer
-        args, kwargs = replaced(Value, call.args, call.kwargs, self._tensors.__getitem__)
+        kwargs = {} if call.own is not None else call.kwargs
+        args, kwargs = replaced(Value, call.args, kwargs, self._tensors.__getitem__)
         outputs = layer(*args, **kwargs)
         if fresh and getattr(layer, "weights", None):
             rules.load_weights(layer, self._weights(operation, call))
@@ -287,6 +313,8 @@ class _Taker:
 
     def _layer(self, operation: Any, call: Call) -> Any:
         """The layer of one task; a ValueError says why there is none."""
+        if call.own is not None:
+            return operation.task_twin()
         grouped = {value.form == Form.GROUPED for value in call.inputs}
         tasks, index = _tasks_of(call), self._demand.index(call)
         own = getattr(operation, "tasks", tasks)
@@ -310,6 +338,8 @@ class _Taker:
         return rule.single(operation, tasks or own, index)
 
     def _weights(self, operation: Any, call: Call) -> list[Any]:
+        if call.own is not None:
+            return operation.weights_alone(self._demand.column_of(call))
         if _form(call) == Form.GROUPED:
             rule, index = rules.rule_of(operation), self._demand.index(call)
             assert rule is not None and index is not None

@@ -16,12 +16,14 @@ from dmtrl_keras.conversion.graph import (
     checked_functional,
     number_of_tasks,
     trace,
+    users_of,
 )
 from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.tables import make_console, print_table
 from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.ground.validation import check_bool
+from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
 # A terminal of the usual width shows the table, and so does a page.
@@ -94,7 +96,7 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
     traced = trace(model)
     by_task = traced.by_task
     tasks = number_of_tasks(model) if by_task is None else len(by_task)
-    users = _users(traced, tasks)
+    users = users_of(traced, tasks)
     rows: dict[int, LayerSummary] = {}
     owners: dict[int, str | None] = {}
     for call in traced.calls:
@@ -106,33 +108,18 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
         seen = rows.get(id(layer))
         if seen is not None:
             row = dataclasses.replace(row, flops=seen.flops + row.flops)
+            if call.own is not None:
+                # A kernel and a bias for one more task.
+                more = seen.parameters_if_independent + _of_one_kernel(layer)
+                row = dataclasses.replace(
+                    row, parameters_if_independent=more, output_shape=seen.output_shape
+                )
         rows[id(layer)] = row
         owners[id(layer)] = next(iter(using)) if row.sharing == _of_one(using) else None
     ordered = _in_order_of_tasks(rows, owners, list(by_task or ()))
     if verbose:
         _print(model, tasks, ordered)
     return ordered
-
-
-def _users(traced: Trace, tasks: int) -> dict[Call, set[str]]:
-    """The tasks whose outputs need a call."""
-    using: dict[Value, set[str]] = {}
-    users: dict[Call, set[str]] = {}
-    everybody = {f"task_{n}" for n in range(tasks)}
-    for task, value in (traced.by_task or {}).items():
-        using.setdefault(value, set()).add(task)
-    for call in reversed(traced.calls):
-        users[call] = set().union(
-            *(using.get(value, ()) for value in tree.flatten(call.outputs))
-        )
-        for value in call.inputs:
-            using.setdefault(value, set()).update(users[call])
-        if traced.by_task is None:
-            # Without outputs by task, by the parts of the channels.
-            parts = {part for value in call.inputs for part in value.parts}
-            names = {split.operation.task_names[n] for split, n in parts}
-            users[call] = names or everybody
-    return users
 
 
 def _in_order_of_tasks(
@@ -166,9 +153,11 @@ def _row(call: Call, users: set[str], tasks: int) -> LayerSummary:
         # What only training needs is no part of the network.
         states = (layer.selection, layer.prior)
         parameters -= sum(state.count_params() for state in states if state is not None)
-        bias = layer.tasks * layer.bias.shape[0] if layer.use_bias else 0
-        independent = math.prod(layer.stacked_kernel_shape) + bias
-        flops = layer.flops(input_shape) // NOMINAL_BATCH
+        independent = layer.tasks * _of_one_kernel(layer)
+        flops = layer.flops(input_shape, alone=call.own is not None) // NOMINAL_BATCH
+    elif isinstance(layer, TaskColumn):
+        # Without factors it would be a kernel, which stands with the layer's others.
+        sharing, independent, flops = _of_one(users) or "unused", 0, 0
     elif form == Form.GROUPED:
         rule = rule_of(layer) or Rule()
         sharing, flops = rule.sharing, 0
@@ -192,6 +181,12 @@ def _row(call: Call, users: set[str], tasks: int) -> LayerSummary:
         parameters_if_independent=independent,
         flops=int(flops),
     )
+
+
+def _of_one_kernel(layer: TaskLayer) -> int:
+    """The weights of one task's kernel and bias."""
+    kernel = math.prod(layer.stacked_kernel_shape[:-1])
+    return kernel + (layer.bias.shape[0] if layer.use_bias else 0)
 
 
 def _flops(layer: keras.layers.Layer, output: Any) -> int:

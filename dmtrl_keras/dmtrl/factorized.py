@@ -153,6 +153,13 @@ class FactorizedParameterization(Parameterization):
         """
         raise NotImplementedError
 
+    def task_factor(self, names: Sequence[str]) -> tuple[str, int] | None:
+        """The task matrix, for the parameterizations of this library."""
+        if self._rule is None:
+            return None
+        _, name, axis = self._task_axis(names)
+        return name, 1 - axis
+
     def _widened(self, ranks: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
         """Ranks for the last of them, the task rank, to be possible.
 

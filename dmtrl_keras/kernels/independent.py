@@ -46,6 +46,7 @@ class Hard(Parameterization):
     """
 
     name = "hard"
+    is_of_all = True
 
     def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         return {"kernel": np.mean(kernel, axis=-1, keepdims=True)}

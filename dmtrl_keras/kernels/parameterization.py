@@ -98,6 +98,8 @@ class Parameterization:
     projects_updates = False
     # Whether `multitask` gives it to convolutions only, unless a layer is named.
     convolutions_only = False
+    # Whether all tasks have one kernel, which a task that comes later has too.
+    is_of_all = False
     # Whether each task starts from a draw of its own if nothing is said.
     starts_apart = False
     # Whether the variable `kernel` is compared in training, which takes finite numbers.
@@ -191,6 +193,34 @@ class Parameterization:
     def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         """S of the paper, `(K, T)`: column t has the coefficients of task t."""
         raise NotImplementedError
+
+    def task_factor(self, names: Sequence[str]) -> tuple[str, int] | None:
+        """The factor that alone tells the tasks apart: that of the task matrix.
+
+        A task that comes later needs a column of S and nothing else (the extension that
+        DMTRL's conclusion names), see `dmtrl_keras.add_task`.
+
+        Args:
+            names: the names of the factors.
+
+        Returns:
+            `(name, axis)`, the matrix and its axis of the tasks; None where there is none,
+            so that a new task takes a kernel of its own.
+        """
+        return None
+
+    def of_column(self, factors: Factors, column: Tensor) -> Factors:
+        """The factors of one task, which is none of the T, from its column of S.
+
+        Args:
+            factors: dict of tensors, those of T tasks.
+            column: tensor `(K,)`; without a `task_factor` it says nothing.
+        """
+        found = self.task_factor(list(factors))
+        if found is None:
+            return factors
+        name, axis = found
+        return {**factors, name: ops.expand_dims(column, axis)}
 
     def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         """Plans that apply the factors without composing the stacked kernel.

@@ -15,7 +15,7 @@ from keras import ops
 
 from dmtrl_keras.ground.backend import assert_true, eager_scope, full_precision
 from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.ground.types import Factors, Tensor
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.ground.validation import from_keras, not_quantized
 from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
@@ -116,6 +116,7 @@ class TaskKernel(keras.layers.Layer):
         self.selection = None
         self.prior: KernelState | None = None
         self._start: Mapping[str, np.ndarray] | None = None
+        self._alone: tuple[Stage, ...] | None = None
         # A variable is projected after each update; factors can't be, so that their
         # composition is projected wherever it is used.
         self._projects_composed = constraint is not None and not sharing.is_stacked_kernel
@@ -220,13 +221,19 @@ class TaskKernel(keras.layers.Layer):
         Raises:
             ValueError: if factors are to be contracted that must be composed.
         """
-        shapes = self._shapes()
+        self._geometry = geometry
+        self.plan = self._cheapest(self._shapes(), self.tasks, self.shared_input)
+
+    def _cheapest(
+        self, shapes: FactorShapes, tasks: int, shared_input: bool
+    ) -> tuple[Stage, ...]:
+        """The order of work of some tasks with such factors."""
         *_, inputs, outputs, _ = self.shape
         composition = Stage(
             "stacked",
             inputs,
             outputs,
-            self.composed,
+            lambda factors: self.composed(factors, tasks),
             spatial=True,
             flops=self.sharing.compose_flops(shapes),
         )
@@ -244,21 +251,47 @@ class TaskKernel(keras.layers.Layer):
             plans = []
         if implementation != "contract":
             plans = [*plans, (composition,)]
-        cheapest = min(plans, key=lambda plan: self._flops(plan, geometry))
-        self.plan = tuple(cheapest)
+        return tuple(
+            min(
+                plans,
+                key=lambda plan: self._flops(plan, tasks, shared_input, self._geometry),
+            )
+        )
 
-    def flops(self, geometry: Geometry) -> int:
-        """Operations of one forward pass in the order of work that was chosen."""
-        return self._flops(self.plan, geometry)
+    def flops(self, geometry: Geometry, alone: bool = False) -> int:
+        """Operations of one forward pass in the order of work that was chosen.
 
-    def _flops(self, plan: Sequence[Stage], geometry: Geometry) -> int:
+        Args:
+            geometry: the sizes.
+            alone: bool; of a task by a column of its own instead of the T tasks.
+        """
+        if alone:
+            return self._flops(self._plan_alone(), 1, True, geometry)
+        return self._flops(self.plan, self.tasks, self.shared_input, geometry)
+
+    def _flops(
+        self, plan: Sequence[Stage], tasks: int, shared_input: bool, geometry: Geometry
+    ) -> int:
         return plan_flops(
             plan,
-            tasks=self.tasks,
-            shared_input=self.shared_input,
+            tasks=tasks,
+            shared_input=shared_input,
             geometry=geometry,
             window=math.prod(self.shape[:-3]),
         )
+
+    def _plan_alone(self) -> tuple[Stage, ...]:
+        """The order of work of one task by a column of its own."""
+        if self._alone is None:
+            shapes = self._shapes()
+            found = self.sharing.task_factor(list(shapes))
+            if found is not None:
+                name, axis = found
+                shape = list(shapes[name])
+                shape[axis] = 1
+                shapes[name] = tuple(shape)
+            self._alone = self._cheapest(shapes, 1, True)
+        return self._alone
 
     # --- what the kernels are ---------------------------------------------------
 
@@ -267,16 +300,16 @@ class TaskKernel(keras.layers.Layer):
         """The variables that the kernel is made of, by factor name."""
         return dict(self._factors)
 
-    def tensors(self, training: bool | None = False) -> Factors:
+    def tensors(self, training: bool | None = False) -> dict[str, Tensor]:
         """The factors and the parameterization's state, as `compose` takes them."""
         tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
         if self.selection is None:
             return tensors
         return tensors | self.selection.tensors(training)
 
-    def composed(self, factors: Factors) -> Tensor:
-        """The kernels `(T, *window, in, out)`, the constraint applied."""
-        kernel = self.sharing.compose(factors, self.tasks)
+    def composed(self, factors: Factors, tasks: int) -> Tensor:
+        """The kernels `(tasks, *window, in, out)`, the constraint applied."""
+        kernel = self.sharing.compose(factors, tasks)
         if self.constraint is None or not self._projects_composed:
             return kernel
         kernel = self.constraint(ops.moveaxis(kernel, 0, -1))
@@ -290,7 +323,25 @@ class TaskKernel(keras.layers.Layer):
         """
         if self.sharing.is_stacked_kernel:
             return self._factors["kernel"]
-        return ops.moveaxis(self.composed(self.tensors()), 0, -1)
+        return ops.moveaxis(self.composed(self.tensors(), self.tasks), 0, -1)
+
+    def value_alone(self, column: Tensor | None) -> Tensor:
+        """The kernel `(*window, in, out)` of a task by a column of its own."""
+        return self.composed(self.sharing.of_column(self.tensors(), column), 1)[0]
+
+    @property
+    def latents(self) -> int | None:
+        """The entries of a new task's column of S; None: it takes a kernel of its own.
+
+        0 where all tasks have the same kernel.
+        """
+        if self.sharing.is_of_all:
+            return 0
+        found = self.sharing.task_factor(list(self._factors))
+        if found is None:
+            return None
+        name, axis = found
+        return self._factors[name].shape[1 - axis]
 
     def task_matrix(self) -> Tensor:
         """S of DMTRL, a tensor `(K, T)`; column t has the coefficients of task t."""
@@ -316,23 +367,28 @@ class TaskKernel(keras.layers.Layer):
             if state is not None:
                 state(training=training)
 
-    def apply(self, x: Tensor, training: bool | None, convolve: Convolve | None) -> Tensor:
+    def apply(
+        self, x: Tensor, factors: Factors, convolve: Convolve | None, alone: bool = False
+    ) -> Tensor:
         """Channels-last activations through the kernels, to the grouped layout.
 
         Args:
-            x: tensor `(batch, ..., C)` with a shared input, else `(batch, ..., T * C)`.
-            training: bool or None.
+            x: tensor `(batch, ..., C)` with a shared input, or if `alone`, else
+                `(batch, ..., T * C)`.
+            factors: dict of tensors, as from `tensors`; if `alone`, from the
+                parameterization's `of_column`.
             convolve: function of activations and one kernel; None if the layer is dense.
+            alone: bool; for one task by a column of its own instead of the T tasks.
 
         Returns:
-            A tensor `(batch, ..., T * outputs)`.
+            A tensor `(batch, ..., T * outputs)`, or `(batch, ..., outputs)` if `alone`.
         """
         return apply_plan(
-            self.plan,
+            self._plan_alone() if alone else self.plan,
             x,
-            self.tensors(training),
-            tasks=self.tasks,
-            shared_input=self.shared_input,
+            factors,
+            tasks=1 if alone else self.tasks,
+            shared_input=alone or self.shared_input,
             convolve=convolve,
         )
 

@@ -10,6 +10,7 @@ from dmtrl_keras.ground.types import (
     Activation,
     Constraint,
     DataFormat,
+    Factors,
     Initializer,
     Regularizer,
     Tensor,
@@ -109,20 +110,22 @@ class TaskDepthwiseConv(TaskLayer):
     def _bias_size(self, channels: int) -> int:
         return channels * self.depth_multiplier
 
-    def _apply(self, x: Tensor, training: bool | None) -> Tensor:
-        kernel = self.stacked.composed(self.stacked.tensors(training))
+    def _apply(self, x: Tensor, factors: Factors, alone: bool) -> Tensor:
+        tasks = 1 if alone else self.tasks
+        shared_input = alone or self.shared_input
+        kernel = self.stacked.composed(factors, tasks)
         _, *window, channels, multiplier = kernel.shape
-        if self.shared_input:
+        if shared_input:
             # Every channel has the multipliers of all tasks, which are then moved
             # in front of the channels.
             axes = len(kernel.shape)
             kernel = ops.transpose(kernel, (*range(1, axes - 1), 0, axes - 1))
-            shape = (*window, channels, self.tasks * multiplier)
+            shape = (*window, channels, tasks * multiplier)
         else:
             axes = len(kernel.shape)
             order = (*range(1, axes - 2), 0, axes - 2, axes - 1)
             kernel = ops.transpose(kernel, order)
-            shape = (*window, self.tasks * channels, multiplier)
+            shape = (*window, tasks * channels, multiplier)
         x = ops.depthwise_conv(
             x,
             ops.reshape(kernel, shape),
@@ -131,12 +134,12 @@ class TaskDepthwiseConv(TaskLayer):
             dilation_rate=self.dilation_rate,
             data_format="channels_last",
         )
-        if not self.shared_input:
+        if not shared_input:
             return x
         middle = tuple(ops.shape(x))[1:-1]
-        x = ops.reshape(x, (-1, *middle, channels, self.tasks, multiplier))
+        x = ops.reshape(x, (-1, *middle, channels, tasks, multiplier))
         x = ops.swapaxes(x, -2, -3)
-        return ops.reshape(x, (-1, *middle, self.tasks * channels * multiplier))
+        return ops.reshape(x, (-1, *middle, tasks * channels * multiplier))
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")

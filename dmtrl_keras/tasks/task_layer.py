@@ -10,7 +10,7 @@ from keras import ops
 
 from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.keras_private import flatten_layers, saving_as_h5
-from dmtrl_keras.ground.types import Shape, Tensor
+from dmtrl_keras.ground.types import Factors, Shape, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
     channels_per_task,
@@ -28,6 +28,7 @@ from dmtrl_keras.kernels.parameterization import Parameterization, Sharing
 from dmtrl_keras.kernels.plan import Geometry
 from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer
 from dmtrl_keras.kernels.task_kernel import TaskKernel
+from dmtrl_keras.tasks.column import TaskColumn
 
 # Sizes taken for a FLOP count where the input shape leaves them open.
 NOMINAL_BATCH = 32
@@ -158,11 +159,7 @@ class TaskLayer(CheckedLayer):
 
     def build(self, input_shape: Shape) -> None:
         output_shape = self.compute_output_shape(input_shape)
-        channels = self._channels(input_shape)
-        self.input_spec = keras.layers.InputSpec(
-            min_ndim=self._minimum_ndim,
-            axes={self._axis(): input_shape[self._axis()]},
-        )
+        channels = self._input_channels = self._channels(input_shape)
         self.stacked.build(self._kernel_shape(channels))
         if self.use_bias:
             self.bias = from_keras(
@@ -192,12 +189,15 @@ class TaskLayer(CheckedLayer):
             positions_out=positions_of(output_shape, self.data_format),
         )
 
-    def flops(self, input_shape: Shape, batch: int = NOMINAL_BATCH) -> int:
+    def flops(
+        self, input_shape: Shape, batch: int = NOMINAL_BATCH, alone: bool = False
+    ) -> int:
         """Operations of one forward pass in the order of work that was chosen.
 
         Args:
             input_shape: tuple, the shape of the input; sizes that are open count as 32.
             batch: int, the number of examples.
+            alone: bool; of a task that is none of the T, see `call`.
 
         Returns:
             An int: additions and multiplications of the kernels, the composition of
@@ -205,8 +205,11 @@ class TaskLayer(CheckedLayer):
         """
         self._check_built("flops")
         input_shape = (batch, *input_shape[1:])
-        output_shape = self.compute_output_shape(input_shape)
-        return self.stacked.flops(self._geometry(input_shape, output_shape))
+        if alone:
+            output_shape = self._output_shape_of_one(input_shape)
+        else:
+            output_shape = self.compute_output_shape(input_shape)
+        return self.stacked.flops(self._geometry(input_shape, output_shape), alone)
 
     # --- what the kernels are ---------------------------------------------------
 
@@ -261,6 +264,17 @@ class TaskLayer(CheckedLayer):
             )
         return ops.convert_to_tensor(self.kernel)[..., int(task)]
 
+    def weights_alone(self, column: TaskColumn | None) -> list[np.ndarray]:
+        """The weights that the Keras twin would have of a task that is none of the T.
+
+        Args:
+            column: what the task has for itself; None, if that is nothing.
+        """
+        self._check_built("weights_alone")
+        own, bias = (None, None) if column is None else (column.column, column.bias)
+        found = [self.stacked.value_alone(own), bias]
+        return [ops.convert_to_numpy(value) for value in found if value is not None]
+
     def task_twin(self) -> keras.layers.Layer:
         """The ordinary Keras layer that one task alone would use, new and unbuilt."""
         config = {**self._twin_arguments, "name": self.name}
@@ -298,26 +312,83 @@ class TaskLayer(CheckedLayer):
     # layer, or a pointwise convolution.
     _convolve: Any = None
 
-    def _apply(self, x: Tensor, training: bool | None) -> Tensor:
+    def _apply(self, x: Tensor, factors: Factors, alone: bool) -> Tensor:
         """Channels-last activations through the kernels, to the grouped layout."""
-        return self.stacked.apply(x, training, self._convolve)
+        return self.stacked.apply(x, factors, self._convolve, alone)
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        self.stacked(training=training)
+    def call(
+        self,
+        inputs: Tensor,
+        training: bool | None = None,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the T tasks, or one that is none of them.
+
+        Args:
+            inputs: tensor, see the class; with `own` the features of that task alone,
+                `(batch, ..., in)`.
+            training: bool or None.
+            own: None; or of a task that came later what it has for itself: `"column"`,
+                its column of the task matrix, `(K,)`, and `"bias"`, `(outputs,)`, as
+                `TaskColumn` returns them.
+        """
+        alone = own is not None
+        if own is None:
+            self.stacked(training=training)
+            factors: Factors = self.stacked.tensors(training)
+            bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
+        else:
+            factors = self.stacked.sharing.of_column(
+                self.stacked.tensors(), own.get("column")
+            )
+            bias = own.get("bias")
         x = inputs
         first = self.data_format == "channels_first"
         if first:
             axes = len(x.shape)
             x = ops.transpose(x, (0, *range(2, axes), 1))
-        x = self._apply(x, training)
-        if self.use_bias:
-            bias = ops.transpose(ops.convert_to_tensor(self.bias))
-            x = ops.add(x, ops.reshape(bias, (-1,)))
+        x = self._apply(x, factors, alone)
+        if bias is not None:
+            x = ops.add(x, ops.reshape(ops.transpose(bias), (-1,)))
         if first:
             x = ops.transpose(x, (0, axes - 1, *range(1, axes - 1)))
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+    def compute_output_spec(
+        self,
+        inputs: Tensor,
+        training: bool | None = None,
+        own: Mapping[str, Tensor] | None = None,
+    ) -> keras.KerasTensor:
+        if own is None:
+            return super().compute_output_spec(inputs)
+        shape = self._output_shape_of_one(inputs.shape)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        alone = kwargs.get("own") is not None
+        if args and self._is_tensor(args[0]):
+            if not self.built and alone:
+                # Where a network is made anew this call may be the first one.
+                shape = list(args[0].shape)
+                shape[self._axis()] *= 1 if self.shared_input else self.tasks
+                self.build(tuple(shape))
+            if self.built:
+                self._check_channels(args[0], alone)
+        return super().__call__(*args, **kwargs)
+
+    def _check_channels(self, inputs: Any, alone: bool) -> None:
+        """Raise unless there are as many channels as when the layer was built."""
+        channels = self._input_channels * (1 if alone or self.shared_input else self.tasks)
+        found = inputs.shape[self._axis()]
+        if found is not None and found != channels:
+            of = "one task's" if alone or self.shared_input else f"those of {self.tasks} tasks"
+            raise ValueError(
+                f"{name_of(self)}: expected {channels} channels, {of}, as when it was "
+                f"built. Received: an input of shape {tuple(inputs.shape)}."
+            )
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         try:

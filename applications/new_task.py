@@ -1,8 +1,8 @@
 """A tenth digit for a network of nine, from a few examples.
 
-A network of nine one-versus-rest tasks is trained on images of nine digits of MNIST. The tenth
-digit then is a new task (`dmtrl_keras.add_task`) with a few examples, half of them of the
-digit. The extension is what the conclusion of Yang & Hospedales, "Deep Multi-task
+A network of nine one-versus-rest tasks is trained on images of nine digits of MNIST. The
+tenth digit then is a new task (`dmtrl_keras.add_task`) with a few examples, half of them of
+the digit. The extension is what the conclusion of Yang & Hospedales, "Deep Multi-task
 Representation Learning: A Tensor Factorisation Approach" (ICLR 2017) names. The methods
 differ in what the new task has for itself:
 

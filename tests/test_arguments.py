@@ -215,6 +215,7 @@ def cases():
         *("CrossStitch", "NDDR", "TaskLayerNormalization"),
     ):
         found[f"layers.{name}"] = built((2, 4), tasks=2)
+    found["layers.TaskColumn"] = built((None, 4), latents=2, outputs=3)
     for name in ("TaskConcatenate", "TaskStack"):
         found[f"layers.{name}"] = built([(None, 4), (None, 4)], tasks=2)
     for name in ("laf", "tucker", "tt"):
@@ -283,6 +284,10 @@ def cases():
             verbose=False,
         ),
         "dmtrl_keras.single_task": Case(model=plain, task="a", name="other"),
+        "dmtrl_keras.add_task": Case(
+            model=plain, name="c", head=2, data=(np.ones((4, 4, 4, 2)), [0, 1, 0, 1])
+        ),
+        "dmtrl_keras.remove_task": Case(model=plain, name="a"),
         "dmtrl_keras.plot_sharing_strength": Case(strengths={"fc": 0.5}),
         "dmtrl_keras.sharing_strength_of": Case(task_matrix=np.ones((3, 2))),
         "dmtrl_keras.relationship_network": Case(

@@ -32,7 +32,10 @@ from dmtrl_keras.ground.validation import (
     check_model,
     check_one_of,
     check_task_names,
+    finite_array,
+    real_array,
     refusal,
+    shown,
 )
 from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
@@ -61,9 +64,9 @@ def add_task(
     - normalization on grouped channels: scale, offset and statistics, a copy likewise;
     - the head.
 
-    It starts as the task that it is `like`. The outputs of the old tasks are computed by the
-    same operations from the same weights, so that they stay equal to the bit, before and
-    after training. To train all of it further: `model.trainable = True`.
+    It starts as the task that it is `like`. The outputs of the old tasks are computed by
+    the same operations from the same weights, so that they stay equal to the bit, before
+    and after training. To train all of it further: `model.trainable = True`.
 
     Args:
         model: a functional model with a dict of outputs by task, such as one from
@@ -229,7 +232,7 @@ def _traced(model: Any, owner: str) -> tuple[Trace, keras.Model]:
 
 
 class _Rebuilt:
-    """The calls of a network once more, with copies of its layers, nested models taken apart.
+    """The calls of a network once more, by copies of its layers, nested models taken apart.
 
     Attributes:
         inputs: new input tensors, in the structure of those that were asked for.
@@ -339,15 +342,13 @@ class _Heads:
                 found.append(value)
         if len(self._outputs) == 1 and not any(value.parts for value in found):
             raise ValueError(
-                f"{owner}: of a network of one task without a TaskSplit there is no telling "
-                f"the features from the head of task {task!r}."
+                f"{owner}: of a network of one task without a TaskSplit there is no "
+                f"telling the features from the head of task {task!r}."
             )
         return found
 
 
-def _nearest(
-    data: Any, traced: Trace, rebuilt: _Rebuilt, heads: _Heads, owner: str
-) -> str:
+def _nearest(data: Any, traced: Trace, rebuilt: _Rebuilt, heads: _Heads, owner: str) -> str:
     """The task to start from."""
     assert traced.by_task is not None
     tasks = list(traced.by_task)
@@ -355,31 +356,65 @@ def _nearest(
         return _most_typical(traced, tasks)
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise refusal("data", data, owner, "a pair (x, y) of a few examples, or None")
-    x, y = data
+    finite_array("data[1]", data[1], owner)
+    labels = np.asarray(real_array("data[1]", data[1], owner))
     features = {
         task: [rebuilt.tensors[value] for value in heads.features(task, owner)]
         for task in tasks
     }
-    network = keras.Model(rebuilt.inputs, features)
-    inputs, given = rebuilt.inputs, x
-    if isinstance(inputs, dict) and not isinstance(x, dict):
-        # Each task has an input of its own: these examples go through all of them.
-        given = {
-            key: x
-            if np.shape(x)[1:] == tuple(value.shape[1:])
-            else np.zeros((len(x), *(d or 1 for d in value.shape[1:])), "float32")
-            for key, value in inputs.items()
-        }
-    found = network.predict(given, verbose=0)
-    labels = np.asarray(y)
-    if len(labels) != len(next(iter(found.values()))[0]) or len(labels) < 2:
-        raise ValueError(
-            f"{owner}: `data` must be a pair (x, y) of two examples or more, as many in "
-            f"each. Received: labels of shape {labels.shape}, and features of "
-            f"{len(next(iter(found.values()))[0])} examples."
-        )
+    given = _examples(data[0], rebuilt.inputs, len(labels) if labels.ndim else 0, owner)
+    found = keras.Model(rebuilt.inputs, features).predict(given, verbose=0)
     errors = {task: _leave_one_out_error(found[task], labels) for task in tasks}
     return min(errors, key=lambda task: errors[task])
+
+
+def _examples(x: Any, inputs: Any, count: int, owner: str) -> Any:
+    """The examples of a new task as the old network takes them.
+
+    Where each task has an input of its own they go through all that take such a shape.
+    """
+    if isinstance(inputs, dict) and not isinstance(x, dict):
+        values = real_array("data[0]", x, owner)
+        fitting = [tuple(i.shape[1:]) for i in tree.flatten(inputs)]
+        if values.ndim == 0 or not any(_fits(values.shape, shape) for shape in fitting):
+            what = f"examples of one of the shapes {sorted(set(fitting))}"
+            raise refusal("data[0]", x, owner, what)
+        values = np.asarray(values)
+        x = tree.map_structure(
+            lambda i: (
+                values
+                if _fits(values.shape, tuple(i.shape[1:]))
+                else np.zeros((len(values), *(d or 1 for d in i.shape[1:])), values.dtype)
+            ),
+            inputs,
+        )
+    expected = [tuple(i.shape) for i in tree.flatten(inputs)]
+    try:
+        tree.assert_same_structure(inputs, x)
+        shapes = [np.shape(value) for value in tree.flatten(x)]
+    except (TypeError, ValueError):
+        shapes = []
+    fine = count > 1 and len(shapes) == len(expected)
+    if not fine or not all(
+        found[:1] == (count,) and _fits(found, shape[1:])
+        for found, shape in zip(shapes, expected)
+    ):
+        what = (
+            "a pair (x, y) of two examples or more, as many in each: arrays for inputs of "
+            f"the shapes {expected}"
+        )
+        raise ValueError(
+            f"{owner}: `data` must be {what}. Received: labels for {count} examples, and "
+            f"x={shown(x)}."
+        )
+    return x
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether examples have a shape, whose open sizes are None."""
+    return len(shape) == len(expected) + 1 and all(
+        b in (None, a) for a, b in zip(shape[1:], expected)
+    )
 
 
 def _leave_one_out_error(features: Sequence[np.ndarray], labels: np.ndarray) -> float:
@@ -439,7 +474,8 @@ def _with_input(
     if not demand.apart or not isinstance(inputs, dict):
         return rebuilt.inputs, {}
     users = users_of(traced, len(traced.by_task or ()))
-    result, own = dict(rebuilt.inputs), {}
+    own: dict[Value, keras.KerasTensor] = {}
+    result = dict(rebuilt.inputs)
     for key, given in inputs.items():
         values = tree.flatten(traced.inputs[key])
         using = {

@@ -1,5 +1,6 @@
 """What the layers of a network of T tasks share and cost, as a table."""
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -11,8 +12,6 @@ from keras import tree
 
 from dmtrl_keras.conversion.graph import (
     Call,
-    Trace,
-    Value,
     checked_functional,
     number_of_tasks,
     trace,
@@ -97,6 +96,10 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
     by_task = traced.by_task
     tasks = number_of_tasks(model) if by_task is None else len(by_task)
     users = users_of(traced, tasks)
+    # Of tasks that came later, which T separate networks would have kernels for too.
+    added = collections.Counter(
+        id(call.operation) for call in traced.calls if call.own is not None
+    )
     rows: dict[int, LayerSummary] = {}
     owners: dict[int, str | None] = {}
     for call in traced.calls:
@@ -104,16 +107,12 @@ def task_summary(model: keras.Model, verbose: bool = True) -> list[LayerSummary]
         if not (isinstance(layer, keras.layers.Layer) and layer.weights):
             continue
         using = users[call]
-        row = _row(call, using, tasks)
+        row = _row(call, using, tasks, added[id(layer)])
         seen = rows.get(id(layer))
         if seen is not None:
             row = dataclasses.replace(row, flops=seen.flops + row.flops)
             if call.own is not None:
-                # A kernel and a bias for one more task.
-                more = seen.parameters_if_independent + _of_one_kernel(layer)
-                row = dataclasses.replace(
-                    row, parameters_if_independent=more, output_shape=seen.output_shape
-                )
+                row = dataclasses.replace(row, output_shape=seen.output_shape)
         rows[id(layer)] = row
         owners[id(layer)] = next(iter(using)) if row.sharing == _of_one(using) else None
     ordered = _in_order_of_tasks(rows, owners, list(by_task or ()))
@@ -141,7 +140,7 @@ def _of_one(users: set[str]) -> str:
     return f"({next(iter(users))})" if len(users) == 1 else ""
 
 
-def _row(call: Call, users: set[str], tasks: int) -> LayerSummary:
+def _row(call: Call, users: set[str], tasks: int, added: int) -> LayerSummary:
     layer = call.operation
     input_shape = tuple(call.inputs[0].spec.shape)
     outputs = tree.map_structure(lambda value: value.spec, call.outputs)
@@ -153,7 +152,7 @@ def _row(call: Call, users: set[str], tasks: int) -> LayerSummary:
         # What only training needs is no part of the network.
         states = (layer.selection, layer.prior)
         parameters -= sum(state.count_params() for state in states if state is not None)
-        independent = layer.tasks * _of_one_kernel(layer)
+        independent = (layer.tasks + added) * _of_one_kernel(layer)
         flops = layer.flops(input_shape, alone=call.own is not None) // NOMINAL_BATCH
     elif isinstance(layer, TaskColumn):
         # Without factors it would be a kernel, which stands with the layer's others.

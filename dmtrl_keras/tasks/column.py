@@ -68,7 +68,8 @@ class TaskColumn(CheckedLayer):
                 raise refusal(name, value, owner, "a whole number from 0")
         if not latents and not outputs:
             raise ValueError(
-                f"{owner}: expected a column, a bias or both. Received: latents=0, outputs=0."
+                f"{owner}: expected a column, a bias or both. Received: latents=0, "
+                "outputs=0."
             )
         super().__init__(**kwargs)
         self.latents = int(latents)

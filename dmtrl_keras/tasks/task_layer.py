@@ -384,7 +384,11 @@ class TaskLayer(CheckedLayer):
         channels = self._input_channels * (1 if alone or self.shared_input else self.tasks)
         found = inputs.shape[self._axis()]
         if found is not None and found != channels:
-            of = "one task's" if alone or self.shared_input else f"those of {self.tasks} tasks"
+            of = (
+                "one task's"
+                if alone or self.shared_input
+                else f"those of {self.tasks} tasks"
+            )
             raise ValueError(
                 f"{name_of(self)}: expected {channels} channels, {of}, as when it was "
                 f"built. Received: an input of shape {tuple(inputs.shape)}."

@@ -251,13 +251,13 @@ class TaskKernel(keras.layers.Layer):
             plans = []
         if implementation != "contract":
             plans = [*plans, (composition,)]
-        candidates: list[Sequence[Stage]] = list(plans)
         geometry = self._geometry
 
         def flops(plan: Sequence[Stage]) -> int:
             return self._flops(plan, tasks, shared_input, geometry)
 
-        return tuple(min(candidates, key=flops))
+        cheapest = min(plans, key=flops)
+        return tuple(cheapest)
 
     def flops(self, geometry: Geometry, alone: bool = False) -> int:
         """Operations of one forward pass in the order of work that was chosen.

@@ -21,6 +21,7 @@ from dmtrl_keras.conversion.export import export_tasks
 from dmtrl_keras.conversion.summary import LayerSummary, task_summary
 from dmtrl_keras.dmtrl.factorize import factorize
 from dmtrl_keras.dmtrl.strength import (
+    chance_of_sharing,
     plot_sharing_strength,
     sharing_strength,
     sharing_strength_of,
@@ -60,6 +61,7 @@ __all__ = [
     "__version__",
     "aggregate_similar_kernels",
     "canonical_correlation",
+    "chance_of_sharing",
     "conversion",
     "decomposition",
     "distribution",

@@ -490,7 +490,8 @@ def factorized_variants(source, method, rank, tolerance):
     with warnings.catch_warnings():
         # LeNet's output of one unit can't have a fraction of its weights.
         warnings.simplefilter("ignore", UserWarning)
-        model = factorize(source, method, rank=rank, tolerance=tolerance, verbose=False)
+        choice = {"rank": rank, "tolerance": tolerance, "keep_larger": True}
+        model = factorize(source, method, verbose=False, **choice)
     models = {name: _with_implementation(model, name) for name in IMPLEMENTATIONS}
     report = factorization_report(model)
     after = sum(entry.parameters_after for entry in report)

@@ -26,6 +26,7 @@ import pandas as pd
 from keras import ops
 
 from dmtrl_keras import (
+    chance_of_sharing,
     factorization_report,
     factorize,
     plot_sharing_strength,
@@ -292,11 +293,11 @@ def draw(digits, fraction, seed):
     return np.random.default_rng(seed).permutation(available)[:size]
 
 
-def _strengths(model):
-    """Eq. 9 for all four layers; those before the tasks split are wholly shared."""
+def _strengths(model, of=sharing_strength):
+    """Eq. 9 for all four layers, or its chance; those before the split are shared."""
     strengths = dict.fromkeys(LAYERS, 1.0)
     if task_layers(model):
-        strengths |= sharing_strength(model)
+        strengths |= of(model)
     return strengths
 
 
@@ -365,13 +366,16 @@ def plot_errors(runs, path):
 
 
 def plot_strengths(runs, path):
-    """Mean sharing strength of each layer at the smallest fraction (Eq. 9)."""
+    """Mean sharing strength of each layer at the smallest fraction (Eq. 9), and chance."""
     smallest = runs[runs.fraction == runs.fraction.min()]
-    strengths = {
-        method: pd.DataFrame(list(group.sharing_strength)).mean().to_dict()
-        for method, group in smallest.groupby("method", sort=False)
-    }
-    plot_sharing_strength(strengths, path)
+    strengths, chance = {}, {}
+    for method, group in smallest.groupby("method", sort=False):
+        strengths[method] = pd.DataFrame(list(group.sharing_strength)).mean().to_dict()
+        # Runs of earlier versions lack it.
+        known = group.get("chance_of_sharing", pd.Series(dtype=object)).dropna()
+        if len(known):
+            chance[method] = pd.DataFrame(list(known)).mean().to_dict()
+    plot_sharing_strength(strengths, path, chance or None)
 
 
 def rank(text):
@@ -534,6 +538,7 @@ class Mnist(Experiment):
             "multiclass_error": multiclass,
             "seconds": seconds,
             "sharing_strength": _strengths(model),
+            "chance_of_sharing": _strengths(model, chance_of_sharing),
             "ranks": {entry.layer: entry.rank for entry in factorization_report(model)},
         }
 

@@ -109,7 +109,8 @@ def network(options, method):
                 shape = layer.stacked_kernel_shape[:-1]
                 layer.kernel.assign(draw_stacked_kernel(None, shape, len(TASKS), False))
         if kind != "stl":
-            model = factorize(model, kind, tolerance=options.tolerance, verbose=False)
+            how_close = {"tolerance": options.tolerance, "keep_larger": True}
+            model = factorize(model, kind, verbose=False, **how_close)
     else:
         with warnings.catch_warnings():
             # Tasks that can't differ are meant here; LAF has no half of two kernels.

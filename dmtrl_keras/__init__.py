@@ -22,6 +22,7 @@ from dmtrl_keras.conversion.growing import add_task, remove_task
 from dmtrl_keras.conversion.summary import LayerSummary, task_summary
 from dmtrl_keras.dmtrl.factorize import factorize
 from dmtrl_keras.dmtrl.strength import (
+    chance_of_sharing,
     plot_sharing_strength,
     sharing_strength,
     sharing_strength_of,
@@ -62,6 +63,7 @@ __all__ = [
     "add_task",
     "aggregate_similar_kernels",
     "canonical_correlation",
+    "chance_of_sharing",
     "conversion",
     "decomposition",
     "distribution",

@@ -224,7 +224,10 @@ def cases():
     for name in ("canonical_correlation", "task_similarity"):
         module = "dmtrl_keras" if name == "task_similarity" else name
         found[f"{module}.{name}"] = Case(owners=["canonical_correlation"], x=x, y=y)
-    for name in ("sharing_strength", "task_layers", "factorization_report"):
+    for name in (
+        *("chance_of_sharing", "sharing_strength"),
+        *("task_layers", "factorization_report"),
+    ):
         found[f"dmtrl_keras.{name}"] = Case(model=plain)
     for name in ("task_covariance", "task_correlation"):
         found[f"dmtrl_keras.{name}"] = Case(owners=["task_covariance"], model=trained)

@@ -40,7 +40,7 @@ from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.tasks.conv import TaskConv
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.rewrite import make_layer, started_layer
-from dmtrl_keras.tasks.rewrite_models import factorization_report, print_report
+from dmtrl_keras.tasks.rewrite_models import factorization_report, print_report, times
 from dmtrl_keras.tasks.task_layer import TaskLayer
 from dmtrl_keras.training.model import MultiTaskModel
 
@@ -113,7 +113,9 @@ def multitask(
             functions by layer name or pattern, after which layers they go. None: none.
         name: name of the model. None: that of the backbone and `_multitask`.
         verbose: bool, whether to print the report of the factorisations, if there
-            are any: ranks, errors and parameters, as from `factorization_report`.
+            are any: ranks, errors and parameters, as from `factorization_report`. Layers
+            whose factors are more than T kernels get them, since they were asked for; a
+            `UserWarning` names them.
         implementation: deprecated; give a parameterization, such as
             `sharing=Tucker(tolerance=0.1, implementation="compose")`.
         threshold: deprecated; `sharing=SimilarKernels(0.4)`, or
@@ -188,7 +190,25 @@ def multitask(
     model = MultiTaskModel(inputs, outputs, name=name)
     if verbose and factorization_report(model):
         print_report(model)
+    _warn_of_growth(model)
     return model
+
+
+def _warn_of_growth(model: keras.Model) -> None:
+    """Name the layers whose factors are more than T kernels."""
+    grown = [
+        f"{entry.layer} ({times(entry.parameters_after, entry)})"
+        for entry in factorization_report(model)
+        if entry.parameters_after > entry.parameters_before
+    ]
+    if grown:
+        warnings.warn(
+            "multitask: the factors of these layers have more weights than a kernel for "
+            f"each task, by so many times: {', '.join(grown)}. Expected: a smaller rank or "
+            "task rank, a larger tolerance, or no factors there, as in "
+            "`sharing={'small_layer': 'independent', '*': 'tucker'}`.",
+            stacklevel=3,
+        )
 
 
 # --- what was asked for -------------------------------------------------------------

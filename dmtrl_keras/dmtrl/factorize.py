@@ -5,10 +5,12 @@ Approach" (ICLR 2017), section 4: train the tasks independently, decompose each 
 kernel, and train on from its factors.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from dmtrl_keras.dmtrl.decomposition import Rank, TaskRank, Threshold
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
@@ -21,6 +23,7 @@ from dmtrl_keras.ground.validation import (
     shown,
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
 from dmtrl_keras.tasks.rewrite_models import print_report, with_layers
@@ -37,6 +40,7 @@ def factorize(
     threshold: Threshold = "frobenius",
     verbose: bool = True,
     task_rank: TaskRank = None,
+    keep_larger: bool = False,
 ) -> keras.Model:
     """The same network with factorised kernels, started from trained ones.
 
@@ -44,6 +48,9 @@ def factorize(
     Eq. 6-8 of DMTRL); its factors become the variables of a new layer. Biases, heads
     and all other layers are carried over with their weights. The given model is left as
     it was, and the new one is not compiled.
+
+    A layer whose factors would have more weights than its kernels, as small layers may,
+    keeps its kernels, whether a tolerance or a rank asked for them; the report says so.
 
     Args:
         model: a built functional or Sequential Keras model with layers of independent
@@ -63,9 +70,12 @@ def factorize(
         verbose: bool, whether to print the table of `factorization_report`.
         task_rank: int or fraction of the tasks, the rank of their axis. None: full with
             `rank`, else the tolerance's.
+        keep_larger: bool, whether layers get their factors also where these have more
+            weights than the kernels.
 
     Returns:
-        A new model of the same kind, layer names and input and output structure.
+        A new model of the same kind, layer names and input and output structure. Where no
+        layer is left to have factors, it is an equal copy, with a `UserWarning`.
 
     Raises:
         ValueError: if the method is not a factorisation, a named layer is missing or
@@ -85,6 +95,7 @@ def factorize(
     owner = "factorize"
     check_model(model, owner)
     check_bool("verbose", verbose, owner)
+    check_bool("keep_larger", keep_larger, owner)
     if layers is not None and not (callable(layers) or is_list(layers)):
         what = "a list of names of layers, a function of a layer, or None"
         raise refusal("layers", layers, owner, what)
@@ -99,6 +110,7 @@ def factorize(
     if ranks is not None and layers is None:
         layers = _those_of(ranks, model)
     chosen = _chosen(model, layers)
+    declined: dict[int, Factorization] = {}
 
     def factorized(layer: TaskLayer) -> TaskLayer | None:
         if id(layer) not in chosen:
@@ -111,9 +123,28 @@ def factorize(
             )
         options = {"implementation": implementation, "threshold": threshold}
         sharing = kind.of_trained(own, tolerance, task_rank, **options)
-        return _factorized(layer, sharing)
+        kernel, factors = _decomposed(layer, sharing)
+        size = sum(value.size for value in factors.values())
+        if size > kernel.size and not keep_larger:
+            declined[id(layer)] = _kept(layer, kernel, size)
+            return None
+        return started_layer(
+            lambda other: with_sharing(layer, other), sharing, kernel, factors
+        )
 
-    new = with_layers(model, factorized, "factorize")
+    new = with_layers(model, factorized, "factorize", declined)
+    if len(declined) == len(chosen):
+        sizes = "; ".join(
+            f"{entry.layer} {entry.declined} instead of {entry.parameters_before}"
+            for entry in declined.values()
+        )
+        warnings.warn(
+            f"{owner}: the model {model.name!r} is returned as it was, since the factors "
+            f"of each layer would have more weights than its kernels: {sizes}. Received: "
+            f"rank={rank!r}, tolerance={tolerance!r}, task_rank={task_rank!r}. Expected: a "
+            "smaller rank, a larger tolerance, or keep_larger=True for larger factors.",
+            stacklevel=2,
+        )
     if verbose:
         print_report(new)
     return new
@@ -179,13 +210,28 @@ def _named(names: Collection[str]) -> Callable[[TaskLayer], bool]:
     return lambda layer: layer.name in names
 
 
-def _factorized(layer: TaskLayer, sharing: Parameterization) -> TaskLayer:
-    """An unbuilt factorised copy of a layer."""
+def _decomposed(
+    layer: TaskLayer, sharing: Parameterization
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The stacked kernel of a layer in float64, and its factors."""
     kernel = keras.ops.convert_to_numpy(layer.kernel).astype("float64")
     try:
-        values = sharing.decompose(kernel)
+        return kernel, sharing.decompose(kernel)
     except ValueError as error:
         raise ValueError(
             f"{type(layer).__name__} {layer.name!r}, stacked kernel {kernel.shape}: {error}"
         ) from error
-    return started_layer(lambda own: with_sharing(layer, own), sharing, kernel, values)
+
+
+def _kept(layer: TaskLayer, kernel: np.ndarray, size: int) -> Factorization:
+    """The report of a layer that keeps its kernels, whose factors have `size` entries."""
+    return Factorization(
+        layer=layer.name,
+        method=layer.sharing.name,
+        shape=tuple(kernel.shape),
+        rank=(),
+        parameters_before=int(kernel.size),
+        parameters_after=int(kernel.size),
+        error=0.0,
+        declined=int(size),
+    )

@@ -1,4 +1,4 @@
-"""What became of a stacked kernel that was replaced by factors."""
+"""What became of a stacked kernel that was to be replaced by factors."""
 
 import dataclasses
 from typing import Any, Self
@@ -10,12 +10,14 @@ class Factorization:
 
     Attributes:
         layer: str, name of the layer.
-        method: str, name of the parameterization.
+        method: str, name of the parameterization that the layer has.
         shape: tuple, the stacked kernel's shape.
-        rank: tuple of ints.
+        rank: tuple of ints, `()` of a layer without factors.
         parameters_before: int, entries of the stacked kernel.
-        parameters_after: int, entries of the factors.
+        parameters_after: int, entries of what the layer has instead.
         error: float, `||W - W'||_F / ||W||_F`.
+        declined: int, the entries that factors would have had, of a layer that kept its
+            kernels since those are fewer (`factorize`). None: the layer has factors.
     """
 
     layer: str
@@ -25,6 +27,8 @@ class Factorization:
     parameters_before: int
     parameters_after: int
     error: float
+    # Files of earlier versions lack it.
+    declined: int | None = None
 
     def get_config(self) -> dict[str, Any]:
         """The attributes, as a dict that JSON takes."""

@@ -1,6 +1,6 @@
 """Models in which some layers with T kernels are others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -13,7 +13,10 @@ from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
 
 
 def with_layers(
-    model: keras.Model, replace: Callable[[Any], TaskLayer | None], owner: str
+    model: keras.Model,
+    replace: Callable[[Any], TaskLayer | None],
+    owner: str,
+    reports: Mapping[int, Factorization] | None = None,
 ) -> keras.Model:
     """A copy of a model in which some layers with T kernels are others.
 
@@ -22,6 +25,8 @@ def with_layers(
         replace: function of a layer that returns another one with T kernels, unbuilt, which
             has a start of its own for them; or None, for an equal copy.
         owner: str, the function to name in the error.
+        reports: dict from the id of a layer that is not replaced to the `factorization`
+            that its copy gets. It is read after all calls of `replace`.
 
     Returns:
         The new model. Layers that aren't replaced have their weights, the others their
@@ -52,6 +57,8 @@ def with_layers(
     for copy, layer, replaced in copies:
         if not replaced:
             copy.set_weights(layer.get_weights())
+            if reports and id(layer) in reports:
+                copy.factorization = reports[id(layer)]
             continue
         if layer.use_bias:
             copy.bias.assign(layer.bias)
@@ -68,7 +75,8 @@ def factorization_report(model: keras.Model) -> list[Factorization]:
             and loaded.
 
     Returns:
-        A list of `Factorization`, in the order of the layers.
+        A list of `Factorization`, in the order of the layers. Those that `factorize` left
+        with their kernels are in it; `declined` says how large their factors would be.
 
     Raises:
         ValueError: on what is no Keras model.
@@ -90,10 +98,10 @@ def print_report(model: keras.Model) -> None:
             entry.layer,
             entry.method,
             entry.shape,
-            entry.rank,
+            entry.rank or "-",
             f"{entry.parameters_before:,}",
             f"{entry.parameters_after:,}",
-            f"{entry.parameters_after / entry.parameters_before:.3f}",
+            times(entry.parameters_after, entry),
             f"{entry.error:.4f}",
         ]
         for entry in report
@@ -101,4 +109,22 @@ def print_report(model: keras.Model) -> None:
     ratio = f"{after / before:.3f}" if before else "-"
     rows.append(["Total", "", "", "", f"{before:,}", f"{after:,}", ratio, ""])
     columns = ["Layer", "Method", "Kernel", "Rank", "Before", "After", "Ratio", "Error"]
-    print_table(f"Factorised: {model.name}", columns, rows, texts=4, totals=1)
+    kept = [
+        f"{entry.layer} ({entry.declined:,}, {times(entry.declined, entry)} times as many)"
+        for entry in report
+        if entry.declined is not None
+    ]
+    note = f"Kept their kernels, since factors would have more weights: {', '.join(kept)}."
+    print_table(
+        f"Factorised: {model.name}",
+        columns,
+        rows,
+        texts=4,
+        totals=1,
+        caption=note if kept else None,
+    )
+
+
+def times(parameters: int, entry: Factorization) -> str:
+    """A number of parameters relative to the stacked kernel's, to three digits."""
+    return f"{parameters / entry.parameters_before:.3f}"

@@ -125,7 +125,8 @@ def test_whole_command(tmp_path, rng, capsys, few_steps):
     for line in lines:
         results = json.loads(line)["results"]
         assert 0 <= results["multiclass_error"] <= 1
-        assert list(results["sharing_strength"]) == ["conv1", "conv2", "fc", "output"]
+        for name in ("sharing_strength", "chance_of_sharing"):
+            assert list(results[name]) == ["conv1", "conv2", "fc", "output"]
     for name in ("errors.png", "sharing_strength.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
         assert (page.parent / "figures" / f"out_{name}").exists()

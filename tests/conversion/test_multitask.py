@@ -1,5 +1,7 @@
 """multitask(): sharing, forms, heads, errors, on small backbones of every layer kind."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -288,6 +290,34 @@ def test_factorised(sharing, rng, capsys):
     assert "block_conv" not in capsys.readouterr().out
 
 
+def test_layers_that_grow():
+    """They get the factors that were asked for; a warning and the report name them."""
+    backbone = keras.Sequential(
+        [
+            keras.Input((30,)),
+            keras.layers.Dense(30, name="large"),
+            keras.layers.Dense(3, name="narrow"),
+            keras.layers.Dense(4, name="small"),
+        ]
+    )
+    # Of rank 1, as a layer is that compresses.
+    backbone.get_layer("large").kernel.assign(np.outer(np.arange(30), np.ones(30)))
+    arguments = {"tolerance": 0.1, "verbose": False}
+    with pytest.warns(
+        UserWarning, match=r"multitask: .* times: small \(1\.\d+\)\. Exp"
+    ) as w:
+        model = multitask(backbone, NAMES, sharing="tucker", **arguments)
+    large, narrow, small = factorization_report(model)
+    assert small.parameters_after > small.parameters_before
+    for entry in (large, narrow):
+        assert entry.parameters_after <= entry.parameters_before
+    assert any(warning.filename == __file__ for warning in w)
+    sharing = {"small": "independent", "*": "tucker"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        multitask(backbone, NAMES, sharing, **arguments)
+
+
 def test_sharing_by_name(rng):
     """The first pattern that fits holds; objects keep their own ranks."""
     model = multitask(
@@ -520,7 +550,7 @@ def test_file_and_factorize(sharing, shared_input, rng, tmp_path):
     fresh.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_allclose(fresh(given)["c"], expected["c"], atol=1e-6)
     if sharing == "independent":
-        factorized = factorize(model, "tt", rank=1.0, verbose=False)
+        factorized = factorize(model, "tt", rank=1.0, verbose=False, keep_larger=True)
         assert type(factorized) is type(model)
         np.testing.assert_allclose(factorized(given)["b"], expected["b"], atol=1e-4)
 

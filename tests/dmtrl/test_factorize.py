@@ -1,11 +1,23 @@
 """From trained independent kernels to factors: the same network, smaller."""
 
+import math
+import warnings
+
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 
-from dmtrl_keras import factorization_report, factorize, layers, task_layers
+from dmtrl_keras import (
+    Factorization,
+    factorization_report,
+    factorize,
+    layers,
+    parameterizations,
+    task_layers,
+)
 
 METHODS = ("laf", "tucker", "tt")
 
@@ -51,7 +63,7 @@ def test_full_rank_keeps_the_outputs(method, rng):
     x = rng.normal(size=(4, 8, 8, 2)).astype("float32")
     expected = model.predict(x, verbose=0)
     weights = model.get_weights()
-    new = factorize(model, method, rank=1.0, verbose=False)
+    new = factorize(model, method, rank=1.0, verbose=False, keep_larger=True)
     outputs = new.predict(x, verbose=0)
     assert list(outputs) == list(expected)
     for name in expected:
@@ -68,7 +80,8 @@ def test_full_rank_keeps_the_outputs(method, rng):
 def test_report_is_true(method, tolerance, rng):
     """Ranks, counts and errors are those of the new layers, within the tolerance."""
     model = randomize(network(), rng)
-    new = factorize(model, method, tolerance=tolerance, verbose=False)
+    choice = {"tolerance": tolerance, "keep_larger": True}
+    new = factorize(model, method, verbose=False, **choice)
     report = factorization_report(new)
     assert [entry.layer for entry in report] == [layer.name for layer in task_layers(new)]
     old = {layer.name: layer for layer in task_layers(model)}
@@ -98,7 +111,8 @@ def test_carries_over_everything_else(rng):
 def test_choosing_layers(rng):
     """By name, by function, and with ranks of their own."""
     model = randomize(network(), rng)
-    new = factorize(model, "laf", layers=["conv", "nested"], verbose=False)
+    larger = {"keep_larger": True, "verbose": False}
+    new = factorize(model, "laf", layers=["conv", "nested"], **larger)
     kinds = {layer.name: layer.sharing.name for layer in task_layers(new)}
     assert kinds == {
         "conv": "laf",
@@ -112,17 +126,17 @@ def test_choosing_layers(rng):
         "tucker",
         rank=1.0,
         layers=lambda layer: isinstance(layer, layers.TaskDense),
-        verbose=False,
+        **larger,
     )
     assert type(new.get_layer("twice")) is layers.TuckerDense
     assert type(new.get_layer("conv")) is layers.TaskConv2D
-    new = factorize(model, "tt", rank={"conv": 2, "twice": (3, 2)}, verbose=False)
+    new = factorize(model, "tt", rank={"conv": 2, "twice": (3, 2)}, **larger)
     assert new.get_layer("twice").rank == (3, 2)
     assert new.get_layer("conv").rank == (2, 2, 2, 3)
     assert len(factorization_report(new)) == 2
     # By pattern and by class; the first that fits holds.
     ranks = {"t*": (3, 2), "Dense": (2, 2), "Conv2D": 2}
-    new = factorize(model, "tt", rank=ranks, verbose=False)
+    new = factorize(model, "tt", rank=ranks, **larger)
     found = {layer.name: layer.rank for layer in task_layers(new)}
     assert found["twice"] == (3, 2) and found["nested"] == (2, 2)
     assert found["conv"] == (2, 2, 2, 3) and found["depthwise"] is None
@@ -138,7 +152,8 @@ def test_task_rank(method, rng):
     model = randomize(network(), rng)
 
     def ranks(**choice):
-        new = factorize(model, method, layers=["nested"], verbose=False, **choice)
+        choice |= {"keep_larger": True, "verbose": False}
+        new = factorize(model, method, layers=["nested"], **choice)
         return {layer.name: layer.rank for layer in task_layers(new)}["nested"]
 
     assert ranks(task_rank=2)[-1] == 2
@@ -162,7 +177,7 @@ def test_task_rank(method, rng):
 def test_factorized_model_trains_saves_and_prints(rng, tmp_path, capsys):
     """It goes on like any model, and says what was done."""
     model = randomize(network(), rng)
-    new = factorize(model, "tucker", tolerance=0.5)
+    new = factorize(model, "tucker", tolerance=0.5, keep_larger=True)
     printed = capsys.readouterr().out
     assert "Total" in printed
     assert "conv" in printed
@@ -191,6 +206,106 @@ def test_sequential(rng):
     assert isinstance(new, keras.Sequential)
     x = rng.normal(size=(2, 5)).astype("float32")
     np.testing.assert_allclose(new(x), model(x), atol=1e-5)
+
+
+def one_layer(window, inputs, outputs, tasks):
+    """A network of one layer, dense or convolutional."""
+    inputs = keras.Input((*(size + 1 for size in window), inputs))
+    given = {"tasks": tasks, "shared_input": True, "common_draw": False, "name": "one"}
+    if not window:
+        return keras.Model(inputs, layers.TaskDense(outputs, **given)(inputs))
+    layer = getattr(layers, f"TaskConv{len(window)}D")(outputs, window, **given)
+    return keras.Model(inputs, layer(inputs))
+
+
+HOW = st.sampled_from(["frobenius", "singular_value"])
+CHOICES = st.one_of(
+    st.builds(lambda t, h: {"tolerance": t, "threshold": h}, st.floats(0.01, 0.95), HOW),
+    st.builds(lambda rank: {"rank": rank}, st.floats(0.05, 1)),
+    st.builds(lambda rank: {"rank": rank}, st.integers(1, 3)),
+    st.just({}),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    window=st.lists(st.integers(1, 3), max_size=3),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(2, 6)),
+    common=st.sampled_from([0, 1, 30]),
+    choice=CHOICES,
+    seed=st.integers(0, 99),
+)
+def test_never_larger_in_silence(window, sizes, common, choice, seed):
+    """Not more weights than before; with `keep_larger` what the decomposition gives."""
+    model, rng = one_layer(tuple(window), *sizes), np.random.default_rng(seed)
+    kernel = model.get_layer("one").kernel
+    alike = common * rng.normal(size=(*kernel.shape[:-1], 1))
+    kernel.assign(alike + rng.normal(size=kernel.shape))
+    before, size = model.count_params(), math.prod(kernel.shape)
+    if isinstance(choice.get("rank"), int):
+        # Above all bounds an int is an error.
+        choice = {"rank": min(choice["rank"], *sizes)}
+    for method in METHODS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            new = factorize(model, method, verbose=False, **choice)
+            whole = factorize(model, method, verbose=False, keep_larger=True, **choice)
+        sharing = type(parameterizations.get(method)).of_trained(**choice)
+        factors = sharing.decompose(ops.convert_to_numpy(kernel).astype("float64"))
+        expected = sum(factor.size for factor in factors.values())
+        assert new.count_params() <= before
+        assert whole.count_params() - before == expected - size
+        layer = whole.get_layer("one")
+        assert layer.rank == sharing.rank({n: f.shape for n, f in factors.items()})
+        (entry,) = factorization_report(new)
+        if expected > size:
+            assert entry.declined == expected and entry.rank == ()
+            assert (entry.parameters_before, entry.parameters_after) == (size, size)
+            np.testing.assert_array_equal(new.get_layer("one").kernel, kernel)
+        else:
+            assert entry == factorization_report(whole)[0]
+            assert entry.declined is None and entry.parameters_after == expected
+
+
+def test_layers_that_keep_their_kernels(rng, tmp_path, capsys):
+    """They say so in the report, when it is printed, and after saving and loading."""
+    model = randomize(network(), rng)
+    ranks = {"nested": (9, 2), "twice": (6, 3)}
+    new = factorize(model, "tt", rank=ranks)
+    nested, twice = factorization_report(new)
+    assert nested.declined is None and nested.method == "tt"
+    # Cores of 6 x 6, 6 x 6 x 3 and 3 x 3.
+    assert twice.declined == 36 + 108 + 9
+    assert twice.method == "independent" and twice.parameters_after == 108
+    assert type(new.get_layer("twice")) is layers.TaskDense
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "twice (153, 1.417 times as many)" in printed and "Kept their" in printed
+    new.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert factorization_report(loaded) == [nested, twice]
+    # Another call may still make factors of it, and forgets what was before.
+    again = factorize(loaded, "tt", rank={"twice": 1}, verbose=False, task_rank=2)
+    assert [entry.declined for entry in factorization_report(again)] == [None, None]
+    assert again.get_layer("twice").rank == (1, 2)
+
+
+def test_nothing_to_factorise(rng):
+    """The same network and a warning that says why."""
+    model = randomize(network(), rng)
+    with pytest.warns(UserWarning, match=r"'network'.*twice 153 instead of 108.*rank=1\.0"):
+        new = factorize(model, "tt", rank=1.0, layers=["twice", "conv"], verbose=False)
+    x = rng.normal(size=(2, 8, 8, 2)).astype("float32")
+    for name, output in new(x).items():
+        np.testing.assert_array_equal(output, model(x)[name])
+    assert {entry.method for entry in factorization_report(new)} == {"independent"}
+
+
+def test_reports_of_earlier_versions():
+    """They know nothing of layers that keep their kernels."""
+    entry = Factorization("fc", "tt", (4, 3, 2), (2, 2), 24, 20, 0.1)
+    config = entry.get_config()
+    del config["declined"]
+    assert Factorization.from_config(config) == entry
 
 
 @pytest.mark.parametrize(

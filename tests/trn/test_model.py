@@ -423,7 +423,7 @@ def test_with_the_rest_of_the_library(rng):
     alone = single_task(model, "attribute_1")
     np.testing.assert_allclose(alone(x), model(x)["attribute_1"], atol=1e-5)
     assert task_summary(model)[0].layer.startswith("own")
-    smaller = factorize(model.network, "tucker", tolerance=0.5)
+    smaller = factorize(model.network, "tucker", tolerance=0.5, keep_larger=True)
     again = make_model(Relation("own"), smaller, dict.fromkeys(y, "mse"))
     again.fit(x, y, verbose=0)
     assert model.tasks == 3 and model.task_names[0] == "attribute_0"

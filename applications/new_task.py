@@ -46,7 +46,7 @@ METHODS = {
 }
 
 
-def backbone(width=16):
+def backbone(width):
     """A LeNet without its last layer: two convolutions and a fully connected layer."""
     x = images = keras.Input((28, 28, 1), name="image")
     x = layers.Rescaling(1 / 255, name="rescaling")(x)
@@ -65,10 +65,11 @@ class Part:
         digit: int, the new one.
         images: int, how many images of the nine.
         examples: int, half of them of the new digit.
+        test_images: int, at most so many.
         seed: int.
     """
 
-    def __init__(self, digits, digit, images, examples, seed):
+    def __init__(self, digits, digit, images, examples, test_images, seed):
         rng = np.random.default_rng(seed)
         self.digit = digit
         self.known = [n for n in range(DIGITS) if n != digit]
@@ -82,8 +83,9 @@ class Part:
         few = np.concatenate([new[:half], old[images : images + examples - half]])
         self.few = digits.train_images[few].astype("float32")
         self.is_new = (labels[few] == digit).astype("int32")
-        self.test_images = digits.test_images.astype("float32")
-        self.test_labels = digits.test_labels
+        tested = rng.permutation(len(digits.test_labels))[:test_images]
+        self.test_images = digits.test_images[tested].astype("float32")
+        self.test_labels = digits.test_labels[tested]
 
 
 def balanced_error(is_new, outputs):
@@ -106,7 +108,7 @@ class NewTask(Experiment):
         "optimizer": "adam",
     }
     helps = {"epochs": "of the nine tasks", "learning_rate": "of the nine tasks"}
-    settings = ("images", "examples", "width", "rank", "rates", "steps")
+    settings = ("images", "examples", "test_images", "width", "rank", "rates", "steps")
     settings += ("epochs", "batch_size", "learning_rate", "optimizer")
     data_argument = {
         "default": "sample",
@@ -117,7 +119,8 @@ class NewTask(Experiment):
     def add_arguments(self, p):
         p.add_argument("--images", type=whole(1), default=2000, help="of the nine digits")
         p.add_argument("--examples", type=whole(4), default=20, help="of the new task")
-        p.add_argument("--width", type=whole(1), default=16, help="of the first layer")
+        p.add_argument("--test-images", type=whole(1), default=2000)
+        p.add_argument("--width", type=whole(1), default=8, help="of the first layer")
         p.add_argument(
             "--rank",
             type=real(above=0, most=1),
@@ -141,8 +144,7 @@ class NewTask(Experiment):
         p.add_argument(
             "--choose-on",
             nargs="+",
-            type=int,
-            choices=range(DIGITS),
+            type=whole(0, DIGITS - 1),
             default=[3, 4],
             help="digits that are the new one where rate and steps are chosen",
         )
@@ -170,7 +172,12 @@ class NewTask(Experiment):
                     options,
                     method,
                     lambda digit=digit, seed=seed: Part(
-                        digits, digit, options.images, options.examples, seed
+                        digits,
+                        digit,
+                        options.images,
+                        options.examples,
+                        options.test_images,
+                        seed,
                     ),
                     seed,
                     {"data": digits.name, "seed": seed, "digit": digit, "chooses": chooses},
@@ -180,21 +187,20 @@ class NewTask(Experiment):
         with timed(seed) as took:
             old = self._old(options, method, part, tick)
             before = old.predict(part.test_images, batch_size=500, verbose=0)
-            found, trained = {}, 0
+            keras.utils.set_random_seed(seed)
+            model, larger = self._new(options, method, old, part)
+            start, found = model.get_weights(), {}
             for rate in options.rates:
-                keras.utils.set_random_seed(seed)
-                model = self._new(options, method, old, part)
+                model.set_weights(start)
                 errors = self._train(options, model, rate, part)
                 found |= {f"{rate:g}, {steps}": own for steps, own in errors.items()}
-                trained = trainable_parameters(model)
             unchanged = None
-            if method != "alone":
-                whole = self._larger
-                after = whole.predict(part.test_images, batch_size=500, verbose=0)
+            if larger is not None:
+                after = larger.predict(part.test_images, batch_size=500, verbose=0)
                 unchanged = all(np.array_equal(after[t], before[t]) for t in before)
         return {
             "errors": found,
-            "parameters": trained,
+            "parameters": trainable_parameters(model),
             "unchanged": unchanged,
             "seconds": took.seconds,
         }
@@ -228,26 +234,27 @@ class NewTask(Experiment):
         return model
 
     def _new(self, options, method, old, part):
-        """The network of the new task alone, which shares its layers with the whole one."""
+        """The network of the new task alone, and the whole one, with the same layers."""
         if method == "alone":
             features = backbone(options.width)
             output = layers.Dense(1, "sigmoid", name=f"{NEW}_head")(features.output)
-            return MultiTaskModel(features.input, {NEW: output})
-        self._larger = larger = add_task(old, NEW, head=1, data=(part.few, part.is_new))
-        return MultiTaskModel(larger.input, {NEW: larger.output[NEW]})
+            return MultiTaskModel(features.input, {NEW: output}), None
+        larger = add_task(old, NEW, head=1, data=(part.few, part.is_new))
+        return MultiTaskModel(larger.input, {NEW: larger.output[NEW]}), larger
 
     def _train(self, options, model, rate, part):
         """`[balanced error, 1 - area under the curve]` by the number of steps."""
         model.compile(OPTIMIZERS[options.optimizer](rate), "binary_crossentropy")
         is_new, done, found = part.test_labels == part.digit, 0, {}
         for steps in options.steps:
-            # All examples are one batch.
+            # All examples are one batch, and all steps one epoch, which costs by itself.
+            more = steps - done
+            labels = part.is_new[:, None].astype("float32")
             model.fit(
-                part.few,
-                {NEW: part.is_new[:, None].astype("float32")},
+                np.tile(part.few, (more, 1, 1, 1)),
+                {NEW: np.tile(labels, (more, 1))},
                 batch_size=len(part.few),
-                initial_epoch=done,
-                epochs=steps,
+                shuffle=False,
                 verbose=0,
             )
             done = steps

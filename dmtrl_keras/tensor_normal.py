@@ -4,6 +4,7 @@ from dmtrl_keras.ground.linalg import whitener
 from dmtrl_keras.mrn.tensor_normal import (
     TensorNormal,
     check_covariance,
+    common_mean,
     flip_flop,
     log_density,
     log_determinant,
@@ -16,6 +17,7 @@ from dmtrl_keras.mrn.tensor_normal import (
 __all__ = [
     "TensorNormal",
     "check_covariance",
+    "common_mean",
     "flip_flop",
     "log_density",
     "log_determinant",

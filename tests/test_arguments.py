@@ -247,6 +247,7 @@ def cases():
             owners=["ModeCovariance", "TaskDense"],
             modes=("task", "class"),
             start={"task": np.eye(2)},
+            mean=np.zeros((2, 2, 1)),
         ),
         "dmtrl_keras.MultiTaskModel": Case(**in_and_out()),
         "dmtrl_keras.TaskRelationModel": Case(
@@ -329,6 +330,7 @@ def cases():
         "tensor_normal.check_covariance": Case(
             owner="check_covariance", skip=["owner"], matrix=np.eye(2), size=2
         ),
+        "tensor_normal.common_mean": Case(x=samples, whitener=np.eye(3), mode=1),
         "tensor_normal.flip_flop": Case(
             samples=samples, modes=(0, 1), start=eyes, mean=np.zeros((2, 3)), max_sweeps=2
         ),

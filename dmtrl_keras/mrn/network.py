@@ -1,6 +1,6 @@
 """Deep Relationship Networks: a shared trunk, and layers of each task with a prior."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -16,6 +16,7 @@ from dmtrl_keras.ground.validation import (
     check_positive,
     check_sizes,
     check_task_names,
+    from_keras,
     is_list,
     refusal,
     task_names,
@@ -27,11 +28,12 @@ from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
 from dmtrl_keras.training.model import MultiTaskModel
 
 LAYERS = ("trunk", "bottleneck", "classifier")
+NEW_LAYERS = LAYERS[1:]
 # Tens of thousands of columns say how a few tasks are related; what they say about hundreds
 # of features is mostly noise, so that their covariances are drawn halfway to the identity.
 PRIORS = {
-    "drn": {"task": 1e-3},
-    "mrn": {"feature": 1.0, "class": 1.0, "task": 1e-3},
+    "drn": {"task": 1e-2},
+    "mrn": {"feature": 1.0, "class": 1.0, "task": 1e-2},
 }
 
 
@@ -43,11 +45,12 @@ def relationship_network(
     prior: Literal["drn", "mrn"] | TensorNormalRegularizer | None = "drn",
     layers: Sequence[str] = ("bottleneck", "classifier"),
     binary: bool = False,
-    strength: float = 1e-3,
+    strength: float = 0.3,
     shared_input: bool = False,
     dropout: float = 0.0,
-    common_draw: bool = True,
+    common_draw: bool | Mapping[str, bool] = True,
     name: str | None = None,
+    kernel_initializer: Any = None,
 ) -> MultiTaskModel:
     """A network of T tasks with the same classes, whose relations are learned (DRN, MRN).
 
@@ -78,7 +81,9 @@ def relationship_network(
         bottleneck: positive int, units of the bottleneck (ReLU); None: no such layer.
         prior: `"drn"`: the task mode learns its covariance (DRN Eq. 8); `"mrn"`: those of
             features and classes too; a `TensorNormalRegularizer`; or None. By name
-            `epsilon` is 0.001 for tasks, and 1 for features and classes.
+            `epsilon` is 0.01 for tasks, and 1 for features and classes, and the mean is
+            the start, so that the covariances see what was learned. A regularizer of
+            your own should have `mean="start"` too where there are bottlenecks.
         layers: which layers are the tasks' own: `()`, or the last one, two or three of
             `"trunk"`, `"bottleneck"`, `"classifier"`. The prior is not for the trunk.
         binary: bool. False: softmax over the classes. True: one-versus-rest, a sigmoid for
@@ -86,10 +91,13 @@ def relationship_network(
         strength: float, of the prior, where that is given by name.
         shared_input: bool; one input for all tasks, or a dict of one input per task.
         dropout: float, rate before the classifier.
-        common_draw: bool; whether the tasks' own layers start from the same draw. With
-            draws of their own the kernels of different tasks are as good as orthogonal, and
-            stay so where there is little data: the prior then finds no relations.
+        common_draw: bool, or a dict of them by layer, `"bottleneck"` and `"classifier"`;
+            whether the tasks' own layers start from the same draw. Bottlenecks of different
+            draws have different units, whose classifiers can't be compared.
         name: str, the name of the model.
+        kernel_initializer: a Keras initializer or its name, for both new layers, or a dict
+            by layer. None, also in the dict: zeros for classifiers with a prior, Glorot
+            uniform for all else.
 
     Returns:
         A `MultiTaskModel`, not compiled: from images or features to probabilities
@@ -119,12 +127,11 @@ def relationship_network(
     check_name("name", name, owner)
     check_number("dropout", dropout, owner, 1)
     check_number("strength", strength, owner)
-    for argument, value in (
-        ("binary", binary),
-        ("shared_input", shared_input),
-        ("common_draw", common_draw),
-    ):
+    for argument, value in (("binary", binary), ("shared_input", shared_input)):
         check_bool(argument, value, owner)
+    common = _by_layer("common_draw", common_draw, True)
+    for value in common.values():
+        check_bool("common_draw", value, owner, ", or a dict of them by layer")
     if not binary and classes == 1:
         raise ValueError(
             f"{owner}: `classes` must be 2 or more, since a softmax over one class is "
@@ -138,6 +145,15 @@ def relationship_network(
             f"{owner}: `layers` must be the last few of {LAYERS}, since what comes after a "
             f"task's own layer is its own too. Received: layers={layers!r}."
         )
+    initializers = _by_layer("kernel_initializer", kernel_initializer, None)
+    if initializers["classifier"] is None and prior is not None and layers:
+        # Zeros say nothing about the tasks, and need not be unlearned. Bottlenecks can't
+        # start there, and their units must be the same ones for all tasks: a common draw.
+        initializers["classifier"] = "zeros"
+    initializers = {
+        layer: _initializer("glorot_uniform" if given is None else given)
+        for layer, given in initializers.items()
+    }
     inputs, features = _trunk(backbone, names, "trunk" in layers, shared_input)
 
     def through(
@@ -145,15 +161,19 @@ def relationship_network(
     ) -> Features:
         """The features after a dense layer, the tasks' own or one that they share."""
         if name not in layers:
-            return features.through(keras.layers.Dense(units, activation, name=name))
+            dense = keras.layers.Dense(
+                units, activation, kernel_initializer=initializers[name], name=name
+            )
+            return features.through(dense)
         return features.through_kernels(
             TaskDense(
                 units,
                 len(names),
                 activation,
                 shared_input=features.form == Form.SHARED,
+                kernel_initializer=initializers[name],
                 kernel_regularizer=_prior(prior, strength, each),
-                common_draw=common_draw,
+                common_draw=common[name],
                 name=name,
             )
         )
@@ -174,6 +194,21 @@ def relationship_network(
     return MultiTaskModel(inputs, outputs, name=name or owner)
 
 
+def _by_layer(argument: str, given: Any, default: Any) -> dict[str, Any]:
+    """What was given for each of the new layers; a dict may leave some out."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(NEW_LAYERS, given)
+    if not set(given) <= set(NEW_LAYERS):
+        what = f"one for all layers, or a dict by layer, of {NEW_LAYERS}"
+        raise refusal(argument, given, "relationship_network", what)
+    return {layer: given.get(layer, default) for layer in NEW_LAYERS}
+
+
+def _initializer(given: Any) -> Any:
+    """A Keras initializer."""
+    return from_keras("relationship_network", keras.initializers.get, identifier=given)
+
+
 def _by_task(features: Features) -> dict[str, keras.KerasTensor]:
     """A dict of each task's tensor."""
     names = list(features.names)
@@ -188,7 +223,9 @@ def _prior(
     """The regularizer of one layer, or None."""
     if isinstance(prior, str) and prior in PRIORS:
         epsilon = PRIORS[prior]
-        prior = TensorNormalRegularizer(strength, list(epsilon), epsilon=epsilon)
+        prior = TensorNormalRegularizer(
+            strength, list(epsilon), epsilon=epsilon, mean="start"
+        )
     elif prior is not None and not isinstance(prior, TensorNormalRegularizer):
         raise ValueError(
             f"relationship_network: `prior` must be one of {sorted(PRIORS)}, a "

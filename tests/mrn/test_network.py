@@ -105,14 +105,20 @@ def test_own_regularizer_and_shared_covariance():
         prior = model.get_layer(name).prior
         assert prior.modes["task"] is shared
         assert prior.regularizer.strength == pytest.approx(0.2)
+        assert prior.regularizer.mean == "zero"
     first, second = network(), network(strength=0.5)
-    assert first.get_layer("classifier").prior.regularizer.strength == 1e-3
-    assert second.get_layer("classifier").prior.regularizer.strength == 0.5
+    first, second = (
+        model.get_layer("classifier").prior.regularizer for model in (first, second)
+    )
+    assert (first.strength, first.epsilon, first.mean) == (0.3, {"task": 0.01}, "start")
+    assert second.strength == 0.5
 
 
 def test_without_bottleneck_and_with_dropout(rng):
     """The classifier on the features; dropout in training only."""
-    model = relationship_network((6,), TASKS, 4, bottleneck=None, dropout=0.5)
+    model = relationship_network(
+        (6,), TASKS, 4, None, dropout=0.5, kernel_initializer="glorot_uniform"
+    )
     assert [layer.name for layer in task_layers(model)] == ["classifier"]
     x = {task: rng.normal(size=(3, 6)).astype("float32") for task in TASKS}
     first, again = model(x)["dslr"], model(x)["dslr"]
@@ -123,10 +129,31 @@ def test_without_bottleneck_and_with_dropout(rng):
 def test_draws():
     """Equal kernels at first, or a draw for each task."""
     for common in (True, False):
-        kernel = ops.convert_to_numpy(
-            network(common_draw=common).get_layer("bottleneck").kernel
-        )
+        model = network(common_draw=common)
+        kernel = ops.convert_to_numpy(model.get_layer("bottleneck").kernel)
         assert np.array_equal(kernel[..., 0], kernel[..., 1]) == common
+    model = network(common_draw={"classifier": False}, kernel_initializer="he_normal")
+    for name, common in (("bottleneck", True), ("classifier", False)):
+        kernel = ops.convert_to_numpy(model.get_layer(name).kernel)
+        assert np.array_equal(kernel[..., 0], kernel[..., 1]) == common
+        assert kernel.any()
+
+
+def test_starts():
+    """Classifiers with a prior at zero, all else from a draw, or as it is said."""
+
+    def zero(name, **arguments):
+        kernel = network(**arguments).get_layer(name).kernel
+        return not ops.convert_to_numpy(kernel).any()
+
+    assert zero("classifier") and not zero("bottleneck")
+    assert zero("classifier", layers=("classifier",))
+    for arguments in ({"prior": None}, {"layers": ()}):
+        assert not zero("classifier", **arguments)
+    assert zero("bottleneck", kernel_initializer=keras.initializers.Zeros())
+    own = {"classifier": "glorot_uniform", "bottleneck": None}
+    for name in own:
+        assert not zero(name, kernel_initializer=own)
 
 
 def test_training_saving_and_one_task(tmp_path, rng):
@@ -168,6 +195,9 @@ def test_training_saving_and_one_task(tmp_path, rng):
         ({"bottleneck": 0}, "`bottleneck` must be a positive int or None"),
         ({"layers": ("bottleneck",)}, "must be the last few of"),
         ({"layers": ("fc8",)}, r"Received: layers=\('fc8',\)"),
+        ({"common_draw": None}, "`common_draw` must be True or False, or a dict"),
+        ({"common_draw": {"fc8": True}}, "`common_draw` must be one for all layers, or"),
+        ({"kernel_initializer": "ones and zeros"}, "'ones and zeros'"),
         ({"prior": "normal"}, r"one of \['drn', 'mrn'\].*'normal'"),
         ({"tasks": ["a", "a"]}, "distinct"),
         ({"backbone": (4, 4, 3)}, r"expected a backbone with one output \(batch, features"),

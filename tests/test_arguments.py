@@ -41,6 +41,7 @@ NOT_CALLED = {
     "dmtrl_keras.KernelSharing",
     "dmtrl_keras.LayerSummary",
     "dmtrl_keras.LossTerm",
+    "dmtrl_keras.RelatedRegressions",
     "canonical_correlation.CanonicalCorrelation",
     "conversion.Kernels",
     "conversion.Rule",
@@ -288,6 +289,12 @@ def cases():
         "dmtrl_keras.sharing_strength_of": Case(task_matrix=np.ones((3, 2))),
         "dmtrl_keras.relationship_network": Case(
             backbone=(4,), tasks=["a", "b"], classes=2, bottleneck=2, name="other"
+        ),
+        "dmtrl_keras.relationship_regression": Case(
+            x={"a": samples[:, 0], "b": samples[:, 1]},
+            y={"a": samples[:, 0, 0], "b": samples[:, 1, 0]},
+            owners=["TensorNormalRegularizer"],
+            max_sweeps=2,
         ),
         "dmtrl_keras.task_similarity_matrix": Case(
             owners=["canonical_correlation"], tasks=[x, y]

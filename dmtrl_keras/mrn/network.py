@@ -23,7 +23,7 @@ from dmtrl_keras.ground.validation import (
     refusal,
     task_names,
 )
-from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
+from dmtrl_keras.mrn.regularizer import Mean, TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
@@ -342,20 +342,26 @@ def _by_task(features: Features, name: str) -> dict[str, keras.KerasTensor]:
     return TaskSplit(names, name=name)(features.take(Form.GROUPED))
 
 
+def named_prior(
+    prior: Any, strength: float, mean: Mean, owner: str
+) -> TensorNormalRegularizer | None:
+    """The regularizer that is meant by a name, a `TensorNormalRegularizer`, or None."""
+    if isinstance(prior, str) and prior in PRIORS:
+        epsilon = PRIORS[prior]
+        return TensorNormalRegularizer(strength, list(epsilon), epsilon=epsilon, mean=mean)
+    if prior is not None and not isinstance(prior, TensorNormalRegularizer):
+        raise ValueError(
+            f"{owner}: `prior` must be one of {sorted(PRIORS)}, a "
+            f"TensorNormalRegularizer or None. Received: prior={prior!r}."
+        )
+    return prior
+
+
 def _prior(
     prior: str | TensorNormalRegularizer | None, strength: float, each: str | None
 ) -> TensorNormalRegularizer | None:
     """The regularizer of one layer, or None."""
-    if isinstance(prior, str) and prior in PRIORS:
-        epsilon = PRIORS[prior]
-        prior = TensorNormalRegularizer(
-            strength, list(epsilon), epsilon=epsilon, mean="start"
-        )
-    elif prior is not None and not isinstance(prior, TensorNormalRegularizer):
-        raise ValueError(
-            f"relationship_network: `prior` must be one of {sorted(PRIORS)}, a "
-            f"TensorNormalRegularizer or None. Received: prior={prior!r}."
-        )
+    prior = named_prior(prior, strength, "start", "relationship_network")
     if prior is None or each is None:
         return prior
     modes = [mode for mode in prior.modes if mode != each]

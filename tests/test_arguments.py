@@ -338,6 +338,8 @@ def cases():
             owner="check_covariance", skip=["owner"], matrix=np.eye(2), size=2
         ),
         "tensor_normal.common_mean": Case(x=samples, whitener=np.eye(3), mode=1),
+        "regularizers.SparseTaskPrecision": Case(alpha=0.1),
+        "tensor_normal.graphical_lasso": Case(covariance=np.eye(2) + 1, alpha=0.1),
         "tensor_normal.flip_flop": Case(
             samples=samples, modes=(0, 1), start=eyes, mean=np.zeros((2, 3)), max_sweeps=2
         ),

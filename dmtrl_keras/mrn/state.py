@@ -217,6 +217,17 @@ class TensorNormalState(KernelState):
             variable.assign(value)
         self.step.assign(ops.where(due, ops.zeros_like(step), step))
 
+    def update(self) -> None:
+        """Update the covariances from the kernel as it is, outside of a training step.
+
+        Raises:
+            ValueError: if the kernel has values that are not finite.
+        """
+        self._check_finite()
+        values = self._flip_flop(self._arranged(self._kernel()))
+        for variable, value in zip(self._updated_variables(), values):
+            variable.assign(value)
+
     def _updated_variables(self) -> list[keras.Variable]:
         variables = [] if self._shared is None else [self.scatter]
         for covariance in self.modes.values():
@@ -316,13 +327,16 @@ class TensorNormalState(KernelState):
         Raises:
             ValueError: if the kernel has values that are not finite.
         """
+        self._check_finite()
+        return {
+            name: ops.convert_to_numpy(covariance.covariance)
+            for name, covariance in self.modes.items()
+        }
+
+    def _check_finite(self) -> None:
         kernel = ops.convert_to_numpy(self._kernel())
         if not np.all(np.isfinite(kernel)):
             raise ValueError(
                 f"{self.owner}: the kernel has {np.count_nonzero(~np.isfinite(kernel))} "
                 "values that are not finite; its covariances mean nothing."
             )
-        return {
-            name: ops.convert_to_numpy(covariance.covariance)
-            for name, covariance in self.modes.items()
-        }

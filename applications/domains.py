@@ -153,6 +153,35 @@ def _common_classes(folder, classes):
     return list(first[1])
 
 
+def with_shifted_labels(domains, name, shift, classes):
+    """The same domains, but that one of them contradicts the others.
+
+    Its labels are permuted by a shift, `label + shift` modulo the classes: what it
+    has to learn is as hard as before, and wrong for every other domain.
+
+    Args:
+        domains: dict from name to `Domain`.
+        name: the domain whose labels are shifted.
+        shift: int.
+        classes: int, their number.
+
+    Returns:
+        A dict like `domains`.
+
+    Raises:
+        DataError: if there is no such domain, or the shift leaves its labels as they are.
+    """
+    if name not in domains:
+        raise DataError(f"--outlier: expected one of {list(domains)}. Received: {name!r}.")
+    if not shift % classes:
+        raise DataError(
+            f"--shift: expected an int that {classes}, the number of classes, does not "
+            f"divide. Received: {shift}."
+        )
+    own = domains[name]
+    return {**domains, name: own._replace(labels=(own.labels + shift) % classes)}
+
+
 def draw(domains, fraction, seed, stratified=False):
     """A random training part of each domain; the rest is for testing.
 

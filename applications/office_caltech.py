@@ -12,7 +12,11 @@ in what the tasks share, and in the prior over what they do not share:
 - `drn-bi`: DRN with one-versus-rest classifiers;
 - `mrn`: covariances of features, classes and tasks.
 
+With `--outlier DOMAIN` the labels of one domain are shifted, so that it contradicts the
+others: what is shared with it does harm, unless the sign of the relation is learned.
+
     python -m applications.office_caltech --features FOLDER
+    python -m applications.office_caltech --features FOLDER --outlier amazon
     python -m applications.office_caltech --data FOLDER --trunk ResNet50
 """
 
@@ -35,10 +39,11 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
+from dmtrl_keras.mrn.regularizer import MEANS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
 from .arguments import OPTIMIZERS, REPEATS, real, whole
-from .domains import draw, load_features, load_images
+from .domains import draw, load_features, load_images, with_shifted_labels
 from .experiment import (
     Experiment,
     Table,
@@ -196,8 +201,15 @@ class Trainer:
         if prior is not None:
             epsilon = {**PRIORS[prior], "task": o.epsilon}
             prior = TensorNormalRegularizer(
-                strength, list(epsilon), o.update_every, epsilon=epsilon
+                strength,
+                list(epsilon),
+                o.update_every,
+                epsilon=epsilon,
+                relative=not o.absolute,
+                mean=o.mean,
             )
+            if o.initializer is not None:
+                arguments["kernel_initializer"] = {"classifier": o.initializer}
         backbone = self._new_backbone()
         return relationship_network(
             backbone,
@@ -540,6 +552,12 @@ class OfficeCaltech(Experiment):
         )
         p.add_argument("--domains", nargs="+", help="those to use; all by default")
         p.add_argument(
+            "--outlier", metavar="DOMAIN", help="shift the labels of this domain"
+        )
+        p.add_argument(
+            "--shift", type=whole(1), default=3, help="by so many classes, modulo all"
+        )
+        p.add_argument(
             "--trunk",
             default="ResNet50",
             help="for images: a class of keras.applications, or a .keras file",
@@ -594,15 +612,31 @@ class OfficeCaltech(Experiment):
             "--strengths",
             nargs="+",
             type=real(above=0),
-            default=[1e-3, 1e-2, 1e-1],
+            default=[1e-2, 1e-1, 3e-1, 1.0],
             help="of the priors; several are chosen from by cross-validation",
         )
         p.add_argument("--folds", type=whole(2), default=5)
         p.add_argument(
             "--epsilon",
             type=real(above=0),
-            default=1e-3,
-            help="relative ridge of the task covariances",
+            default=1e-2,
+            help="ridge of the task covariances, relative to their mean variance",
+        )
+        p.add_argument(
+            "--absolute",
+            action="store_true",
+            help="the ridge is absolute, as Eq. 13 is printed",
+        )
+        p.add_argument(
+            "--mean",
+            choices=MEANS,
+            default="start",
+            help="of the priors: what the covariances are deviations from",
+        )
+        p.add_argument(
+            "--initializer",
+            choices=("zeros", "glorot_uniform"),
+            help="of the classifiers with a prior; zeros by default",
         )
         p.add_argument("--update-every", type=whole(1), default=10)
         p.add_argument("--bottleneck", type=whole(1), default=256)
@@ -610,7 +644,8 @@ class OfficeCaltech(Experiment):
         p.add_argument(
             "--own-draws",
             action="store_true",
-            help="the tasks' own layers start from different draws (see its page)",
+            help="the tasks' own layers start from different draws (classifiers start at "
+            "zero, unless --initializer says otherwise)",
         )
         p.add_argument(
             "--page-block", default="office", help="the name of the page's marks"
@@ -624,12 +659,16 @@ class OfficeCaltech(Experiment):
 
     def load(self, options, console):
         """As `load_domains`."""
-        found = load_domains(options, console)
-        domains = found[0]
+        domains, classes, new_backbone, source = load_domains(options, console)
+        if options.outlier is not None:
+            domains = with_shifted_labels(
+                domains, options.outlier, options.shift, len(classes)
+            )
+            source |= {"outlier": options.outlier, "shift": options.shift}
         # Before the first hour of training, not after it.
         for fraction in options.fractions:
             draw(domains, fraction, options.seed, options.stratified)
-        return found
+        return domains, classes, new_backbone, source
 
     def plan(self, options, data):
         """Method by method, since a network that is traced serves all its runs."""
@@ -639,7 +678,8 @@ class OfficeCaltech(Experiment):
         for method, (fraction, number, seed) in itertools.product(options.methods, draws):
             own = source | {"fraction": fraction, "draw": number}
             if METHODS[method]["prior"] is not None:
-                names = ("strengths", "epsilon", "update_every", "own_draws")
+                names = ("strengths", "epsilon", "absolute", "update_every", "mean")
+                names += ("initializer", "own_draws")
                 own |= {name: getattr(options, name) for name in names}
             run = self.planned(
                 f"{fraction:.0%}, draw {number + 1}",
@@ -707,6 +747,8 @@ class OfficeCaltech(Experiment):
     def tables(self, options, data, runs):
         domains, _, _, source = data
         title = f"Accuracy in %, {source['data']}"
+        if options.outlier is not None:
+            title += f", labels of {options.outlier} shifted by {options.shift}"
         frame = summarize(runs, list(domains))
         return {options.page_block: Table(title, frame, "table", keys=2)}
 

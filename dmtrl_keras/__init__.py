@@ -31,6 +31,7 @@ from dmtrl_keras.ground.plots import plot_heat_map, plot_hinton
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.layers import task_layers
 from dmtrl_keras.mrn.network import relationship_network
+from dmtrl_keras.mrn.regression import RelatedRegressions, relationship_regression
 from dmtrl_keras.mrn.report import task_correlation, task_covariance
 from dmtrl_keras.mtal.merge import (
     KernelSharing,
@@ -55,6 +56,7 @@ __all__ = [
     "LossTerm",
     "ModeCovariance",
     "MultiTaskModel",
+    "RelatedRegressions",
     "Relation",
     "TaskRelationModel",
     "TaskRelations",
@@ -84,6 +86,7 @@ __all__ = [
     "plot_sharing_strength",
     "regularizers",
     "relationship_network",
+    "relationship_regression",
     "remove_task",
     "sharing_strength",
     "sharing_strength_of",

@@ -265,9 +265,10 @@ def hinton():
     classes = np.arange(30) % 3
     x = {t: means[t][classes] + 2.5 * rng.normal(size=(30, 20)) for t in tasks}
     panels = {}
-    for title, epsilon, common_draw in (
-        ("own draws, epsilon 0.01", 0.01, False),
-        ("the defaults", 0.001, True),
+    prior = TensorNormalRegularizer(0.3, epsilon=0.001)
+    for title, arguments in (
+        ("from zeros", {}),
+        ("from a common draw", {"prior": prior, "kernel_initializer": "glorot_uniform"}),
     ):
         keras.utils.set_random_seed(0)
         model = relationship_network(
@@ -276,8 +277,7 @@ def hinton():
             classes=3,
             bottleneck=None,
             layers=("classifier",),
-            prior=TensorNormalRegularizer(0.3, epsilon=epsilon),
-            common_draw=common_draw,
+            **arguments,
         )
         model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
         model.fit(x, dict.fromkeys(tasks, classes), batch_size=10, epochs=60, verbose=0)

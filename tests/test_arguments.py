@@ -41,6 +41,7 @@ NOT_CALLED = {
     "dmtrl_keras.KernelSharing",
     "dmtrl_keras.LayerSummary",
     "dmtrl_keras.LossTerm",
+    "dmtrl_keras.RelatedRegressions",
     "canonical_correlation.CanonicalCorrelation",
     "conversion.Kernels",
     "conversion.Rule",
@@ -251,6 +252,7 @@ def cases():
             owners=["ModeCovariance", "TaskDense"],
             modes=("task", "class"),
             start={"task": np.eye(2)},
+            mean=np.zeros((2, 2, 1)),
         ),
         "dmtrl_keras.MultiTaskModel": Case(**in_and_out()),
         "dmtrl_keras.TaskRelationModel": Case(
@@ -296,6 +298,12 @@ def cases():
         "dmtrl_keras.relationship_network": Case(
             backbone=(4,), tasks=["a", "b"], classes=2, bottleneck=2, name="other"
         ),
+        "dmtrl_keras.relationship_regression": Case(
+            x={"a": samples[:, 0], "b": samples[:, 1]},
+            y={"a": samples[:, 0, 0], "b": samples[:, 1, 0]},
+            owners=["TensorNormalRegularizer"],
+            max_sweeps=2,
+        ),
         "dmtrl_keras.task_similarity_matrix": Case(
             owners=["canonical_correlation"], tasks=[x, y]
         ),
@@ -337,6 +345,9 @@ def cases():
         "tensor_normal.check_covariance": Case(
             owner="check_covariance", skip=["owner"], matrix=np.eye(2), size=2
         ),
+        "tensor_normal.common_mean": Case(x=samples, whitener=np.eye(3), mode=1),
+        "regularizers.SparseTaskPrecision": Case(alpha=0.1),
+        "tensor_normal.graphical_lasso": Case(covariance=np.eye(2) + 1, alpha=0.1),
         "tensor_normal.flip_flop": Case(
             samples=samples, modes=(0, 1), start=eyes, mean=np.zeros((2, 3)), max_sweeps=2
         ),

@@ -236,7 +236,7 @@ class Prior(MultiTask):
     """`"drn"` or `"mrn"`: a tensor-normal prior over the kernels of all layers."""
 
     methods = ("drn", "mrn")
-    defaults = {"strength": 1e-3, "epsilon": 1e-3, "update_every": 10}
+    defaults = {"strength": 0.1, "epsilon": 1e-2, "update_every": 10}
 
     def network(self, hp):
         strength, epsilon = self.defaults["strength"], self.defaults["epsilon"]
@@ -244,7 +244,11 @@ class Prior(MultiTask):
             strength, epsilon = self.space(hp).prior(strength, epsilon)
         ridges = {**PRIORS[self.method], "task": epsilon}
         prior = TensorNormalRegularizer(
-            strength, list(ridges), self.defaults["update_every"], epsilon=ridges
+            strength,
+            list(ridges),
+            self.defaults["update_every"],
+            epsilon=ridges,
+            mean="start",
         )
         return super().network(hp, prior=prior)
 

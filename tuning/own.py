@@ -104,8 +104,8 @@ class Own(Study):
             "--task-rank", type=arguments.whole(1), help="of Tucker and TT; by default full"
         )
         p.add_argument("--threshold", type=arguments.real(least=0, most=1), default=0.4)
-        p.add_argument("--strength", type=positive, default=1e-3, help="of a prior")
-        p.add_argument("--epsilon", type=positive, default=1e-3, help="of a prior")
+        p.add_argument("--strength", type=positive, default=0.1, help="of a prior")
+        p.add_argument("--epsilon", type=positive, default=1e-2, help="of a prior")
         p.add_argument("--update-every", type=arguments.whole(1), default=10)
         p.add_argument("--output-weight", type=positive, default=0.01, help="TRN's λ")
         p.add_argument("--momentum", type=arguments.MOMENTUM, default=0.99, help="of TRN")

@@ -139,8 +139,14 @@ class Space:
         return one if by == "one" else several
 
     def prior(self, strength, epsilon):
-        """Strength and relative ridge of a tensor-normal prior, two floats."""
-        return self.around("strength", strength, 100), self.around("epsilon", epsilon, 100)
+        """Strength and ridge of a tensor-normal prior, two floats.
+
+        Where relations pay, the best strengths are from 0.1 to 1, with losses that are
+        means.
+        """
+        low, high = min(1e-4, strength), max(10, strength)
+        found = self.hp.Float("strength", low, high, sampling="log", default=strength)
+        return found, self.around("epsilon", epsilon, 100)
 
     def relation(self, weights, momentum):
         """TRN's lambda of each layer, and the momentum of its covariances.

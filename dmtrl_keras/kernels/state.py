@@ -117,6 +117,8 @@ class StatefulRegularizer(keras.regularizers.Regularizer):
     ) -> KernelState:
         """The state of one kernel, not built.
 
+        It is built once the kernel has its start values, which it may keep.
+
         Args:
             kernel: function without arguments that returns the kernel.
             shape: tuple, the shape of the kernel.

@@ -160,6 +160,9 @@ class TaskKernel(keras.layers.Layer):
                 constraint=constraint,
             )
             regularizer = None
+        if self.prior is not None:
+            # It may keep what the kernel starts from.
+            self.prior.build()
         self.rank = self.sharing.rank(self._shapes())
         dtype = full_precision(self.variable_dtype)
         self.selection = self.sharing.new_state(
@@ -204,7 +207,6 @@ class TaskKernel(keras.layers.Layer):
             self.owner,
             full_precision(self.variable_dtype),
         )
-        self.prior.build()
         return StatePenalty(self.prior)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

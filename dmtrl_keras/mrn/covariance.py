@@ -192,6 +192,20 @@ class ModeCovariance(keras.layers.Layer):
         precision = ops.matmul(ops.swapaxes(whitener, -1, -2), whitener)
         return matrix, whitener, precision
 
+    def set(self, matrix: np.ndarray) -> None:
+        """Take a covariance as it is, with the trace that the estimates have.
+
+        Args:
+            matrix: array like `covariance`, symmetric positive definite.
+        """
+        matrix = np.asarray(matrix, "float64")
+        if self.trace is not None:
+            trace = np.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+            matrix = matrix * (self._trace(matrix.shape[-1]) / trace)
+        self.covariance.assign(matrix)
+        self.whitener.assign(np.linalg.inv(np.linalg.cholesky(matrix)))
+        self.precision.assign(np.linalg.inv(matrix))
+
     @property
     def scale_free(self) -> bool:
         """Whether the estimate is the same for a scatter matrix in other units."""

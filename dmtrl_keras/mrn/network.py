@@ -1,9 +1,11 @@
 """Deep Relationship Networks: a shared trunk, and layers of each task with a prior."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import keras
+import numpy as np
+from keras import ops
 
 from dmtrl_keras.conversion import multitask
 from dmtrl_keras.conversion.graph import checked_functional
@@ -16,40 +18,44 @@ from dmtrl_keras.ground.validation import (
     check_positive,
     check_sizes,
     check_task_names,
+    from_keras,
     is_list,
     refusal,
     task_names,
 )
-from dmtrl_keras.mrn.regularizer import TensorNormalRegularizer
+from dmtrl_keras.mrn.regularizer import Mean, TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
 from dmtrl_keras.training.model import MultiTaskModel
 
 LAYERS = ("trunk", "bottleneck", "classifier")
+NEW_LAYERS = LAYERS[1:]
 # Tens of thousands of columns say how a few tasks are related; what they say about hundreds
 # of features is mostly noise, so that their covariances are drawn halfway to the identity.
 PRIORS = {
-    "drn": {"task": 1e-3},
-    "mrn": {"feature": 1.0, "class": 1.0, "task": 1e-3},
+    "drn": {"task": 1e-2},
+    "mrn": {"feature": 1.0, "class": 1.0, "task": 1e-2},
 }
 
 
 def relationship_network(
     backbone: keras.Model | Sequence[int],
     tasks: Tasks,
-    classes: int,
-    bottleneck: int | None = 256,
+    classes: int | Mapping[str, int | Sequence[str]],
+    bottleneck: int | str | None = 256,
     prior: Literal["drn", "mrn"] | TensorNormalRegularizer | None = "drn",
     layers: Sequence[str] = ("bottleneck", "classifier"),
     binary: bool = False,
-    strength: float = 1e-3,
+    strength: float = 0.3,
     shared_input: bool = False,
     dropout: float = 0.0,
-    common_draw: bool = True,
+    common_draw: bool | Mapping[str, bool] = True,
     name: str | None = None,
+    kernel_initializer: Any = None,
+    activation: Any = None,
 ) -> MultiTaskModel:
-    """A network of T tasks with the same classes, whose relations are learned (DRN, MRN).
+    """A network of T tasks whose relations are learned (DRN, MRN).
 
     A trunk gives features, a bottleneck (the paper's fc7') and a classifier (fc8) follow.
     `layers` says which of them each task has for itself; the rest is shared. The
@@ -64,6 +70,8 @@ def relationship_network(
     | DRN_bi | `binary=True` |
     | MTCNN, all shared but the classifier | `layers=("classifier",), prior=None` |
     | STL | `layers=("trunk", "bottleneck", "classifier"), prior=None` |
+    | MRN's Figure 1, the pretrained last layer is the tasks' own | `bottleneck="fc7"` |
+    | regressions | `classes=1, activation="linear"` |
 
     Where the trunk is frozen, or there is none, it makes no difference whether it is
     shared, and STL is `prior=None`.
@@ -74,11 +82,20 @@ def relationship_network(
             the network and is trained with it unless its `trainable` is False. Or the
             input shape without the batch, such as `(1280,)`, for features at hand.
         tasks: list of T names, or int T.
-        classes: positive int, the classes that every task has; 1 with `binary=True` only.
-        bottleneck: positive int, units of the bottleneck (ReLU); None: no such layer.
+        classes: positive int, the classes that every task has, or the units of its output;
+            1 is not for softmax. Or a dict from task to such an int or to a list of the
+            classes' names. Tasks with equal entries have the same classes: their
+            classifiers are one layer with a prior, `classifier_1`, `classifier_2`, ...
+            in the order of the tasks; with the others they have features in common,
+            not classes.
+        bottleneck: positive int, units of a new bottleneck (ReLU); None: no such layer. Or
+            the name of the backbone's last layer, a `Dense`: instead of a new layer it
+            becomes the tasks' own, each a copy with its weights and activation.
         prior: `"drn"`: the task mode learns its covariance (DRN Eq. 8); `"mrn"`: those of
             features and classes too; a `TensorNormalRegularizer`; or None. By name
-            `epsilon` is 0.001 for tasks, and 1 for features and classes.
+            `epsilon` is 0.01 for tasks, and 1 for features and classes, and the mean is
+            the start, so that the covariances see what was learned. A regularizer of
+            your own should have `mean="start"` too where there are bottlenecks.
         layers: which layers are the tasks' own: `()`, or the last one, two or three of
             `"trunk"`, `"bottleneck"`, `"classifier"`. The prior is not for the trunk.
         binary: bool. False: softmax over the classes. True: one-versus-rest, a sigmoid for
@@ -86,15 +103,21 @@ def relationship_network(
         strength: float, of the prior, where that is given by name.
         shared_input: bool; one input for all tasks, or a dict of one input per task.
         dropout: float, rate before the classifier.
-        common_draw: bool; whether the tasks' own layers start from the same draw. With
-            draws of their own the kernels of different tasks are as good as orthogonal, and
-            stay so where there is little data: the prior then finds no relations.
+        common_draw: bool, or a dict of them by layer, `"bottleneck"` and `"classifier"`;
+            whether the tasks' own layers start from the same draw. Bottlenecks of different
+            draws have different units, whose classifiers can't be compared.
         name: str, the name of the model.
+        kernel_initializer: a Keras initializer or its name, for both new layers, or a dict
+            by layer. None, also in the dict: zeros for classifiers with a prior, Glorot
+            uniform for all else. A bottleneck of the backbone needs none.
+        activation: a Keras activation or its name, of the outputs, or a dict of them by
+            task; `"linear"` for regression. None, also in the dict: softmax, or
+            sigmoid if `binary`.
 
     Returns:
-        A `MultiTaskModel`, not compiled: from images or features to probabilities
-        `(batch, classes)` by task name. New layers are named `bottleneck` and
-        `classifier`, for `optimizers.LearningRateMultiplier`.
+        A `MultiTaskModel`, not compiled: from images or features to probabilities, or what
+        else the activation gives, `(batch, classes)` by task name. New layers are named
+        `bottleneck` and `classifier`, for `optimizers.LearningRateMultiplier`.
 
     Raises:
         ValueError: on malformed arguments, on a backbone that gives no vector.
@@ -113,23 +136,26 @@ def relationship_network(
     owner = "relationship_network"
     names = list(task_names(tasks, owner))
     check_task_names(names, owner)
-    check_positive("classes", classes, owner)
-    if bottleneck is not None:
-        check_positive("bottleneck", bottleneck, owner, " or None")
+    counts, groups = _classes(classes, names)
+    if bottleneck is not None and not isinstance(bottleneck, str):
+        what = ", the name of a layer, or None"
+        bottleneck = check_positive("bottleneck", bottleneck, owner, what)
     check_name("name", name, owner)
     check_number("dropout", dropout, owner, 1)
     check_number("strength", strength, owner)
-    for argument, value in (
-        ("binary", binary),
-        ("shared_input", shared_input),
-        ("common_draw", common_draw),
-    ):
+    for argument, value in (("binary", binary), ("shared_input", shared_input)):
         check_bool(argument, value, owner)
-    if not binary and classes == 1:
-        raise ValueError(
-            f"{owner}: `classes` must be 2 or more, since a softmax over one class is "
-            "always 1; or binary=True. Received: classes=1, binary=False."
-        )
+    common = _by_layer("common_draw", common_draw, True)
+    for value in common.values():
+        check_bool("common_draw", value, owner, ", or a dict of them by layer")
+    activations = _activations(activation, names, "sigmoid" if binary else "softmax")
+    for task, count in counts.items():
+        if count == 1 and activations[task] is keras.activations.softmax:
+            raise ValueError(
+                f"{owner}: `classes` must be 2 or more, since a softmax over one class is "
+                "always 1; or give binary=True or another `activation`. "
+                f"Received: classes={classes!r}, binary=False."
+            )
     if not is_list(layers):
         raise refusal("layers", layers, owner, f"the last few of {LAYERS}")
     layers = tuple(layers)
@@ -138,62 +164,204 @@ def relationship_network(
             f"{owner}: `layers` must be the last few of {LAYERS}, since what comes after a "
             f"task's own layer is its own too. Received: layers={layers!r}."
         )
+    if len(groups) > 1 and not layers:
+        raise ValueError(
+            f"{owner}: tasks with different classes need a classifier of their own. "
+            f"Received: classes={classes!r}, layers=()."
+        )
+    initializers = _by_layer("kernel_initializer", kernel_initializer, None)
+    if initializers["classifier"] is None and prior is not None and layers:
+        # Zeros say nothing about the tasks, and need not be unlearned. Bottlenecks can't
+        # start there, and their units must be the same ones for all tasks: a common draw.
+        initializers["classifier"] = "zeros"
+    initializers = {
+        layer: _initializer("glorot_uniform" if given is None else given)
+        for layer, given in initializers.items()
+    }
+    last = None
+    if isinstance(bottleneck, str):
+        backbone, last = _without_last(backbone, bottleneck, "bottleneck" in layers)
+        bottleneck = None
     inputs, features = _trunk(backbone, names, "trunk" in layers, shared_input)
 
     def through(
-        name: str, units: int, activation: str | None, each: str | None = None
+        features: Features,
+        name: str,
+        units: int,
+        activation: Any = None,
+        each: str | None = None,
+        number: str = "",
+        use_bias: bool = True,
     ) -> Features:
         """The features after a dense layer, the tasks' own or one that they share."""
         if name not in layers:
-            return features.through(keras.layers.Dense(units, activation, name=name))
+            dense = keras.layers.Dense(
+                units, activation, kernel_initializer=initializers[name], name=name
+            )
+            return features.through(dense)
         return features.through_kernels(
             TaskDense(
                 units,
-                len(names),
+                len(features.names),
                 activation,
+                use_bias=use_bias,
                 shared_input=features.form == Form.SHARED,
+                kernel_initializer=initializers[name],
                 kernel_regularizer=_prior(prior, strength, each),
-                common_draw=common_draw,
-                name=name,
+                common_draw=common[name],
+                name=name + number,
             )
         )
 
     if bottleneck is not None:
-        features = through("bottleneck", bottleneck, "relu")
+        features = through(features, "bottleneck", bottleneck, "relu")
+    elif last is not None:
+        features = through(
+            features, "bottleneck", last.units, last.activation, use_bias=last.use_bias
+        )
     if dropout:
         features = features.through(keras.layers.Dropout(dropout))
-    features = through("classifier", classes, None, "class" if binary else None)
-    activation = "sigmoid" if binary else "softmax"
+    logits: dict[str, keras.KerasTensor] = {}
+    for number, group in enumerate(groups, 1):
+        suffix = f"_{number}" if len(groups) > 1 else ""
+        each = "class" if binary else None
+        own = _of_tasks(features, group)
+        own = through(own, "classifier", counts[group[0]], None, each, suffix)
+        logits |= _by_task(own, f"classes_by_task{suffix}")
     outputs = {
         # Probabilities in full precision, whatever the network computes in.
         task: keras.layers.Activation(
-            activation, name=f"{task}_probabilities", dtype=keras.config.floatx()
-        )(x)
-        for task, x in _by_task(features).items()
+            activations[task], name=f"{task}_probabilities", dtype=keras.config.floatx()
+        )(logits[task])
+        for task in names
     }
-    return MultiTaskModel(inputs, outputs, name=name or owner)
+    model = MultiTaskModel(inputs, outputs, name=name or owner)
+    if last is not None:
+        _take_over(model.get_layer("bottleneck"), last)
+    return model
 
 
-def _by_task(features: Features) -> dict[str, keras.KerasTensor]:
+def _classes(given: Any, names: Sequence[str]) -> tuple[dict[str, int], list[list[str]]]:
+    """The number of classes by task, and the tasks in groups of the same classes."""
+    owner = "relationship_network"
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, check_positive("classes", given, owner)), [[*names]]
+    if set(given) != set(names):
+        raise refusal("classes", given, owner, f"an int, or a dict by task, of {names}")
+    groups: dict[Any, list[str]] = {}
+    counts = {}
+    for task in names:
+        entry: Any = given[task]
+        if is_list(entry):
+            check_task_names(entry, owner)
+            entry = tuple(entry)
+            counts[task] = len(entry)
+        else:
+            what = ", or a list of names, for each task"
+            entry = counts[task] = check_positive("classes", entry, owner, what)
+        groups.setdefault(entry, []).append(task)
+    return counts, list(groups.values())
+
+
+def _activations(given: Any, names: Sequence[str], default: str) -> dict[str, Any]:
+    """The output's activation by task."""
+    owner = "relationship_network"
+    given = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    if not set(given) <= set(names):
+        raise refusal("activation", given, owner, f"one, or a dict by task, of {names}")
+    return {
+        task: from_keras(
+            owner,
+            keras.activations.get,
+            identifier=default if given.get(task) is None else given[task],
+        )
+        for task in names
+    }
+
+
+def _of_tasks(features: Features, group: list[str]) -> Features:
+    """The features of some of the tasks."""
+    if list(features.names) == group:
+        return features
+    if features.form == Form.SHARED:
+        return Features(group, Form.SHARED, features.take(Form.SHARED), "trunk")
+    own = _by_task(features, f"features_of_{group[0]}")
+    tensors = {task: own[task] for task in group}
+    return Features(group, Form.APART, tensors, f"features_of_{group[0]}_group")
+
+
+def _without_last(backbone: Any, name: str, own: bool) -> tuple[Any, Any]:
+    """A backbone without its last layer, and that layer, if it becomes the tasks' own."""
+    owner = "relationship_network"
+    if not isinstance(backbone, keras.Model):
+        what = "a Keras model where `bottleneck` is the name of its last layer"
+        raise refusal("backbone", backbone, owner, what)
+    checked_functional(backbone, owner)
+    last = backbone.layers[-1]
+    if last.name != name or type(last) is not keras.layers.Dense:
+        raise ValueError(
+            f"{owner}: `bottleneck` must be the name of the backbone's last layer, a "
+            f"Dense. Received: bottleneck={name!r}; the last layer is {last.name!r}, "
+            f"a {type(last).__name__}."
+        )
+    if not own:
+        return backbone, None
+    return keras.Model(backbone.inputs, last.input, name=backbone.name), last
+
+
+def _take_over(layer: TaskDense, last: keras.layers.Dense) -> None:
+    """Give each task a copy of a layer's weights, of which its prior knows."""
+    for name in ("kernel", "bias")[: 1 + last.use_bias]:
+        value = ops.convert_to_numpy(getattr(last, name))
+        getattr(layer, name).assign(np.repeat(value[..., None], layer.tasks, axis=-1))
+    prior: Any = layer.prior
+    if prior is not None and prior.regularizer.mean == "start":
+        prior.restart()
+
+
+def _by_layer(argument: str, given: Any, default: Any) -> dict[str, Any]:
+    """What was given for each of the new layers; a dict may leave some out."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(NEW_LAYERS, given)
+    if not set(given) <= set(NEW_LAYERS):
+        what = f"one for all layers, or a dict by layer, of {NEW_LAYERS}"
+        raise refusal(argument, given, "relationship_network", what)
+    return {layer: given.get(layer, default) for layer in NEW_LAYERS}
+
+
+def _initializer(given: Any) -> Any:
+    """A Keras initializer."""
+    return from_keras("relationship_network", keras.initializers.get, identifier=given)
+
+
+def _by_task(features: Features, name: str) -> dict[str, keras.KerasTensor]:
     """A dict of each task's tensor."""
     names = list(features.names)
     if features.form == Form.SHARED:
         return dict.fromkeys(names, features.take(Form.SHARED))
-    return TaskSplit(names, name="classes_by_task")(features.take(Form.GROUPED))
+    return TaskSplit(names, name=name)(features.take(Form.GROUPED))
+
+
+def named_prior(
+    prior: Any, strength: float, mean: Mean, owner: str
+) -> TensorNormalRegularizer | None:
+    """The regularizer that is meant by a name, a `TensorNormalRegularizer`, or None."""
+    if isinstance(prior, str) and prior in PRIORS:
+        epsilon = PRIORS[prior]
+        return TensorNormalRegularizer(strength, list(epsilon), epsilon=epsilon, mean=mean)
+    if prior is not None and not isinstance(prior, TensorNormalRegularizer):
+        raise ValueError(
+            f"{owner}: `prior` must be one of {sorted(PRIORS)}, a "
+            f"TensorNormalRegularizer or None. Received: prior={prior!r}."
+        )
+    return prior
 
 
 def _prior(
     prior: str | TensorNormalRegularizer | None, strength: float, each: str | None
 ) -> TensorNormalRegularizer | None:
     """The regularizer of one layer, or None."""
-    if isinstance(prior, str) and prior in PRIORS:
-        epsilon = PRIORS[prior]
-        prior = TensorNormalRegularizer(strength, list(epsilon), epsilon=epsilon)
-    elif prior is not None and not isinstance(prior, TensorNormalRegularizer):
-        raise ValueError(
-            f"relationship_network: `prior` must be one of {sorted(PRIORS)}, a "
-            f"TensorNormalRegularizer or None. Received: prior={prior!r}."
-        )
+    prior = named_prior(prior, strength, "start", "relationship_network")
     if prior is None or each is None:
         return prior
     modes = [mode for mode in prior.modes if mode != each]

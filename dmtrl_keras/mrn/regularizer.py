@@ -7,7 +7,7 @@ a layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import keras
 
@@ -16,6 +16,7 @@ from dmtrl_keras.ground.validation import (
     check_bool,
     check_number,
     check_positive,
+    finite_array,
     is_int,
     is_list,
     refusal,
@@ -25,17 +26,49 @@ from dmtrl_keras.mrn.covariance import ModeCovariance, Trace
 from dmtrl_keras.mrn.state import Mode, TensorNormalState
 from dmtrl_keras.mrn.tensor_normal import check_covariance
 
+# An array is of the kernel's shape, or of one that broadcasts to it.
+Mean: TypeAlias = Literal["zero", "start", "shared"] | Tensor
+MEANS = ("zero", "start", "shared")
+
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
 class TensorNormalRegularizer(StatefulRegularizer):
     """Tensor-normal prior over a kernel, with covariances that learn (DRN, MRN).
 
-    The penalty is `strength / 2 (vec(W)^T (S_1 (x) ... (x) S_K)^-1 vec(W) + sum_k (d / d_k)
-    ln|S_k|)`, the negative log of the density (DRN Eq. 2, 8) without its constant. DRN
-    Eq. 9 and 11 print the log-determinant with a minus, for which the update (Eq. 13) would
-    be no stationary point. Between the gradient steps the covariances of the
-    given modes follow the kernel by the flip-flop update (Eq. 5, 13; see
-    `ModeCovariance`); the others are identities. Prior mean is zero.
+    The penalty is `strength / 2 (vec(W - M)^T (S_1 (x) ... (x) S_K)^-1 vec(W - M) +
+    sum_k (d / d_k) ln|S_k|)`, the negative log of the density (DRN Eq. 2, 8) without its
+    constant. DRN Eq. 9 and 11 print the log-determinant with a minus, for which the update
+    (Eq. 13) would be no stationary point. Between the gradient steps the covariances of the
+    given modes follow the deviations `W - M` by the flip-flop update (Eq. 5, 13; see
+    `ModeCovariance`); the others are identities.
+
+    The mean M decides what the covariances see:
+
+    - `"zero"` (Eq. 8): the kernel itself. Kernels that start from one draw then have a task
+      correlation of 1 from the first update on, whatever the tasks are; kernels of
+      draws of their own hardly any.
+    - `"start"`: what was learned since the start, of which nothing is known at first. For
+      pretrained kernels, and for any draw that is not zero. The start is a copy of the
+      kernel as it is when the layer is built. It is state like the covariances: a
+      file brings back the one that was saved, copies of the layer get it, each layer has
+      its own, and freezing does not change it. `prior.restart()` takes the kernel as
+      it is now, if values were assigned.
+    - `"shared"`: how the tasks differ from what they have in common. The kernels are `W_t =
+      M + V_t` with a free M `(..., 1)` and a prior on the V_t. It is not trained by
+      gradient but profiled out: for any W and S_task the most likely M is the generalized
+      least squares mean over the tasks (`tensor_normal.common_mean`),
+
+          M = sum_t p_t W_t / sum_t p_t,    p = S_task^-1 1,
+
+      and the gradient of the penalty with it is that with M held fixed, since M is at its
+      minimum. So M needs no variable, no learning rate and no time to follow. With
+      identity covariances the penalty is `strength / 2 sum_t |W_t - mean W|^2`: regularized
+      multi-task learning (Evgeniou & Pontil, 2004) without their penalty on the
+      common part. One direction of the tasks' space has no deviations; the update gives
+      it the mean variance of the others, `C <- C + tr(C) / (T (T - 1)) 1 1^T`, as when M
+      is integrated out. Deviations that are drawn independently then have correlation 0
+      (else `-1 / (T - 1)`), and of two tasks nothing is learned.
+    - An array: a known mean.
 
     As `kernel_regularizer` of the layers with T kernels (`TaskDense`, `TTConv2D`, ...) it
     applies to the stacked kernel, also where that is composed of factors. For any other
@@ -70,10 +103,13 @@ class TensorNormalRegularizer(StatefulRegularizer):
             class.
         task_covariance: a `ModeCovariance` for the task mode that several layers share,
             with its own `epsilon` and so on; None: each layer has its own.
+        mean: `"zero"`, `"start"`, `"shared"`, or an array of the kernel's shape or with
+            ones instead of some of its sizes, `(8, 5, 1)` for all tasks. `"start"` and an
+            array take the memory of one more kernel.
 
     Raises:
         ValueError: on malformed arguments; when the layer is built, on modes that its
-            kernel does not have.
+            kernel does not have, and on a mean that does not fit it.
 
     Example:
 
@@ -99,6 +135,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
         start: Mapping[Any, Tensor] | None = None,
         each: Mode | None = None,
         task_covariance: ModeCovariance | None = None,
+        mean: Mean = "zero",
     ) -> None:
         owner = type(self).__name__
         self.strength = check_number("strength", strength, owner)
@@ -146,6 +183,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
         for value in by_mode.values():
             check_number("epsilon", value, owner, alternative=", or a dict of them by mode")
         self.epsilon = epsilon
+        self.mean = _checked_mean(mean, owner)
         self._options: dict[str, Any] = {
             "relative": check_bool("relative", relative, owner),
             "average": check_bool("average", average, owner),
@@ -193,6 +231,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
             "start": _as_pairs(self.start or None),
             "each": self.each,
             "task_covariance": keras.saving.serialize_keras_object(shared),
+            "mean": self.mean,
         }
 
     @classmethod
@@ -204,6 +243,18 @@ class TensorNormalRegularizer(StatefulRegularizer):
             if isinstance(config[name], (list, tuple))
         }
         return cls(**{**config, **by_mode, "task_covariance": shared})
+
+
+def _checked_mean(mean: Any, owner: str) -> Any:
+    """The mean by name, or as nested lists."""
+    if isinstance(mean, str) and mean in MEANS:
+        return mean
+    if mean is None or isinstance(mean, str):
+        raise refusal("mean", mean, owner, f"one of {MEANS}, or an array")
+    values = finite_array("mean", mean, owner)
+    if not values.ndim or not values.size:
+        raise refusal("mean", mean, owner, f"one of {MEANS}, or an array, not empty")
+    return values.tolist()
 
 
 def _is_mode(mode: Any) -> bool:

@@ -35,7 +35,16 @@ def task_covariance(model: keras.Model) -> dict[str, np.ndarray]:
     >>> task_covariance(keras.Model(inputs, outputs))["fc8"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    owner = "task_covariance"
+    priors = task_priors(model, "task_covariance")
+    return {name: prior.covariances["task"] for name, prior in priors.items()}
+
+
+def task_priors(model: keras.Model, owner: str) -> dict[str, TensorNormalState]:
+    """The priors that learn a task covariance, by layer name.
+
+    Raises:
+        ValueError: if there is none.
+    """
     found, seen = {}, set()
     for layer in flatten_layers(check_model(model, owner)):
         # A layer comes before the child that holds its kernel, which has the same prior.
@@ -43,7 +52,7 @@ def task_covariance(model: keras.Model) -> dict[str, np.ndarray]:
         fresh = isinstance(prior, TensorNormalState) and id(prior) not in seen
         seen.add(id(prior))
         if fresh and "task" in prior.modes:
-            found[layer.name] = prior.covariances["task"]
+            found[layer.name] = prior
     if not found:
         raise ValueError(
             f"{owner}: model {model.name!r} has no layer that learns a task covariance; "

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.ground.backend import assert_true, checked
+from dmtrl_keras.ground.backend import assert_true, checked, eager_scope
 from dmtrl_keras.ground.types import Shape, Tensor
-from dmtrl_keras.ground.validation import is_int
+from dmtrl_keras.ground.validation import is_int, shown
 from dmtrl_keras.kernels.state import KernelState, state_weight
 from dmtrl_keras.mrn import tensor_normal
 from dmtrl_keras.mrn.covariance import ModeCovariance
@@ -64,6 +64,13 @@ class TensorNormalState(KernelState):
         # In the order of the axes, whatever the order of the names.
         self._learned = sorted(learned)
         self._given = dict(zip(learned, regularizer.modes))
+        tasks = self.names.index("task") if "task" in self.names else None
+        if regularizer.mean == "shared" and tasks in (None, self._each):
+            raise ValueError(
+                f"{owner}: mean='shared' is a mean over the tasks, for a kernel with a "
+                f"task axis that is not `each`. Received: each={each!r}, and a kernel with "
+                f"the axes {list(self.names)}."
+            )
 
     def _axis(self, mode: Any, argument: str) -> int:
         order = len(self._kernel_shape)
@@ -112,7 +119,40 @@ class TensorNormalState(KernelState):
             self.modes[name] = covariance
         self._positions = [rest.index(axis) for axis in self._learned]
         self.step = state_weight(self, "step", np.zeros((), "int32"))
+        # Where the tasks are, if they share a mean.
+        self._tasks: int | None = None
+        self._start: keras.Variable | None = None
+        mean = regularizer.mean
+        if isinstance(mean, str) and mean == "shared":
+            self._tasks = rest.index(self.names.index("task"))
+        elif not (isinstance(mean, str) and mean == "zero"):
+            value = self._kernel_now() if isinstance(mean, str) else self._given_mean(mean)
+            # Last, so that the state without it is saved in the same order.
+            self._start = state_weight(self, "mean", value)
         self.built = True
+
+    def _kernel_now(self) -> np.ndarray:
+        with eager_scope():
+            return ops.convert_to_numpy(self._kernel())
+
+    def _given_mean(self, mean: Any) -> np.ndarray:
+        values, shape = np.asarray(mean), self._kernel_shape
+        fits = values.ndim == len(shape) and all(
+            own in (1, d) for own, d in zip(values.shape, shape)
+        )
+        if not fits:
+            raise ValueError(
+                f"{self.owner}: `mean` must have the shape of the kernel, {shape}, or ones "
+                f"instead of some of its sizes. Received: {values.shape}."
+            )
+        with np.errstate(over="ignore"):
+            values = np.broadcast_to(values, shape).astype(self.variable_dtype)
+        if not np.all(np.isfinite(values)):
+            raise ValueError(
+                f"{self.owner}: `mean` must be finite in {self.variable_dtype}. "
+                f"Received: {shown(self.regularizer.mean)}."
+            )
+        return values
 
     # --- the prior ----------------------------------------------------------------
 
@@ -120,6 +160,15 @@ class TensorNormalState(KernelState):
         """The kernel as samples, `(n, d_1, ..., d_K)`."""
         x = ops.cast(kernel, self.variable_dtype)
         return x[None] if self._each is None else ops.moveaxis(x, self._each, 0)
+
+    def _mean(self, x: Tensor) -> Tensor | None:
+        """The mean of a kernel, both arranged; None: zero."""
+        if self._start is not None:
+            return self._arranged(ops.convert_to_tensor(self._start))
+        if self._tasks is None:
+            return None
+        whitener = self._matrices("whitener")[self._tasks]
+        return ops.stop_gradient(tensor_normal.common_mean(x, whitener, self._tasks))
 
     def _matrices(self, name: str) -> list[Tensor]:
         """A matrix of every mode, None where there is no covariance."""
@@ -131,6 +180,8 @@ class TensorNormalState(KernelState):
     def penalty(self, kernel: Tensor) -> Tensor:
         """The negative log prior of a kernel, without its constant, times the strength."""
         x = self._arranged(kernel)
+        mean = self._mean(x)
+        x = x if mean is None else x - mean
         # The gradient of half the quadratic form is `S^-1 W` (DRN Eq. 12): the product that
         # gives the value gives it too, and need not be differentiated.
         precisions = self._matrices("precision")
@@ -166,6 +217,17 @@ class TensorNormalState(KernelState):
             variable.assign(value)
         self.step.assign(ops.where(due, ops.zeros_like(step), step))
 
+    def update(self) -> None:
+        """Update the covariances from the kernel as it is, outside of a training step.
+
+        Raises:
+            ValueError: if the kernel has values that are not finite.
+        """
+        self._check_finite()
+        values = self._flip_flop(self._arranged(self._kernel()))
+        for variable, value in zip(self._updated_variables(), values):
+            variable.assign(value)
+
     def _updated_variables(self) -> list[keras.Variable]:
         variables = [] if self._shared is None else [self.scatter]
         for covariance in self.modes.values():
@@ -175,6 +237,12 @@ class TensorNormalState(KernelState):
     def _flip_flop(self, x: Tensor) -> list[Tensor]:
         """One sweep over the modes, each given the newest of the others (DRN Eq. 5)."""
         whiteners = self._matrices("whitener")
+        mean = self._mean(x)
+        if mean is not None:
+            # What is left of equal kernels by rounding says nothing.
+            noise = 8 * np.finfo(self.variable_dtype).eps * ops.max(ops.abs(x))
+            x = x - mean
+            x = ops.where(ops.max(ops.abs(x)) > noise, x, ops.zeros_like(x))
         # The squares of the kernel as it is may overflow, or vanish.
         unit = ops.max(ops.abs(x))
         unit = ops.where(unit > 0, unit, ops.ones_like(unit))
@@ -185,8 +253,16 @@ class TensorNormalState(KernelState):
         for position, covariance in zip(self._positions, self.modes.values()):
             pooled = self._each is None
             scatter = tensor_normal.mode_covariance(x, whiteners, position, pooled)
-            count = size // self._sizes[position]
+            count: float = size // self._sizes[position]
             scatter = scatter * count
+            if self._tasks is not None:
+                tasks = self._sizes[self._tasks]
+                free = max(tasks - 1, 1)
+                if position == self._tasks:
+                    trace = ops.trace(scatter, axis1=-2, axis2=-1)[..., None, None]
+                    scatter = scatter + trace / (tasks * free)
+                else:
+                    count = count * free / tasks
             shared = self._shared is not None and self._shared[0] == position
             if shared or not covariance.scale_free:
                 scatter = scatter * unit * unit
@@ -215,6 +291,34 @@ class TensorNormalState(KernelState):
     # --- what was learned -----------------------------------------------------------
 
     @property
+    def mean(self) -> np.ndarray:
+        """The mean M of the prior, a NumPy array of the kernel's shape.
+
+        With `mean="shared"` it is that of the kernel and the covariances as they are.
+        """
+        if self._start is not None:
+            return ops.convert_to_numpy(self._start)
+        if self._tasks is None:
+            return np.zeros(self._kernel_shape, self.variable_dtype)
+        x = self._arranged(self._kernel())
+        mean = ops.convert_to_numpy(self._mean(x))
+        mean = mean[0] if self._each is None else np.moveaxis(mean, 0, self._each)
+        return np.broadcast_to(mean, self._kernel_shape).copy()
+
+    def restart(self) -> None:
+        """Take the kernel as it is now for the start, with `mean="start"`.
+
+        Raises:
+            ValueError: with another mean.
+        """
+        if self._start is None or not isinstance(self.regularizer.mean, str):
+            raise ValueError(
+                f"{self.owner}: restart() is for mean='start'. "
+                f"Received: mean={shown(self.regularizer.mean)}."
+            )
+        self._start.assign(self._kernel())
+
+    @property
     def covariances(self) -> dict[str, np.ndarray]:
         """The learned covariances, a dict from mode name to a NumPy array.
 
@@ -223,13 +327,16 @@ class TensorNormalState(KernelState):
         Raises:
             ValueError: if the kernel has values that are not finite.
         """
+        self._check_finite()
+        return {
+            name: ops.convert_to_numpy(covariance.covariance)
+            for name, covariance in self.modes.items()
+        }
+
+    def _check_finite(self) -> None:
         kernel = ops.convert_to_numpy(self._kernel())
         if not np.all(np.isfinite(kernel)):
             raise ValueError(
                 f"{self.owner}: the kernel has {np.count_nonzero(~np.isfinite(kernel))} "
                 "values that are not finite; its covariances mean nothing."
             )
-        return {
-            name: ops.convert_to_numpy(covariance.covariance)
-            for name, covariance in self.modes.items()
-        }

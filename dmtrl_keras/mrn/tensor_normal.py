@@ -147,6 +147,55 @@ def mode_covariance(
     return scatter / columns.shape[-2]
 
 
+def common_mean(x: Tensor, whitener: Tensor | None, mode: int) -> Tensor:
+    """The most likely mean that all slices along one mode share, given its covariance.
+
+    `X = M x_k 1 + V` with `V` of mean zero: by generalized least squares over the mode,
+
+    `M = (X x_k (S_k^-1 1)^T) / (1^T S_k^-1 1)`,
+
+    which maximizes DRN Eq. 2 over M. The covariances of the other modes cancel out. With
+    `S_k` an identity it is the mean over the mode.
+
+    Args:
+        x: tensor `(n, d_1, ..., d_K)`; every sample has its own mean.
+        whitener: `(d_k, d_k)`, `(n, d_k, d_k)`, or None for an identity.
+        mode: int in [0, K), the mode k.
+
+    Returns:
+        A tensor like `x`, with size 1 along the mode.
+
+    Raises:
+        ValueError: on shapes that don't fit.
+
+    Example:
+
+    >>> import numpy as np
+    >>> kernels = np.array([[[1.0, 3.0], [2.0, 6.0]]])  # two entries of two tasks
+    >>> np.asarray(common_mean(kernels, None, 1)).tolist()
+    [[[2.0], [4.0]]]
+    """
+    owner = "common_mean"
+    x = real_tensor("x", x, owner)
+    order = len(x.shape) - 1
+    if order < 1 or 0 in x.shape:
+        raise refusal("x", x, owner, "samples (n, d_1, ..., d_K), none of them empty")
+    if not is_int(mode, 0, order - 1):
+        raise refusal("mode", mode, owner, f"a mode from 0 to {order - 1}")
+    if whitener is None:
+        return ops.mean(x, axis=mode + 1, keepdims=True)
+    matrices: list[Any] = [None] * order
+    matrices[mode] = whitener
+    whitener = _matrices("whitener", matrices, x.shape[1:], owner)[mode]
+    # S^-1 1, from the right to the left.
+    ones = ops.sum(whitener, axis=-1)
+    weights = ops.sum(whitener * ones[..., :, None], axis=-2)
+    weights = weights / ops.sum(weights, axis=-1, keepdims=True)
+    shape = [1] * len(x.shape)
+    shape[0], shape[mode + 1] = math.prod(weights.shape[:-1]), weights.shape[-1]
+    return ops.sum(x * ops.reshape(weights, shape), axis=mode + 1, keepdims=True)
+
+
 def log_density(x: Tensor, covariances: Matrices, mean: Tensor | None = None) -> Tensor:
     """The log of the tensor normal density (DRN Eq. 2).
 

@@ -4,7 +4,13 @@ import keras
 import numpy as np
 import pytest
 
-from applications.domains import Domain, draw, load_features, load_images
+from applications.domains import (
+    Domain,
+    draw,
+    load_features,
+    load_images,
+    with_shifted_labels,
+)
 
 CLASSES = ["bike", "mug"]
 
@@ -47,6 +53,18 @@ def test_images(tmp_path, rng):
     same, _ = load_images(tmp_path, 16, ["dslr"])
     whole = keras.utils.img_to_array(keras.utils.load_img(tmp_path / "dslr/mug/0.png"))
     np.testing.assert_array_equal(same["dslr"].x[3], whole[4:20])
+
+
+def test_shifted_labels():
+    """Of one domain, modulo the classes; the others are as they were."""
+    domains = {name: Domain(np.zeros((3, 2)), np.array([0, 2, 3])) for name in "ab"}
+    found = with_shifted_labels(domains, "b", 3, 5)
+    assert found["b"].labels.tolist() == [3, 0, 1] and found["a"] is domains["a"]
+    assert domains["b"].labels.tolist() == [0, 2, 3]
+    with pytest.raises(ValueError, match=r"--outlier: .*\['a', 'b'\].*'c'"):
+        with_shifted_labels(domains, "c", 3, 5)
+    with pytest.raises(ValueError, match=r"--shift: .*that 5.*Received: 10"):
+        with_shifted_labels(domains, "a", 10, 5)
 
 
 def test_features(tmp_path, rng):

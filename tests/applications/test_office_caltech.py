@@ -106,13 +106,32 @@ def test_real_features(data_dir):
     train, test = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
     accuracy = {}
     for method in ("stl", "mtcnn", "drn"):
-        model = trainer.train(method, train, 0, 1e-3, 0.1)
+        model = trainer.train(method, train, 0, 1e-3, 0.3)
         right = trainer.correct(model, test)
         accuracy[method] = np.mean([np.mean(values) for values in right.values()])
     assert 0.6 < accuracy["stl"] < accuracy["mtcnn"] < accuracy["drn"]
     assert accuracy["drn"] > accuracy["stl"] + 0.1
     correlation = task_correlation(model)["classifier"]
     assert correlation.min() > 0.5
+
+
+def test_real_outlier(data_dir):
+    """A domain with other labels: what it has in common is used, and its sign learned."""
+    folder = data_dir / "office_caltech10_features"
+    options = office.parse(["--features", str(folder), "--outlier", "amazon"])
+    domains, classes, new_backbone, source = office.EXPERIMENT.load(options, None)
+    assert (source["outlier"], source["shift"]) == ("amazon", 3)
+    trainer = office.Trainer(options, domains, len(classes), new_backbone)
+    parts = office.draw(domains, 0.05, 0)
+    train, test = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
+    accuracy = {}
+    for method in ("stl", "shared", "drn8"):
+        model = trainer.train(method, train, 0, 1e-3, 0.3)
+        right = trainer.correct(model, test)
+        accuracy[method] = np.mean([np.mean(values) for values in right.values()])
+    assert accuracy["drn8"] > 0.9 > max(accuracy["stl"], accuracy["shared"]) + 0.05
+    correlation = task_correlation(model)["classifier"]
+    assert correlation[0, 1:].max() < 0 and correlation[1:, 1:].min() > 0.9
 
 
 def test_cross_validation_is_on_the_training_part(tmp_path, rng, monkeypatch):

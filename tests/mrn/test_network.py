@@ -105,14 +105,20 @@ def test_own_regularizer_and_shared_covariance():
         prior = model.get_layer(name).prior
         assert prior.modes["task"] is shared
         assert prior.regularizer.strength == pytest.approx(0.2)
+        assert prior.regularizer.mean == "zero"
     first, second = network(), network(strength=0.5)
-    assert first.get_layer("classifier").prior.regularizer.strength == 1e-3
-    assert second.get_layer("classifier").prior.regularizer.strength == 0.5
+    first, second = (
+        model.get_layer("classifier").prior.regularizer for model in (first, second)
+    )
+    assert (first.strength, first.epsilon, first.mean) == (0.3, {"task": 0.01}, "start")
+    assert second.strength == 0.5
 
 
 def test_without_bottleneck_and_with_dropout(rng):
     """The classifier on the features; dropout in training only."""
-    model = relationship_network((6,), TASKS, 4, bottleneck=None, dropout=0.5)
+    model = relationship_network(
+        (6,), TASKS, 4, None, dropout=0.5, kernel_initializer="glorot_uniform"
+    )
     assert [layer.name for layer in task_layers(model)] == ["classifier"]
     x = {task: rng.normal(size=(3, 6)).astype("float32") for task in TASKS}
     first, again = model(x)["dslr"], model(x)["dslr"]
@@ -123,10 +129,31 @@ def test_without_bottleneck_and_with_dropout(rng):
 def test_draws():
     """Equal kernels at first, or a draw for each task."""
     for common in (True, False):
-        kernel = ops.convert_to_numpy(
-            network(common_draw=common).get_layer("bottleneck").kernel
-        )
+        model = network(common_draw=common)
+        kernel = ops.convert_to_numpy(model.get_layer("bottleneck").kernel)
         assert np.array_equal(kernel[..., 0], kernel[..., 1]) == common
+    model = network(common_draw={"classifier": False}, kernel_initializer="he_normal")
+    for name, common in (("bottleneck", True), ("classifier", False)):
+        kernel = ops.convert_to_numpy(model.get_layer(name).kernel)
+        assert np.array_equal(kernel[..., 0], kernel[..., 1]) == common
+        assert kernel.any()
+
+
+def test_starts():
+    """Classifiers with a prior at zero, all else from a draw, or as it is said."""
+
+    def zero(name, **arguments):
+        kernel = network(**arguments).get_layer(name).kernel
+        return not ops.convert_to_numpy(kernel).any()
+
+    assert zero("classifier") and not zero("bottleneck")
+    assert zero("classifier", layers=("classifier",))
+    for arguments in ({"prior": None}, {"layers": ()}):
+        assert not zero("classifier", **arguments)
+    assert zero("bottleneck", kernel_initializer=keras.initializers.Zeros())
+    own = {"classifier": "glorot_uniform", "bottleneck": None}
+    for name in own:
+        assert not zero(name, kernel_initializer=own)
 
 
 def test_training_saving_and_one_task(tmp_path, rng):
@@ -161,13 +188,107 @@ def test_training_saving_and_one_task(tmp_path, rng):
     )
 
 
+@pytest.mark.parametrize("shared_input", [True, False])
+def test_different_classes(shared_input, tmp_path, rng):
+    """Features are related, and classes where they are the same; order and files."""
+    tasks = ["a", "b", "c", "d"]
+    classes = {"a": 3, "b": ["x", "y"], "c": 3, "d": ["y", "x"]}
+    model = relationship_network(
+        trunk(), tasks, classes, 5, shared_input=shared_input, dropout=0.1
+    )
+    assert list(model.output) == tasks
+    assert [model.output[task].shape[-1] for task in tasks] == [3, 2, 3, 2]
+    found = {name: len(matrix) for name, matrix in task_covariance(model).items()}
+    expected = {"bottleneck": 4, "classifier_1": 2, "classifier_2": 1, "classifier_3": 1}
+    assert found == expected
+    for name in found:
+        layer = model.get_layer(name)
+        layer.kernel.assign(rng.normal(size=layer.kernel.shape))
+    images = rng.normal(size=(4, 2, 8, 8, 3)).astype("float32")
+    images[:] = images[0] if shared_input else images
+    outputs = model(images[0] if shared_input else dict(zip(tasks, images)))
+    places = {"a": (1, 0), "b": (2, 0), "c": (1, 1), "d": (3, 0)}
+    for number, (task, (layer, place)) in enumerate(places.items()):
+        x = ops.convert_to_numpy(model.get_layer("trunk")(images[number]))
+        kernel = ops.convert_to_numpy(model.get_layer("bottleneck").kernel)
+        x = np.maximum(x @ kernel[..., number], 0)
+        kernel = ops.convert_to_numpy(model.get_layer(f"classifier_{layer}").kernel)
+        x = np.exp(x @ kernel[..., place])
+        np.testing.assert_allclose(
+            outputs[task], x / x.sum(axis=1, keepdims=True), atol=1e-5
+        )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    again = loaded(images[0] if shared_input else dict(zip(tasks, images)))
+    for task in tasks:
+        np.testing.assert_allclose(again[task], outputs[task], atol=1e-6)
+
+
+def test_regressions(rng):
+    """One unit each, without a function; the sign of a task is learned."""
+    x = {task: rng.normal(size=(30, 6)).astype("float32") for task in TASKS}
+    truth = rng.normal(size=(6, 1))
+    y = {task: sign * x[task] @ truth for task, sign in zip(TASKS, (1, 1, -1))}
+    model = relationship_network((6,), TASKS, 1, None, activation="linear", strength=0.1)
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    model.fit(x, y, batch_size=10, epochs=10, verbose=0)
+    correlation = task_correlation(model)["classifier"]
+    assert correlation[0, 1] > 0.5 and correlation[0, 2] < -0.5
+    mixed = relationship_network(
+        (6,),
+        TASKS,
+        {"amazon": 3, "webcam": 1, "dslr": 1},
+        activation={"webcam": "linear", "dslr": "sigmoid"},
+    )
+    assert [
+        mixed.get_layer(f"{task}_probabilities").activation.__name__ for task in TASKS
+    ] == ["softmax", "linear", "sigmoid"]
+
+
+@pytest.mark.parametrize("own", [LAYERS[-n:] for n in (1, 2, 3)])
+def test_pretrained_bottleneck(own, rng):
+    """MRN's Figure 1: the last layer is copied for each task, and is its prior's mean."""
+    backbone = keras.Sequential(
+        [*trunk().layers, keras.layers.Dense(5, "tanh", name="fc7")], name="trunk"
+    )
+    backbone.build((None, 8, 8, 3))
+    model = relationship_network(backbone, TASKS, 4, "fc7", layers=own)
+    x = rng.normal(size=(2, 8, 8, 3)).astype("float32")
+    expected = ops.convert_to_numpy(backbone(x))
+    inputs = model.get_layer("classifier").input
+    found = keras.Model(model.input, inputs).predict(dict.fromkeys(TASKS, x), verbose=0)
+    np.testing.assert_allclose(found, np.tile(expected, (1, 3)), atol=1e-5)
+    assert ("bottleneck" in [layer.name for layer in model.layers]) == (len(own) > 1)
+    if len(own) > 1:
+        prior = model.get_layer("bottleneck").prior
+        kernel = ops.convert_to_numpy(backbone.get_layer("fc7").kernel)
+        np.testing.assert_allclose(prior.mean[..., 2], kernel, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"classes": 0}, "`classes` must be a positive int"),
-        ({"bottleneck": 0}, "`bottleneck` must be a positive int or None"),
+        ({"bottleneck": 0}, "`bottleneck` must be a positive int, the name of a layer"),
+        ({"bottleneck": "fc7"}, "`backbone` must be a Keras model where `bottleneck`"),
+        (
+            {"bottleneck": "conv1", "backbone": trunk()},
+            "the backbone's last layer, a Dense.*'conv1'; the last layer is 'global_av",
+        ),
+        ({"classes": {"amazon": 3}}, "`classes` must be an int, or a dict by task"),
+        ({"classes": dict.fromkeys(TASKS, 0)}, "`classes` must be a positive int, or a"),
+        ({"classes": dict(zip(TASKS, (2, 2, 1)))}, "softmax over one class"),
+        (
+            {"classes": dict(zip(TASKS, (2, 2, 3))), "layers": ()},
+            "different classes need a classifier of their own",
+        ),
+        ({"activation": {"a": "relu"}}, "`activation` must be one, or a dict by task"),
+        ({"activation": "nothing"}, "'nothing'"),
         ({"layers": ("bottleneck",)}, "must be the last few of"),
         ({"layers": ("fc8",)}, r"Received: layers=\('fc8',\)"),
+        ({"common_draw": None}, "`common_draw` must be True or False, or a dict"),
+        ({"common_draw": {"fc8": True}}, "`common_draw` must be one for all layers, or"),
+        ({"kernel_initializer": "ones and zeros"}, "'ones and zeros'"),
         ({"prior": "normal"}, r"one of \['drn', 'mrn'\].*'normal'"),
         ({"tasks": ["a", "a"]}, "distinct"),
         ({"backbone": (4, 4, 3)}, r"expected a backbone with one output \(batch, features"),

@@ -113,6 +113,44 @@ def test_flip_flop_recovers_covariances(shape, rng):
         assert np.trace(found) == pytest.approx(d)
 
 
+def test_flip_flop_with_a_known_mean(rng):
+    """Of deviations from it; the mean is one estimate, the covariances another."""
+    mean, covariances, whole = problem((3, 4), rng)
+    x = tensor_normal.sample(covariances, 10 * mean, samples=20_000, seed=0)
+    known = tensor_normal.flip_flop(x, mean=10 * mean)
+    found = tensor_normal.flip_flop(x)
+    np.testing.assert_allclose(known.mean, 10 * mean)
+    assert relative(found.mean, known.mean) < 0.01
+    for fitted in (known, found):
+        assert relative(np.kron(*fitted.covariances), whole) < 0.05
+    wrong = tensor_normal.flip_flop(x, mean=np.zeros((3, 4)))
+    assert relative(np.kron(*wrong.covariances), whole) > 1
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_common_mean_is_generalized_least_squares(mode, rng):
+    """The normal equations of all entries with the Kronecker product written out."""
+    shape = (2, 3, 4)
+    _, covariances, whole = problem(shape, rng)
+    x = rng.normal(size=(2, *shape))
+    parts = [np.eye(d) for d in shape]
+    parts[mode] = np.ones((shape[mode], 1))
+    design, inverse = functools.reduce(np.kron, parts), np.linalg.inv(whole)
+    normal = design.T @ inverse
+    expected = np.linalg.solve(normal @ design, normal @ x.reshape(2, -1).T).T
+    root = np.linalg.inv(np.linalg.cholesky(covariances[mode]))
+    found = ops.convert_to_numpy(tensor_normal.common_mean(x, root, mode))
+    assert found.shape == tuple(1 if k == mode + 1 else d for k, d in enumerate(x.shape))
+    np.testing.assert_allclose(found.reshape(2, -1), expected, rtol=1e-4, atol=1e-5)
+    # One covariance for each sample, and none.
+    both = np.stack([root, np.eye(shape[mode])])
+    found = ops.convert_to_numpy(tensor_normal.common_mean(x, both, mode))
+    np.testing.assert_allclose(found[0].ravel(), expected[0], rtol=1e-4, atol=1e-5)
+    plain = ops.convert_to_numpy(tensor_normal.common_mean(x, None, mode))
+    np.testing.assert_allclose(found[1], plain[1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(plain, x.mean(axis=mode + 1, keepdims=True), rtol=1e-5)
+
+
 def test_flip_flop_is_a_maximum(rng):
     """Every mode is a fixed point of Eq. 5, and no neighbour is more likely."""
     _, covariances, _ = problem((3, 2, 4), rng)
@@ -223,6 +261,8 @@ def test_quadratic_form_has_a_gradient(rng):
         (lambda t, x: t.flip_flop(x[:1]), "positive definite"),
         (lambda t, x: t.sample([np.eye(2), None]), r"None for the modes \[1\]"),
         (lambda t, x: t.sample([np.eye(2)], samples=0), "samples=0"),
+        (lambda t, x: t.common_mean(x, None, 2), "mode=2"),
+        (lambda t, x: t.common_mean(x, np.eye(3), 0), r"`whitener`.*\(3, 3\)"),
     ],
 )
 def test_errors(call, message, rng):

@@ -52,8 +52,6 @@ def test_methods(options):
 def test_command(tmp_path, rng):
     """Tables by method and by layer, from faces that are not trained on."""
     write(tmp_path, rng)
-    found = ranks.attributes_of(tmp_path)
-    assert np.array_equal(found["gender"], [0] * 40) and set(found["smile"]) == {1}
     page = tmp_path / "page.md"
     blocks = ("ranks", "ranks-by-layer")
     page.write_text("".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in blocks))

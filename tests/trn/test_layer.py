@@ -50,7 +50,9 @@ def gradient_of(function, *tensors):
     return [g.numpy() for g in tape.gradient(value, tensors)]
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (1, 1), (1, 4), (40, 30), (100, 120)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 5), (5, 3), (1, 1), (1, 4), (40, 30), (30, 40), (100, 120), (130, 140)]
+)
 @pytest.mark.parametrize("method", ["cholesky", "svd"])
 def test_value(method, sizes, rng):
     """Both routes give the offline similarity; Eq. 1 holds at the directions."""

@@ -67,8 +67,10 @@ def test_command(tmp_path, rng):
     assert page.read_text().count("Tucker, half of the weights") == 2
     options = ranks.parse(arguments)
     data = ranks.Ranks().load(options, None)
-    (training, own), (testing, others) = ranks.Ranks().draw(options, data, 0)
-    assert len(training.images) == 16 == len(own["smile"])
-    assert len(testing.images) == 6 == len(others["gender"])
+    training, testing = ranks.Ranks().draw(options, data, 0)
+    assert len(training.images) == 16 == len(training.smile)
+    assert len(testing.images) == 6 == len(testing.gender)
+    # As the lists have them.
+    assert set(training.gender) == {0} and set(training.smile) == {1}
     with pytest.raises(ValueError, match="at most 40 together, got 46"):
         ranks.main([*arguments, "--testing-images", "38"])

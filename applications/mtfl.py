@@ -1,13 +1,20 @@
-"""Landmarks and pose of faces as two tasks: the experiment of Task Relation Networks.
+"""Landmarks, pose and attributes of faces: the experiment of Task Relation Networks.
 
 Li et al., "Task Relation Networks" (WACV 2019), section 4.2.3, Table 1: the places of five
 landmarks (regression) and the pose (five classes), on the MTFL data set (Zhang et al.
-2014), with ResNet-18.
+2014), with ResNet-18; or any of these, gender, smile and glasses (`--tasks`), and a small
+network on principal components (`--network mlp`), which takes seconds.
 
 - `stl`: a network for each task;
-- `mtl`: the first four of the five stages are shared;
+- `mtl`: the first four of the five stages are shared, or the first layer of the two;
 - `trn-output`: the same, the outputs held to the similarity of the labels;
-- `trn`: outputs and hidden features (those of the last stage, after pooling).
+- `trn-hidden`: the hidden features (those of the last stage, after pooling) instead;
+- `trn`: outputs and hidden features;
+- `trn-wrong`: the same, held to a wrong similarity (`--wrong-target`). What it gains too is
+  none of the relation's.
+
+With `--validation` the weights of the relations are chosen, among the `--scales`, on a part
+of the training images of the first seed.
 
     python -m applications.mtfl --data FOLDER
     python -m applications.mtfl --data FOLDER --convergence
@@ -24,7 +31,7 @@ import numpy as np
 import pandas as pd
 from keras import layers
 from PIL import Image
-from sklearn import preprocessing
+from sklearn.decomposition import PCA
 
 from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, task_similarity
 from dmtrl_keras.ground.backend import tensorflow
@@ -39,20 +46,24 @@ from .experiment import (
     figure_of,
     held_out,
     hits,
+    ticking,
     timed,
 )
 from .files import cached_arrays
 from .reading import DataError, open_zip, read_image, read_text, reading
 from .resnet import STAGES, resnet18
-from .results import mean_and_spread
+from .results import Results, mean_and_spread, run_all
 
 TITLES = {
     "stl": "STL",
     "mtl": "MTL",
     "trn-output": "TRN (output)",
+    "trn-hidden": "TRN (hidden)",
     "trn": "TRN (hidden + output)",
+    "trn-wrong": "TRN (hidden + output), wrong target",
 }
-TASKS = {"landmarks": 10, "pose": 5}
+# Tasks and the units of their outputs: numbers, and scores of classes.
+TASKS = {"landmarks": 10, "pose": 5, "gender": 2, "smile": 2, "glasses": 2}
 TRAINING, TESTING = "training.txt", "testing.txt"
 # As in `layers.TRL`: features are never quite independent of each other.
 RIDGE = 1e-3
@@ -66,11 +77,17 @@ class Faces(typing.NamedTuple):
         landmarks: float32 `(n, 10)`, in shares of the image's side: x of the left eye, the
             right eye, the nose, the left and the right corner of the mouth, then y.
         pose: ints `(n,)`, 0 to 4, from the left profile to the right.
+        gender: ints `(n,)`, 0 (male) and 1.
+        smile: ints `(n,)`, 0 (smiling) and 1.
+        glasses: ints `(n,)`, 0 (with) and 1.
     """
 
     images: np.ndarray
     landmarks: np.ndarray
     pose: np.ndarray
+    gender: np.ndarray
+    smile: np.ndarray
+    glasses: np.ndarray
 
 
 def some(faces, indices):
@@ -119,12 +136,14 @@ def _faces(root, name, size):
     if not listed.is_file():
         raise FileNotFoundError(f"There is no {listed}.")
     lines = [line.split() for line in read_text(listed).splitlines() if line.strip()]
-    images, landmarks, poses = [], [], []
+    images, landmarks, classes = [], [], []
     for number, (path, *values) in enumerate(lines, start=1):
         with reading(f"{listed}, line {number}"):
             row = np.array(values, "float64")
             if len(row) != 14 or row[13] not in range(1, 6):
                 raise DataError("expected 14 numbers, the last one the pose, 1 to 5.")
+            if not np.isin(row[10:13], (1, 2)).all():
+                raise DataError("expected gender, smile and glasses to be 1 or 2.")
             # The original was written on Windows.
             file = root.joinpath(*path.replace("\\", "/").split("/"))
             image = read_image(file).convert("RGB")
@@ -142,10 +161,10 @@ def _faces(root, name, size):
                 )
             images.append(np.asarray(image.resize((size, size)), "uint8"))
         landmarks.append(points.ravel())
-        poses.append(int(row[13]) - 1)
+        classes.append(row[[13, 10, 11, 12]].astype(int) - 1)
     if not images:
         raise DataError(f"{listed} has no lines.")
-    return Faces(np.stack(images), np.float32(landmarks), np.array(poses))
+    return Faces(np.stack(images), np.float32(landmarks), *np.transpose(classes))
 
 
 # The places of the landmarks in a mirror image: eyes and corners of the mouth change sides.
@@ -186,7 +205,8 @@ def cut_out(faces, extent, rng):
     points[mirrored] = points[mirrored][:, :, _MIRRORED]
     points[mirrored, 0] = 1 - points[mirrored, 0]
     pose = np.where(mirrored, 4 - faces.pose, faces.pose)
-    return Faces(images, points.reshape(-1, 10).astype("float32"), pose)
+    landmarks = points.reshape(-1, 10).astype("float32")
+    return faces._replace(images=images, landmarks=landmarks, pose=pose)
 
 
 def normalized_mean_error(truth, predicted):
@@ -213,47 +233,139 @@ def normalized_mean_error(truth, predicted):
     return float(np.mean(distances / eyes[:, None]))
 
 
-def make_network(shared_stages, size, width, pool=True):
-    """ResNet-18 with two tasks.
+def make_resnet(tasks, shared_stages, size, width, pool=True):
+    """ResNet-18 with several tasks.
 
     Args:
-        shared_stages: int, how many of the five stages the tasks share: 0 are two networks.
+        tasks: list of keys of `TASKS`.
+        shared_stages: int, how many of the five stages the tasks share: 0 are networks of
+            their own.
         size: int, side of the images.
         width: int, filters of the first stage.
         pool: bool, whether the first stage ends with max pooling.
 
     Returns:
-        A `MultiTaskModel` with outputs "landmarks" (standardised) and "pose" (logits), and
-        layers `<task>_hidden`.
+        A `MultiTaskModel` with an output for each task, landmarks (standardised) or logits,
+        and layers `<task>_hidden`.
     """
     images = keras.Input((size, size, 3), name="image")
     x = layers.Rescaling(1 / 127.5, -1, name="rescaling")(images)
     x = resnet18(x, width, 1, shared_stages, pool, name="shared")
     outputs = {}
-    for task, units in TASKS.items():
+    for task in tasks:
         own = resnet18(x, width, shared_stages + 1, STAGES, pool, name=task)
         own = layers.GlobalAveragePooling2D(name=f"{task}_hidden")(own)
-        outputs[task] = layers.Dense(units, name=task)(own)
+        outputs[task] = layers.Dense(TASKS[task], name=task)(own)
     return MultiTaskModel(images, outputs)
 
 
-def make_model(options, method):
-    """The network of a method, with its relations."""
-    shared = 0 if method == "stl" else options.shared_stages
-    network = make_network(shared, options.size, options.width, not options.no_pool)
-    relations = []
-    if method.startswith("trn"):
-        relations.append(Relation("output", options.output_weight))
-    if method == "trn":
-        hidden = {task: f"{task}_hidden" for task in TASKS}
-        relations.append(Relation(hidden, options.hidden_weight))
-    if not relations:
+def make_mlp(tasks, shared, components, units):
+    """Two hidden layers on principal components, of which the tasks may share the first.
+
+    Args:
+        tasks: list of keys of `TASKS`.
+        shared: bool, whether they do.
+        components: int.
+        units: int, of the first layer; the second, of each task, has half of them.
+
+    Returns:
+        As `make_resnet`.
+    """
+    inputs = keras.Input((components,), name="components")
+    common = layers.Dense(units, "relu", name="shared")(inputs) if shared else None
+    outputs = {}
+    for task in tasks:
+        own = common
+        if own is None:
+            own = layers.Dense(units, "relu", name=f"{task}_first")(inputs)
+        own = layers.Dense(max(units // 2, 1), "relu", name=f"{task}_hidden")(own)
+        outputs[task] = layers.Dense(TASKS[task], name=task)(own)
+    return MultiTaskModel(inputs, outputs)
+
+
+def make_model(options, method, components=None):
+    """The network of a method, with its relations.
+
+    Args:
+        options: the command's.
+        method: a key of `TITLES`.
+        components: int, how many principal components there are; None: `options` says it.
+    """
+    if options.network == "mlp":
+        components = options.components if components is None else components
+        network = make_mlp(options.tasks, method != "stl", components, options.units)
+    else:
+        shared = 0 if method == "stl" else options.shared_stages
+        sizes = options.size, options.width, not options.no_pool
+        network = make_resnet(options.tasks, shared, *sizes)
+    places = places_of(method)
+    if not places:
         return network
-    return TaskRelationModel(network, relations, momentum=options.momentum)
+    hidden = {task: f"{task}_hidden" for task in options.tasks}
+    target = options.wrong_target if method == "trn-wrong" else None
+    relations = [
+        Relation(
+            "output" if place == "output" else hidden,
+            getattr(options, f"{place}_weight"),
+            name=place,
+            target=target,
+        )
+        for place in places
+    ]
+    return TaskRelationModel(
+        network,
+        relations,
+        momentum=options.momentum,
+        estimate=options.estimate,
+        gradient=options.gradient,
+    )
+
+
+def places_of(method):
+    """Where a method relates features, a tuple of `"output"` and `"hidden"`."""
+    places = {"trn-output": ("output",), "trn-hidden": ("hidden",)}
+    return places.get(method, ("output", "hidden") if method.startswith("trn") else ())
+
+
+def components_of(images, most):
+    """Principal components of images, of unit variance.
+
+    Args:
+        images: uint8 `(n, size, size, 3)`; their colours are averaged.
+        most: int, the number of components, if there are as many examples.
+
+    Returns:
+        A function from images like these to a float32 array `(n, components)`.
+    """
+
+    def grey(images):
+        return images.mean(axis=-1, dtype="float32").reshape(len(images), -1)
+
+    pixels = grey(images)
+    found = PCA(min(most, *pixels.shape), whiten=True, random_state=0).fit(pixels)
+    return lambda images: found.transform(grey(images)).astype("float32")
+
+
+class Trained(typing.NamedTuple):
+    """A trained network, with what its inputs and outputs mean.
+
+    Attributes:
+        model: `MultiTaskModel`.
+        inputs: function from images to what the model takes.
+        mean: array `(10,)`, of the landmarks.
+        deviation: array `(10,)`, of the landmarks.
+    """
+
+    model: MultiTaskModel
+    inputs: typing.Callable
+    mean: np.ndarray
+    deviation: np.ndarray
 
 
 def train(options, method, training, seed, tick, watch=None):
     """Train the network of a method.
+
+    The images are cut out anew in every epoch, for principal components once.
 
     Args:
         options: the command's.
@@ -265,34 +377,51 @@ def train(options, method, training, seed, tick, watch=None):
             `Faces` as `val_loss`.
 
     Returns:
-        `(model, standard)`, the model, and mean and deviation of the landmarks.
+        A `Trained`.
     """
-    model = make_model(options, method)
     rng = np.random.default_rng(seed)
-    landmarks = cut_out(training, options.extent, rng).landmarks
-    standard = landmarks.mean(axis=0), landmarks.std(axis=0)
+    cut = cut_out(training, options.extent, rng)
+    mean, deviation = cut.landmarks.mean(axis=0), cut.landmarks.std(axis=0)
+    count = whole_batches(options, len(training.images))
+    inputs, components = _same, None
+    if options.network == "mlp":
+        inputs = components_of(cut.images, options.components)
+        components = inputs(cut.images[:1]).shape[1]
+    model = make_model(options, method, components)
+    classes = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    losses = {
+        t: "mean_squared_error" if t == "landmarks" else classes for t in options.tasks
+    }
     steps = -(-len(training.images) // options.batch_size)
     model.compile(
         decaying(options, steps * options.epochs),
-        {
-            "landmarks": "mean_squared_error",
-            "pose": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        },
+        losses,
         loss_weights=options.loss_weights or None,
     )
 
     def data(faces):
-        labels = (faces.landmarks - standard[0]) / standard[1]
-        return faces.images, {"landmarks": labels, "pose": faces.pose}
+        labels = {task: getattr(faces, task) for task in options.tasks}
+        if "landmarks" in labels:
+            labels["landmarks"] = (faces.landmarks - mean) / deviation
+        return inputs(faces.images), labels
 
     callbacks, watched = ([], None) if watch is None else (watch[0], data(watch[1]))
+    if options.network == "mlp":
+        model.fit(
+            *data(some(cut, slice(count))),
+            batch_size=options.batch_size,
+            epochs=options.epochs,
+            validation_data=watched,
+            callbacks=ticking(tick, callbacks),
+            verbose=0,
+        )
+        return Trained(model, inputs, mean, deviation)
     every = keras.callbacks.CallbackList(callbacks, model=model)
     every.on_train_begin()
-    count = whole_batches(options, len(training.images))
     for epoch in range(options.epochs):
         # Arrays, since TensorFlow's generators make it return memory at every step, with
         # which a step of the small networks took twice as long.
-        part = Faces(*(x[:count] for x in cut_out(training, options.extent, rng)))
+        part = some(cut_out(training, options.extent, rng), slice(count))
         fitted = model.fit(
             *data(part),
             batch_size=options.batch_size,
@@ -307,38 +436,38 @@ def train(options, method, training, seed, tick, watch=None):
         if model.stop_training:
             break
     every.on_train_end()
-    return model, standard
+    return Trained(model, inputs, mean, deviation)
 
 
-def features_of(model, images):
+def _same(images):
+    return images
+
+
+def features_of(trained, images, tasks):
     """Outputs and hidden features: by `"output"` and `"hidden"`, dicts by task."""
-    hidden = {task: model.get_layer(f"{task}_hidden").output for task in TASKS}
+    model = trained.model
+    hidden = {task: model.get_layer(f"{task}_hidden").output for task in tasks}
     both = keras.Model(model.input, {"output": model.output, "hidden": hidden})
-    return both.predict(images, batch_size=256, verbose=0)
+    return both.predict(trained.inputs(images), batch_size=256, verbose=0)
 
 
-def labels_of(faces):
+def labels_of(faces, tasks=("landmarks", "pose")):
     """The labels as vectors, a dict by task."""
-    return {"landmarks": faces.landmarks, "pose": np.eye(5)[faces.pose]}
+    found = {task: getattr(faces, task) for task in tasks}
+    return {t: y if t == "landmarks" else np.eye(TASKS[t])[y] for t, y in found.items()}
 
 
 def similarity_of(sets):
-    """Offline similarity (TRN Eq. 11) of the two tasks' arrays."""
-    return task_similarity(sets["landmarks"], sets["pose"], RIDGE)
+    """Offline similarity (TRN Eq. 11) of the arrays of tasks, the mean over their pairs."""
+    return float(np.mean(list(similarities_of(sets).values())))
 
 
-def similarities_of(features, faces):
-    """Offline similarities of the tasks (TRN Eq. 11, 12): hidden, output, labels.
-
-    Args:
-        features: as from `features_of`.
-        faces: `Faces`.
-
-    Returns:
-        A dict of floats.
-    """
-    sets = features | {"labels": labels_of(faces)}
-    return {name: similarity_of(by_task) for name, by_task in sets.items()}
+def similarities_of(sets):
+    """Offline similarities (TRN Eq. 11) of the arrays of tasks, a dict by pair."""
+    return {
+        f"{i}-{j}": task_similarity(sets[i], sets[j], RIDGE)
+        for i, j in itertools.combinations(sets, 2)
+    }
 
 
 def train_and_test(options, method, training, testing, seed, tick, callbacks=None):
@@ -354,48 +483,72 @@ def train_and_test(options, method, training, testing, seed, tick, callbacks=Non
         callbacks: None, or Keras callbacks that see the loss on `testing` as `val_loss`.
 
     Returns:
-        A dict of floats: errors in shares, similarities on the test part, seconds of
-        training.
+        A dict: errors in shares by task, the similarities of features and labels on the
+        test part by pair of tasks, the number of weights, seconds of training; with
+        relations also the last online similarities.
     """
     watch = None if callbacks is None else (callbacks, testing)
     with timed(seed) as took:
-        model, (mean, deviation) = train(options, method, training, seed, tick, watch)
-    features = features_of(model, testing.images)
-    predicted = features["output"]["landmarks"] * deviation + mean
+        trained = train(options, method, training, seed, tick, watch)
+    features = features_of(trained, testing.images, options.tasks)
+    sets = features | {"labels": labels_of(testing, options.tasks)}
+    errors = {}
+    for task, outputs in features["output"].items():
+        if task == "landmarks":
+            predicted = outputs * trained.deviation + trained.mean
+            errors[task] = normalized_mean_error(testing.landmarks, predicted)
+        else:
+            errors[task] = 1 - float(np.mean(hits(outputs, getattr(testing, task))))
     results = {
-        "error": normalized_mean_error(testing.landmarks, predicted),
-        "accuracy": float(np.mean(hits(features["output"]["pose"], testing.pose))),
-        "similarity": similarities_of(features, testing),
-        "weights": model.count_params(),
+        "errors": errors,
+        "similarity": {name: similarities_of(by_task) for name, by_task in sets.items()},
+        "weights": trained.model.count_params(),
         "seconds": took.seconds,
     }
-    if isinstance(model, TaskRelationModel):
+    if isinstance(trained.model, TaskRelationModel):
         results["online"] = {
-            name: next(iter(pairs.values())) for name, pairs in model.similarities().items()
+            name: {f"{i}-{j}": value for (i, j), value in pairs.items()}
+            for name, pairs in trained.model.similarities().items()
         }
     return results
 
 
-def summarize(runs):
+def scaled(options, scale):
+    """The options with both weights of the relations times a scale."""
+    own = copy.copy(options)
+    own.output_weight = scale * options.output_weight
+    own.hidden_weight = scale * options.hidden_weight
+    return own
+
+
+def summarize(runs, tasks):
     """The table of the paper's Table 1, a data frame of strings."""
     rows = []
-    by = ["method", "output_weight", "hidden_weight"]
-    for (method, output, hidden), group in runs.groupby(by, sort=False, dropna=False):
+    by = ["training_images", "method", "output_weight", "hidden_weight"]
+    for keys, group in runs.groupby(by, sort=False, dropna=False):
+        images, method, *weights = keys
         similarity = pd.DataFrame(list(group["similarity"]))
-        rows.append(
-            {
-                "Method": TITLES[method],
-                "λ output": "-" if pd.isna(output) else f"{output:g}",
-                "λ hidden": "-" if pd.isna(hidden) else f"{hidden:g}",
-                "τ hidden": mean_and_spread(similarity["hidden"]),
-                "τ output": mean_and_spread(similarity["output"]),
-                "τ labels": f"{similarity['labels'].iloc[0]:.2f}",
-                "Error %": mean_and_spread(100 * group["error"]),
-                "Accuracy %": mean_and_spread(100 * group["accuracy"]),
-                "Runs": len(group),
-                "Seconds": mean_and_spread(group["seconds"], 0),
-            }
-        )
+        errors = pd.DataFrame(list(group["errors"]))
+        row = {
+            "Images": "all" if pd.isna(images) else f"{images:g}",
+            "Method": TITLES[method],
+        }
+        for place, weight in zip(("output", "hidden"), weights):
+            row[f"λ {place}"] = "-" if pd.isna(weight) else f"{weight:g}"
+        for name in ("hidden", "output", "labels"):
+            values = [np.mean(list(by_pair.values())) for by_pair in similarity[name]]
+            row[f"τ {name}"] = mean_and_spread(values)
+        # The test part is the same in all runs.
+        row["τ labels"] = row["τ labels"].split()[0]
+        for task in tasks:
+            if task == "landmarks":
+                row["Landmarks, error %"] = mean_and_spread(100 * errors[task])
+            else:
+                accuracy = 100 * (1 - errors[task])
+                row[f"{task.capitalize()}, accuracy %"] = mean_and_spread(accuracy)
+        row["Runs"] = len(group)
+        row["Seconds"] = mean_and_spread(group["seconds"], 0)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -460,7 +613,7 @@ def offline_estimates(sets, examples, draws, rng):
     Returns:
         A float64 array `(draws,)`.
     """
-    count = len(sets["landmarks"])
+    count = len(next(iter(sets.values())))
     parts = (rng.choice(count, min(examples, count), replace=False) for _ in range(draws))
     return np.array(
         [similarity_of({task: x[part] for task, x in sets.items()}) for part in parts]
@@ -490,11 +643,8 @@ def plot_convergence(curves, offline, path):
     figure.savefig(path, dpi=120)
 
 
-def standard_features(options, training, cache, console):
-    """Features of the two networks of `stl`, and labels, in units of their deviations.
-
-    So the networks learn the labels; and Algorithm 1 starts from the identity, which
-    features of small variance remember for long.
+def compared_features(options, training, cache, console):
+    """Features of the networks of `stl`, and the labels as they are.
 
     Args:
         options: the command's.
@@ -510,14 +660,14 @@ def standard_features(options, training, cache, console):
     def features():
         console.print("Training the two networks whose features are compared.")
         with timed(options.seed):
-            model, _ = train(options, "stl", training, options.seed, lambda: None)
+            trained = train(options, "stl", training, options.seed, lambda: None)
         return {
             f"{name}/{task}": x
-            for name, by_task in features_of(model, faces.images).items()
+            for name, by_task in features_of(trained, faces.images, options.tasks).items()
             for task, x in by_task.items()
         }
 
-    found = {"labels": {t: preprocessing.scale(x) for t, x in labels_of(faces).items()}}
+    found = {"labels": labels_of(faces, options.tasks)}
     for key, x in cached_arrays(cache, features).items():
         name, task = key.split("/")
         found.setdefault(name, {})[task] = x
@@ -528,10 +678,10 @@ def standard_features(options, training, cache, console):
 
 
 class Mtfl(Experiment):
-    """Landmarks and pose of faces."""
+    """Landmarks, pose and attributes of faces."""
 
     name = "mtfl"
-    description = "Landmarks and pose of faces: STL, MTL and TRN."
+    description = "Landmarks, pose and attributes of faces: STL, MTL and TRN."
     methods = TITLES
     defaults = {
         "epochs": 20,
@@ -541,12 +691,22 @@ class Mtfl(Experiment):
         "optimizer": "adam",
     }
     least = {"batch_size": 2}
-    settings = ("size", "width", "shared_stages", "no_pool", "training_images", "extent")
+    settings = ("tasks", "network", "size", "width", "shared_stages", "no_pool")
+    settings += ("components", "units", "training_images", "extent")
     settings += ("epochs", "batch_size", "learning_rate", "optimizer", "loss_weights")
     families = {"independent": "stl", "hard": "mtl"}
     data_argument = {"type": pathlib.Path, "required": True, "help": "folder or zip file"}
 
     def add_arguments(self, p):
+        p.add_argument(
+            "--tasks", nargs="+", choices=list(TASKS), default=["landmarks", "pose"]
+        )
+        p.add_argument(
+            "--network",
+            choices=("resnet", "mlp"),
+            default="resnet",
+            help="ResNet-18, or two layers on principal components",
+        )
         add_images(p, 64)
         p.add_argument(
             "--shared-stages",
@@ -557,7 +717,21 @@ class Mtfl(Experiment):
         p.add_argument(
             "--no-pool", action="store_true", help="no pooling in the first stage"
         )
-        p.add_argument("--training-images", type=whole(2), help="a random part; else all")
+        p.add_argument(
+            "--components",
+            type=whole(1),
+            default=100,
+            help="principal components that `mlp` sees",
+        )
+        p.add_argument(
+            "--units", type=whole(1), default=256, help="of the first layer of `mlp`"
+        )
+        p.add_argument(
+            "--training-images",
+            nargs="+",
+            type=whole(2),
+            help="random parts of as many, of each seed; else all",
+        )
         p.add_argument(
             "--extent",
             nargs=2,
@@ -574,22 +748,50 @@ class Mtfl(Experiment):
             nargs="+",
             type=real(above=0),
             default=[1.0],
-            help="of both λ, one TRN for each",
+            help="of both λ, one TRN for each, or what --validation chooses from",
+        )
+        p.add_argument(
+            "--validation",
+            type=real(above=0, below=1),
+            help="choose the scale of λ by this share of the first seed's training images",
+        )
+        p.add_argument(
+            "--wrong-target",
+            type=real(least=0, most=1),
+            default=0.4,
+            help="what `trn-wrong` holds features to",
+        )
+        p.add_argument(
+            "--estimate",
+            choices=("mean", "sum"),
+            default="mean",
+            help="of the covariances, see layers.TRL",
+        )
+        p.add_argument(
+            "--gradient",
+            choices=("full", "moving"),
+            default="full",
+            help="of the similarities, see layers.TRL",
         )
         p.add_argument("--momentum", type=MOMENTUM, default=0.99, help="of the covariances")
         p.add_argument("--convergence", action="store_true", help="the paper's Figure 4")
         p.add_argument(
             "--momenta",
             nargs="+",
-            # The steps that are needed are 10 / (1 - momentum).
+            # The steps that are taken are 4 / (1 - momentum).
             type=real(least=0, most=0.99999),
             default=[0.9, 0.99, 0.999],
         )
         p.add_argument("--batch-sizes", nargs="+", type=whole(2), default=[32, 128])
+        p.add_argument("--page-block", default="mtfl", help="the name of the page's marks")
 
     def check(self, p, options):
         if options.extent[0] > options.extent[1]:
             p.error(f"--extent: expected the least and the most, got {options.extent}")
+        if len(set(options.tasks)) != len(options.tasks) or len(options.tasks) < 2:
+            p.error(f"--tasks: expected two different tasks at least, got {options.tasks}")
+        if options.convergence and len(options.tasks) > 2:
+            p.error(f"--convergence: expected two tasks, got {options.tasks}")
 
     def mode(self, options):
         return Convergence() if options.convergence else self
@@ -598,38 +800,86 @@ class Mtfl(Experiment):
         """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
         training, testing = load_mtfl(options.data, options.size)
         digest = digest_of([training.images, testing.images])
-        if options.training_images is not None:
-            count = len(training.images)
-            if options.training_images > count:
-                raise DataError(
-                    f"--training-images: there are {count}. "
-                    f"Received: {options.training_images}."
-                )
-            order = np.random.default_rng(options.seed).permutation(count)
-            training = some(training, order[: options.training_images])
+        count, most = len(training.images), max(options.training_images or [0])
+        if most > count:
+            raise DataError(
+                f"--training-images: there are {count}. "
+                f"Received: {options.training_images}."
+            )
         return training, testing, digest
 
     def plan(self, options, data):
-        """Seed by seed."""
-        digest = data[-1]
-        for _, seed, method in self.by_seed(options, options.methods):
-            for scale in options.scales if method.startswith("trn") else [None]:
-                own = copy.copy(options)
-                own.output_weight = own.hidden_weight = None
-                names = {"data": digest, "seed": seed}
-                title = f"seed {seed}"
-                if scale is not None:
-                    own.output_weight = scale * options.output_weight
-                    names["momentum"] = options.momentum
-                    title += f", λ {own.output_weight:g}"
-                if method == "trn":
-                    own.hidden_weight = scale * options.hidden_weight
-                names["output_weight"] = own.output_weight
-                names["hidden_weight"] = own.hidden_weight
-                yield self.planned(title, own, method, lambda: data[:2], seed, names)
+        """Part by part and seed by seed."""
+        for count, (_, seed, method) in itertools.product(
+            options.training_images or [None], self.by_seed(options, options.methods)
+        ):
+            for scale in self._scales(options, method):
+                yield self._planned(options, data, count, seed, method, scale)
+
+    def _scales(self, options, method):
+        return options.scales if places_of(method) else [None]
+
+    def _planned(self, options, data, count, seed, method, scale, share=None):
+        """A run, of which a share of the training images may be what is tested on."""
+        own = copy.copy(options) if scale is None else scaled(options, scale)
+        own.training_images = count
+        names = {"data": data[-1], "seed": seed, "validation": share}
+        title = f"{'all' if count is None else count} images, seed {seed}"
+        if scale is not None:
+            names |= {"momentum": options.momentum, "estimate": options.estimate}
+            names |= {"gradient": options.gradient, "scale": scale}
+            title += f", scale {scale:g}"
+        if share is not None:
+            title += ", validation"
+        for place in ("output", "hidden"):
+            used = place in places_of(method)
+            names[f"{place}_weight"] = getattr(own, f"{place}_weight") if used else None
+        if method == "trn-wrong":
+            names["wrong_target"] = options.wrong_target
+
+        def part():
+            found = self._part(data, count, seed)
+            return found if share is None else self.hold_out(found, own, share, seed)
+
+        return self.planned(title, own, method, part, seed, names)
+
+    def find(self, options, data, console):
+        """The results of all runs; with `--validation` of those with the best scales."""
+        if options.validation is None:
+            return super().find(options, data, console)
+        results = Results(options.output / "runs.jsonl")
+        counts = options.training_images or [None]
+        rows = []
+        for count, method in itertools.product(counts, options.methods):
+            scales = self._scales(options, method)
+            if len(scales) > 1:
+                tried = [
+                    self._planned(
+                        options, data, count, options.seed, method, s, options.validation
+                    )
+                    for s in scales
+                ]
+                found = run_all(results, tried, console, self.describe, options.strategy)
+                errors = [np.mean(list(one.values())) for one in found["errors"]]
+                scales = [scales[int(np.nanargmin(errors))]]
+            runs = [
+                self._planned(options, data, count, seed, method, *scales)
+                for _, seed in self.by_seed(options)
+            ]
+            rows.append(run_all(results, runs, console, self.describe, options.strategy))
+        return pd.concat(rows, ignore_index=True)
+
+    def _part(self, data, count, seed):
+        """`(training, testing)`, with a random part of the training images by a seed."""
+        training, testing, _ = data
+        if count is not None:
+            order = np.random.default_rng(seed).permutation(len(training.images))
+            training = some(training, order[:count])
+        return training, testing
 
     def draw(self, options, data, seed):
-        return data[:2]
+        counts = options.training_images or [None]
+        return self._part(data, counts[0], seed)
 
     def hold_out(self, part, options, share, seed):
         training, _ = part
@@ -643,33 +893,35 @@ class Mtfl(Experiment):
         return train_and_test(options, method, *part, seed, tick, callbacks)
 
     def describe(self, found):
-        return f"error {found['error']:.2%}, accuracy {found['accuracy']:.1%}"
+        return ", ".join(f"{task} {error:.2%}" for task, error in found["errors"].items())
 
     def tasks(self, options, data=None):
-        return list(TASKS)
+        return list(options.tasks)
 
     def errors(self, found):
-        return {"landmarks": found["error"], "pose": 1 - found["accuracy"]}
+        return found["errors"]
 
     def costs(self, found):
         return {"parameters": found["weights"], "seconds": found["seconds"]}
 
     def space(self, method, options, space):
-        if method == "mtl":
+        if method == "mtl" and options.network == "resnet":
             default = options.shared_stages
             return {"shared_stages": space.integer("shared_stages", 1, STAGES, default)}
-        if method == "stl":
+        weights = {p: getattr(options, f"{p}_weight") for p in places_of(method)}
+        if not weights:
             return {}
-        weights = {"output": options.output_weight}
-        if method == "trn":
-            weights["hidden"] = options.hidden_weight
         weights, momentum = space.relation(weights, options.momentum)
         found = {f"{name}_weight": weight for name, weight in weights.items()}
         return found | {"momentum": momentum}
 
     def tables(self, options, data, runs):
         title = f"MTFL, {options.epochs} epochs"
-        return {"mtfl": Table(title, summarize(runs), keys=3)}
+        frame = summarize(runs, options.tasks)
+        return {options.page_block: Table(title, frame, "mtfl", keys=4)}
+
+    def blocks(self, options):
+        return [options.page_block]
 
 
 class Convergence(Mtfl):
@@ -681,18 +933,17 @@ class Convergence(Mtfl):
         Returns:
             `(curves, offline, frame)`, as for `plot_convergence`, and a data frame.
         """
-        training, _, digest = data
-        cache = options.output / f"features_{digest}.npz"
-        features = standard_features(options, training, cache, console)
+        training, _ = self.draw(options, data, options.seed)
+        cache = options.output / f"features_{data[-1]}.npz"
+        features = compared_features(options, training, cache, console)
         offline = {name: similarity_of(sets) for name, sets in features.items()}
         curves, rows = {}, []
         for batch_size, momentum in itertools.product(options.batch_sizes, options.momenta):
-            # The share that the identity keeps is momentum ** steps.
-            steps = max(200, round(10 / (1 - momentum)))
+            # Until as many examples are remembered as can be.
+            steps = max(200, round(4 / (1 - momentum)))
             rng = np.random.default_rng(options.seed)
             curve = online_estimates(features, momentum, batch_size, steps, rng)
             curves[batch_size, momentum] = curve
-            # The last half of the steps, when the start is forgotten.
             late = curve[len(curve) // 2 :]
             examples = examples_remembered(momentum, batch_size)
             for name, sets in features.items():
@@ -703,6 +954,7 @@ class Convergence(Mtfl):
                         "Batch": batch_size,
                         "Momentum": f"{momentum:g}",
                         "Steps": steps,
+                        "After 30 steps": f"{curve[name][29]:.3f}",
                         "Online": mean_and_spread(late[name], 3),
                         "Examples remembered": examples,
                         "Offline on as many": mean_and_spread(equally_many, 3),

@@ -38,7 +38,7 @@ from .experiment import (
     timed,
     trainable_parameters,
 )
-from .mtfl import TRAINING, _root, cut_out, load_mtfl, normalized_mean_error, some
+from .mtfl import cut_out, load_mtfl, normalized_mean_error, some
 from .results import mean_and_spread
 
 CLASSES = {"gender": 2, "smile": 2, "pose": 5}
@@ -61,20 +61,6 @@ METHODS["tucker-apart"] = "Tucker, by tolerance, starts of their own"
 # Half of LAF's ranks is half of its weights.
 del METHODS["laf-0.1"]
 METHODS["laf-proportional"] = "LAF, task rank 1"
-
-
-def attributes_of(path):
-    """Gender and smile of the training faces, in the order of `load_mtfl`.
-
-    Args:
-        path: as for `load_mtfl`.
-
-    Returns:
-        A dict from task to ints, 0 and 1.
-    """
-    lines = _root(pathlib.Path(path)).joinpath(TRAINING).read_text().splitlines()
-    rows = np.array([line.split()[11:13] for line in lines if line.strip()], "int64")
-    return dict(zip(("gender", "smile"), rows.T - 1))
 
 
 def backbone(size, width):
@@ -179,7 +165,7 @@ class Ranks(Experiment):
         return list(TASKS)
 
     def load(self, options, console):
-        """`(faces, attributes, digest)` of the training part of MTFL."""
+        """`(faces, digest)` of the training part of MTFL."""
         faces, _ = load_mtfl(options.data, options.size)
         needed = options.training_images + options.testing_images
         if len(faces.pose) < needed:
@@ -187,7 +173,7 @@ class Ranks(Experiment):
                 "--training-images and --testing-images: expected at most "
                 f"{len(faces.pose)} together, got {needed}"
             )
-        return faces, attributes_of(options.data), digest_of([faces.images])
+        return faces, digest_of([faces.images])
 
     def plan(self, options, data):
         for _, seed, method in self.by_seed(options, options.methods):
@@ -209,22 +195,20 @@ class Ranks(Experiment):
 
         Those of the test part of MTFL are of another kind than its training faces.
         """
-        faces, attributes, _ = data
+        faces, _ = data
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(faces.pose))
         train, test = np.split(order, [options.training_images])
         train = np.tile(train, options.cuts)
         parts = []
         for chosen in (train, test[: options.testing_images]):
-            # Of a mirrored face gender and smile are the same.
-            own = {task: found[chosen] for task, found in attributes.items()}
-            parts.append((cut_out(some(faces, chosen), options.extent, rng), own))
+            parts.append(cut_out(some(faces, chosen), options.extent, rng))
         return parts
 
     def run(self, options, method, part, seed, tick, callbacks=None):
-        (training, own), (testing, others) = part
+        training, testing = part
         mean, deviation = training.landmarks.mean(axis=0), training.landmarks.std(axis=0)
-        labels = {**own, "pose": training.pose}
+        labels = {task: getattr(training, task) for task in CLASSES}
         labels["landmarks"] = (training.landmarks - mean) / deviation
         with timed(seed) as took:
             model, ranks = network(options, method)
@@ -247,7 +231,7 @@ class Ranks(Experiment):
             )
         outputs = model.predict(testing.images, batch_size=500, verbose=0)
         predicted = outputs["landmarks"] * deviation + mean
-        truth = {**others, "pose": testing.pose}
+        truth = {task: getattr(testing, task) for task in CLASSES}
         return {
             "error": normalized_mean_error(testing.landmarks, predicted),
             "accuracy": {

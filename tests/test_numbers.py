@@ -287,6 +287,7 @@ def test_constant_features(method, value, rng):
     moving = np.zeros((5, 5), "float32")
     moving[:3, :3] = np.cov(x.numpy().T)
     layer.covariance.assign(moving + 0.9**400 * np.eye(5))
+    layer.seen.assign(np.ones((2, 2)))
     with tf.GradientTape() as tape:
         tape.watch([x, y])
         similarity = layer([x, y], training=True)[0]
@@ -297,10 +298,10 @@ def test_constant_features(method, value, rng):
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-5, 1e5, 1e12])
 def test_scale_of_features(scale, rng):
-    """Online, once the start is forgotten."""
+    """Online, from the first step on."""
     x = rng.normal(size=(64, 3))
     y = x[:, :2] + rng.normal(size=(64, 2))
-    layer = layers.TRL(momentum=0.0)
+    layer = layers.TRL(momentum=0.99)
     found = layer([np.float32(x * scale), np.float32(y / scale)], training=True)
     assert float(found[0]) == pytest.approx(task_similarity(x, y, ridge=1e-3), abs=1e-4)
 

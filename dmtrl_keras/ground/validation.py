@@ -574,12 +574,13 @@ def checked_pairs(pairs: Any, owner: str, what: str) -> list[tuple[Any, Any]] | 
     # A NumPy scalar is iterable, until it is tried.
     several = isinstance(pairs, Iterable) and getattr(pairs, "ndim", None) != 0
     given = list(pairs) if several else []
-    if not given or not all(map(_is_pair, given)):
+    if not given or not all(map(is_pair, given)):
         raise refusal("pairs", pairs, owner, f"a list of pairs of two different {what}")
     return [tuple(pair) for pair in given]
 
 
-def _is_pair(pair: Any) -> bool:
+def is_pair(pair: Any) -> bool:
+    """Whether it is a pair of two different names or numbers."""
     if not isinstance(pair, (list, tuple)) or len(pair) != 2:
         return False
     return all(isinstance(x, str) or is_int(x) for x in pair) and pair[0] != pair[1]

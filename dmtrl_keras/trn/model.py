@@ -12,7 +12,7 @@ from dmtrl_keras.ground.keras_private import (
     saving_as_h5,
 )
 from dmtrl_keras.training.model import MultiTaskModel
-from dmtrl_keras.trn.layer import Method
+from dmtrl_keras.trn.layer import Estimate, Gradient, Method
 from dmtrl_keras.trn.relation import Pair, Relation
 from dmtrl_keras.trn.term import TaskRelations
 
@@ -29,11 +29,13 @@ class TaskRelationModel(MultiTaskModel):
         network: functional Keras model with a dict of outputs by task, such as a
             `MultiTaskModel`. Its layers are shared, not copied.
         relations: a `Relation` or a list of them.
-        label_similarity: as in `TaskRelations`, as are `momentum`, `ridge` and `method`.
+        label_similarity: as in `TaskRelations`, as are all settings of the estimates.
         momentum: float in [0, 1), of all moving covariances.
         ridge: float.
         method: `"cholesky"` or `"svd"`.
         name: name of the model; None: that of the network.
+        estimate: `"mean"` or `"sum"`.
+        gradient: `"full"` or `"moving"`.
         **kwargs: `trainable`.
 
     Attributes:
@@ -71,6 +73,8 @@ class TaskRelationModel(MultiTaskModel):
         ridge: float = 1e-3,
         method: Method = "cholesky",
         name: str | None = None,
+        estimate: Estimate = "mean",
+        gradient: Gradient = "full",
         **kwargs: Any,
     ) -> None:
         original = cloned_model(relations)
@@ -78,7 +82,15 @@ class TaskRelationModel(MultiTaskModel):
             # `clone_model` gives inputs and outputs, as to any functional model.
             network, (term,) = keras.Model(network, relations), original.new_terms()
         else:
-            term = TaskRelations(relations, label_similarity, momentum, ridge, method)
+            term = TaskRelations(
+                relations,
+                label_similarity,
+                momentum,
+                ridge,
+                method,
+                estimate=estimate,
+                gradient=gradient,
+            )
         network = checked_functional(network, type(self).__name__)
         super().__init__(
             network.input,

@@ -13,6 +13,8 @@ from dmtrl_keras.ground.validation import (
     checked_pairs,
     clean_name,
     is_list,
+    is_pair,
+    is_real,
     name_of,
     real_array,
     refusal,
@@ -34,15 +36,18 @@ class Relation:
             another layer: its output, the channels of all tasks side by side. A dict from
             task to the name of a layer of its own. Name a layer after pooling: all its
             values are features, and the state has the square of their number.
-        weight: float, not negative, lambda. The moving covariances keep all but a share of
-            (1 - momentum) of the gradient, so that with momentum 0.99 a weight of 1 pulls
-            a hundredth as hard as a task's loss of weight 1.
+        weight: float, not negative, lambda. With `gradient="moving"` (see `layers.TRL`) the
+            moving covariances keep all but a share of (1 - momentum) of the gradient.
         pairs: list of pairs of names of tasks or groups. None: all pairs of groups, or
             without groups all pairs of the tasks in `at`.
         groups: dict from name to list of tasks, whose features side by side are one set.
         name: str, how it is called in logs; what TensorFlow takes in no name, such as a
             space, becomes an underscore. None: `"output"`, the name of the layer,
             `"hidden"` for a dict.
+        target: the similarity that the features are held to instead of the labels', a
+            float in [0, 1] for every pair, or a dict from each pair to its own: a wrong
+            one is a control, which shows whether it is the relation that helps. None: the
+            labels' (Eq. 14).
 
     Raises:
         ValueError: on malformed arguments.
@@ -61,6 +66,7 @@ class Relation:
         pairs: Sequence[Pair] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         name: str | None = None,
+        target: float | Mapping[Pair, float] | None = None,
     ) -> None:
         self.at = _checked_place(at)
         if name is None:
@@ -71,6 +77,7 @@ class Relation:
         self.weight = check_number("weight", weight, name_of(self))
         self.groups = _checked_groups(groups, name_of(self))
         self.pairs = checked_pairs(pairs, name_of(self), "tasks or groups")
+        self.target = _checked_target(target, name_of(self))
 
     def sets(self, tasks: Sequence[str]) -> tuple[list[Pair], dict[str, tuple[str, ...]]]:
         """The pairs, and the tasks of each set in them, for the tasks of a network.
@@ -117,19 +124,47 @@ class Relation:
             )
         return pairs, sets
 
+    def targets(self, pairs: Sequence[Pair]) -> list[float] | None:
+        """The target of each pair.
+
+        Args:
+            pairs: list of pairs of names, as from `sets`.
+
+        Returns:
+            A list of floats, or None if they are held to the labels' similarity.
+
+        Raises:
+            ValueError: if a pair has none, or a target no pair.
+        """
+        if not isinstance(self.target, dict):
+            return None if self.target is None else [self.target] * len(pairs)
+        values = {frozenset(pair): value for pair, value in self.target.items()}
+        if set(values) != {frozenset(pair) for pair in pairs}:
+            what = f"None, a number in [0, 1], or a dict with one for every pair of {pairs}"
+            raise refusal("target", self.target, name_of(self), what)
+        return [values[frozenset(pair)] for pair in pairs]
+
     def get_config(self) -> dict[str, Any]:
         """The arguments, as a dict."""
+        target: Any = self.target
+        if isinstance(target, dict):
+            # JSON has no pairs as keys.
+            target = [[*pair, value] for pair, value in target.items()]
         return {
             "at": self.at,
             "weight": self.weight,
             "pairs": self.pairs,
             "groups": self.groups,
             "name": self.name,
+            "target": target,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """From the dict of `get_config`."""
+        target = config.get("target")
+        if isinstance(target, list):
+            config = config | {"target": {(i, j): value for i, j, value in target}}
         return cls(**config)
 
 
@@ -219,6 +254,22 @@ def _checked_place(at: Any) -> str | dict[str, str]:
             f"to the name of a layer. Received: at={shown(at)}."
         )
     return dict(at) if isinstance(at, Mapping) else at
+
+
+def _checked_target(target: Any, owner: str) -> float | dict[Pair, float] | None:
+    """What features are held to instead of the labels' similarity, see `Relation`."""
+    if target is None:
+        return None
+    by_pair = isinstance(target, Mapping)
+    values = list(target.values()) if by_pair else [target]
+    pairs = list(target) if by_pair else []
+    fine = all(is_real(value) and 0 <= value <= 1 for value in values)
+    if not fine or not all(map(is_pair, pairs)) or not values:
+        what = "None, a number in [0, 1], or a dict from pair to one"
+        raise refusal("target", target, owner, what)
+    if by_pair:
+        return {pair: float(value) for pair, value in target.items()}
+    return float(target)
 
 
 def _checked_groups(groups: Any, owner: str) -> dict[str, list[str]]:

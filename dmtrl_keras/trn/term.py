@@ -21,7 +21,14 @@ from dmtrl_keras.ground.validation import is_list, is_real, name_of, refusal
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.training.missing import align, same_shape, split_missing
 from dmtrl_keras.training.terms import LossTerm, Step
-from dmtrl_keras.trn.layer import TRL, Method, checked_settings
+from dmtrl_keras.trn.layer import (
+    BEFORE,
+    TRL,
+    Estimate,
+    Gradient,
+    Method,
+    checked_settings,
+)
 from dmtrl_keras.trn.relation import Pair, Relation
 
 # Of 780 pairs TensorFlow took more than five minutes to optimize the graph of a step.
@@ -80,9 +87,10 @@ class TaskRelations(LossTerm):
     """Hold features to the similarity of the labels: the term of TRN (Eq. 13, 14).
 
     `sum_l lambda_l sum_ij |tau(F_i^(l), F_j^(l)) - tau(Y_i, Y_j)|`, with the similarity tau
-    of `layers.TRL`, estimated online for the features of each relation and for the
-    labels. Class labels are compared as one-hot vectors, all other labels as they are.
-    In training alone do the estimates move; `evaluate` takes the last ones.
+    of `layers.TRL`, estimated online for the features of each relation and for the labels
+    of the pairs of relations without a `target`. Class labels are compared as one-hot
+    vectors, all other labels as they are. In training alone do the estimates move;
+    `evaluate` takes the last ones.
 
     Labels count as missing where they are NaN, where the task's loss says so
     (`MaskedLoss(missing=...)`, `ignore_class`), and where their sample weight is zero.
@@ -95,17 +103,20 @@ class TaskRelations(LossTerm):
     Args:
         relations: a `Relation` or a list of them.
         label_similarity: dict from pair to float in [0, 1], for every pair of the
-            relations: the label similarities over the whole training set, such as
-            `dmtrl_keras.label_similarity` finds. None: they are estimated online.
+            relations without a `target`: the label similarities over the whole training
+            set, such as `dmtrl_keras.label_similarity` finds. None: they are estimated
+            online.
         momentum: float in [0, 1), of all moving covariances.
         ridge: float, as in `layers.TRL`.
         method: `"cholesky"` or `"svd"`, as in `layers.TRL`.
         name: str.
+        estimate: `"mean"` or `"sum"`, as in `layers.TRL`.
+        gradient: `"full"` or `"moving"`, as in `layers.TRL`.
 
     Raises:
         ValueError: on relations of one name; when it is given to a network, on unknown
-            tasks or layers, on missing or bad label similarities; in training, on a task
-            without labels that label similarities are to be learned of, and as
+            tasks or layers, on missing or bad targets and label similarities; in training,
+            on a task without labels that label similarities are to be learned of, and as
             `layers.TRL`.
 
     Example:
@@ -134,11 +145,15 @@ class TaskRelations(LossTerm):
         ridge: float = 1e-3,
         method: Method = "cholesky",
         name: str = "task_relations",
+        estimate: Estimate = "mean",
+        gradient: Gradient = "full",
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
         self._relations = self._checked_relations(relations)
-        self.settings = checked_settings(momentum, ridge, method, name_of(self))
+        self.settings = checked_settings(
+            momentum, ridge, method, estimate, gradient, name_of(self)
+        )
         if label_similarity is not None and not (
             isinstance(label_similarity, Mapping) and all(map(is_list, label_similarity))
         ):
@@ -168,23 +183,28 @@ class TaskRelations(LossTerm):
         """Make the state for a network; see `training.terms.LossTerm`."""
         tasks = tuple(network.output)
         self._pairs, self._sets = {}, {}
+        self._targets: dict[str, list[float] | None] = {}
         features = {}
         for relation in self._relations:
             pairs, sets = relation.sets(tasks)
             self._pairs[relation.name], self._sets[relation.name] = pairs, sets
+            self._targets[relation.name] = relation.targets(pairs)
             used = dict.fromkeys(task for members in sets.values() for task in members)
             features[relation.name] = self._features(network, relation, tuple(used))
-        self._sets["label"] = self._label_sets()
+        sets = self._label_sets()
+        held = [ps for name, ps in self._pairs.items() if self._targets[name] is None]
         # One label TRL for all relations, with each pair once.
-        self._pairs["label"] = list(
-            {frozenset(p): p for ps in self._pairs.values() for p in ps}.values()
-        )
-        self._label_similarity = self._checked_similarity(self.label_similarity)
+        pairs = list({frozenset(p): p for ps in held for p in ps}.values())
+        self._label_similarity = self._checked_similarity(self.label_similarity, pairs)
         for relation in self._relations:
             self._add_trl(relation.name, features[relation.name])
-        if self._label_similarity is None:
-            # The labels' sizes follow from the outputs': one-hot, or as they are.
-            self._add_trl("label", network.output)
+        if pairs:
+            self._pairs["label"] = pairs
+            used = dict.fromkeys(name for pair in pairs for name in pair)
+            self._sets["label"] = {name: sets[name] for name in used}
+            if self._label_similarity is None:
+                # The labels' sizes follow from the outputs': one-hot, or as they are.
+                self._add_trl("label", network.output)
         for key, pairs in self._pairs.items():
             self._trackers[key] = SimilarityTracker(self._logged(key, pairs), key)
         return features
@@ -257,11 +277,13 @@ class TaskRelations(LossTerm):
             )
         return output
 
-    def _checked_similarity(self, given: Any) -> list[float] | None:
+    def _checked_similarity(self, given: Any, pairs: list[Pair]) -> list[float] | None:
         """The label similarity of each pair in order, or None."""
         if given is None:
             return None
-        pairs = self._pairs["label"]
+        if not pairs:
+            what = "None, since every relation has a `target`"
+            raise refusal("label_similarity", given, name_of(self), what)
         values = {}
         if isinstance(given, Mapping):
             values = {frozenset(pair): value for pair, value in given.items()}
@@ -282,8 +304,8 @@ class TaskRelations(LossTerm):
         """The last estimates.
 
         Returns:
-            A dict from the name of each relation, and `"label"`, to a dict from pair to
-            float.
+            A dict from the name of each relation, and `"label"` unless all have a `target`,
+            to a dict from pair to float.
         """
         return {
             name: dict(zip(pairs, ops.convert_to_numpy(self._estimate(name)).tolist()))
@@ -310,11 +332,14 @@ class TaskRelations(LossTerm):
 
     def call(self, step: Step, training: bool = False) -> Tensor:
         """The term of TRN Eq. 13, see `training.terms.LossTerm`."""
-        target = self._estimate("label")
-        if training and self._label_similarity is None:
-            target = self._learned_target(step)
-        self._track("label", target)
-        place = {frozenset(pair): n for n, pair in enumerate(self._pairs["label"])}
+        by_labels: Any = None
+        place: dict[frozenset[str], int] = {}
+        if "label" in self._pairs:
+            by_labels = self._estimate("label")
+            if training and self._label_similarity is None:
+                by_labels = self._learned_target(step)
+            self._track("label", by_labels)
+            place = {frozenset(pair): n for n, pair in enumerate(self._pairs["label"])}
         total = 0.0
         for relation in self._relations:
             name = relation.name
@@ -323,8 +348,11 @@ class TaskRelations(LossTerm):
                 sets = self._joined(name, step.features[name])
                 found = self.trls[name](sets, training=True)
             self._track(name, found)
-            order = [place[frozenset(pair)] for pair in self._pairs[name]]
-            term = ops.sum(ops.abs(found - ops.take(target, order)))
+            target: Any = self._targets[name]
+            if target is None:
+                order = [place[frozenset(pair)] for pair in self._pairs[name]]
+                target = ops.take(by_labels, order)
+            term = ops.sum(ops.abs(found - ops.convert_to_tensor(target, "float32")))
             total = total + relation.weight * term
         # Every replica has the whole term, that of the global batch.
         return share_of_replica(total)
@@ -407,8 +435,8 @@ class TaskRelations(LossTerm):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None
     ) -> Self:
-        """From the dict of `get_config`."""
-        config = dict(config)
+        """From the dict of `get_config`, or from that of version 0.1."""
+        config = BEFORE | config
         config["relations"] = [
             keras.saving.deserialize_keras_object(relation, custom_objects)
             for relation in config["relations"]

@@ -4,7 +4,6 @@ import doctest
 import zipfile
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 from searching import Case, replace
@@ -59,6 +58,7 @@ def test_load(tmp_path, rng):
         points, pose = kept[mtfl.TRAINING][7]
         np.testing.assert_allclose(training.landmarks[7], points.ravel() / 48, atol=1e-4)
         assert training.pose[7] == pose - 1
+        assert (training.gender[7], training.smile[7], training.glasses[7]) == (0, 1, 1)
         x, y = (points[:, 2] / 2).astype(int)
         assert training.images[7, y, x].min() > 60
 
@@ -75,6 +75,9 @@ def test_load_errors(tmp_path, rng):
     path.write_text("\n".join([lines[0], lines[1][:-1] + "6"]))
     with pytest.raises(ValueError, match=r"testing\.txt, line 2: .*the pose, 1 to 5"):
         load_mtfl(tmp_path, 24)
+    path.write_text(lines[0].replace(" 1 2 2 ", " 1 0 2 "))
+    with pytest.raises(ValueError, match=r"line 1: .*smile and glasses to be 1 or 2"):
+        load_mtfl(tmp_path, 24)
     path.write_text(lines[0].replace("test_0", "nobody"))
     with pytest.raises(ValueError, match=r"testing\.txt, line 1: .*nobody"):
         load_mtfl(tmp_path, 24)
@@ -87,7 +90,9 @@ def faces(rng, count=30, size=48):
     """Drawn faces, as `Faces`."""
     images, points, poses = zip(*(draw(rng, size) for _ in range(count)))
     landmarks = np.stack(points).reshape(count, 10) / size
-    return Faces(np.stack(images), landmarks.astype("float32"), np.array(poses) - 1)
+    attributes = rng.integers(2, size=(3, count))
+    pose = np.array(poses) - 1
+    return Faces(np.stack(images), landmarks.astype("float32"), pose, *attributes)
 
 
 def test_cut_out(rng):
@@ -119,20 +124,43 @@ def test_error(rng):
     assert doctest.testmod(mtfl).failed == 0
 
 
+@pytest.mark.parametrize("network", ["resnet", "mlp"])
 @pytest.mark.parametrize("method", mtfl.TITLES)
-def test_networks(method):
-    """STL shares nothing; the others the first four stages; relations where they belong."""
-    options = mtfl.parse(["--data", "x", *SMALL])
+def test_networks(method, network):
+    """STL shares nothing; the others the first layers; relations where they belong."""
+    tasks = ["pose", "landmarks", "smile"]
+    options = ["--data", "x", *SMALL, "--network", network, "--tasks", *tasks]
+    options = mtfl.parse([*options, "--wrong-target", "0.3", "--gradient", "moving"])
     model = mtfl.make_model(options, method)
     names = {layer.name for layer in model.layers}
-    shared = "shared_conv4_block2_out"
+    shared, own = "shared_conv4_block2_out", "pose_conv2_block1_out"
+    if network == "mlp":
+        shared, own = "shared", "pose_first"
     assert (shared in names) == (method != "stl")
-    assert ("pose_conv2_block1_out" in names) == (method == "stl")
+    assert (own in names) == (method == "stl")
     assert model.output["landmarks"].shape == (None, 10)
-    relations = [r.name for r in getattr(model, "relations", [])]
-    assert relations == {"trn-output": ["output"], "trn": ["output", "hidden"]}.get(
-        method, []
-    )
+    assert model.output["smile"].shape == (None, 2)
+    relations = getattr(model, "relations", [])
+    both = ["output", "hidden"]
+    expected = {"trn-output": ["output"], "trn-hidden": ["hidden"], "stl": [], "mtl": []}
+    assert [r.name for r in relations] == expected.get(method, both)
+    assert {r.target for r in relations} <= {0.3 if method == "trn-wrong" else None}
+    if relations:
+        assert model.terms[0].settings["gradient"] == "moving"
+        assert len(model.similarities()["hidden" if "hidden" in method else "output"]) == 3
+
+
+def test_components(rng):
+    """Of unit variance and uncorrelated; no more than there are examples."""
+    images = rng.integers(256, size=(20, 8, 8, 3)).astype("uint8")
+    transform = mtfl.components_of(images, 5)
+    found = transform(images)
+    np.testing.assert_allclose(np.cov(found.T), np.eye(5), atol=1e-4)
+    pixels = images.mean(axis=3).reshape(20, -1)
+    u, *_ = np.linalg.svd(pixels - pixels.mean(axis=0), full_matrices=False)
+    expected = np.abs(u[:, :5]) * np.sqrt(19)
+    np.testing.assert_allclose(np.abs(found), expected, atol=1e-2)
+    assert mtfl.components_of(images, 50)(images[:3]).shape == (3, 20)
 
 
 def test_command(tmp_path, rng, few_steps):
@@ -150,10 +178,10 @@ def test_command(tmp_path, rng, few_steps):
     assert list(table["Runs"]) == [1, 1]
     lines = (output / "runs.jsonl").read_text()
     runs = [run["results"] for run in Results(output / "runs.jsonl")._runs.values()]
-    runs = pd.DataFrame(runs)
-    assert len(runs) == 2 and runs["error"].between(0, 20).all()
-    assert table["Error %"][0] == f"{100 * runs['error'][0]:.2f}"
-    assert set(runs["online"][1]) == {"output", "hidden", "label"}
+    error = runs[0]["errors"]["landmarks"]
+    assert len(runs) == 2 and 0 < error < 20
+    assert table["Landmarks, error %"][0] == f"{100 * error:.2f}"
+    assert set(runs[1]["online"]) == {"output", "hidden", "label"}
     assert "| MTL |" in page.read_text()
     mtfl.main(arguments)
     assert (output / "runs.jsonl").read_text() == lines
@@ -161,14 +189,67 @@ def test_command(tmp_path, rng, few_steps):
     plan = [run.settings for run in mtfl.EXPERIMENT.plan(options, (None, None, "digest"))]
     weights = [(own["output_weight"], own["hidden_weight"]) for own in plan[:3]]
     assert weights == [(None, None), (0.01, 0.001), (1.0, 0.1)] and len(plan) == 3
-    with pytest.raises(SystemExit, match=r"there are 40. Received: 41"):
+    with pytest.raises(SystemExit, match=r"there are 40. Received: \[41\]"):
         mtfl.main([*arguments, "--training-images", "41"])
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_mlp(rng):
+    """Trained and tested, on some tasks, with a control."""
+    options = ["--data", "x", *SMALL, "--network", "mlp", "--tasks", "landmarks", "smile"]
+    options = mtfl.parse([*options, "--components", "4", "--units", "8"])
+    ticks = []
+    found = mtfl.train_and_test(
+        options, "trn-wrong", faces(rng), faces(rng, 10), 0, lambda: ticks.append(1)
+    )
+    assert set(found["errors"]) == {"landmarks", "smile"} and ticks == [1]
+    assert set(found["similarity"]) == {"output", "hidden", "labels"}
+    # The control does not look at the labels.
+    assert set(found["online"]) == {"output", "hidden"}
+    assert list(found["online"]["hidden"]) == ["landmarks-smile"]
+
+
+def test_weights_are_chosen(tmp_path, rng, monkeypatch):
+    """By the first seed's validation part; the control too; sizes one after the other."""
+    write(tmp_path / "data", rng)
+    seen = []
+
+    def run(options, method, part, seed, tick, callbacks=None):
+        training, testing = (len(faces.pose) for faces in part)
+        seen.append((method, options.output_weight, training, testing, seed))
+        # As if the second of three scales were best.
+        error = abs(options.output_weight - 0.3) if testing < 40 else 0.2
+        similarity = {name: {"gender-pose": 0.5} for name in ("output", "hidden", "labels")}
+        errors = dict.fromkeys(options.tasks, error)
+        return {"errors": errors, "similarity": similarity, "seconds": 1.0}
+
+    monkeypatch.setattr(mtfl.EXPERIMENT, "run", run)
+    arguments = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "results")]
+    arguments += [*SMALL, "--tasks", "gender", "pose", "--training-images", "30", "20"]
+    arguments += ["--output-weight", "1", "--scales", "0.1", "0.3", "1", "--repeats", "2"]
+    arguments += ["--validation", "0.2", "--methods", "stl", "trn-wrong"]
+    table = mtfl.main(arguments)["mtfl"]
+    final = [("stl", 1.0, 30, 40, 0), ("stl", 1.0, 30, 40, 1)]
+    tried = [("trn-wrong", scale, 24, 6, 0) for scale in (0.1, 0.3, 1.0)]
+    best = [("trn-wrong", 0.3, 30, 40, seed) for seed in (0, 1)]
+    assert seen[:7] == [*final, *tried, *best]
+    assert [one[2:4] for one in seen[7:]] == [(20, 40)] * 2 + [(16, 4)] * 3 + [(20, 40)] * 2
+    assert list(table["Images"]) == ["30", "30", "20", "20"]
+    assert list(table["λ output"]) == ["-", "0.3"] * 2
+    assert list(table["Gender, accuracy %"]) == ["80.00 ± 0.00"] * 4
+    # Nothing is run again.
+    mtfl.main(arguments)
+    assert len(seen) == 14
 
 
 def test_convergence_command(tmp_path, rng, monkeypatch):
     """Curves, figure and table; the features are those of a network at its start."""
     monkeypatch.setattr(
-        mtfl, "train", lambda options, method, *_: (mtfl.make_model(options, method), None)
+        mtfl,
+        "train",
+        lambda options, method, *_: mtfl.Trained(
+            mtfl.make_model(options, method), lambda images: images, None, None
+        ),
     )
     write(tmp_path / "data", rng)
     output = tmp_path / "results"
@@ -177,6 +258,7 @@ def test_convergence_command(tmp_path, rng, monkeypatch):
     table = mtfl.main(arguments)["mtfl-convergence"]
     assert list(table["Momentum"]) == ["0.5", "0.9"] * 3
     assert list(table["Examples remembered"]) == [24, 152] * 3
+    assert table["After 30 steps"].astype(float).between(0, 1).all()
     assert (output / "convergence.png").stat().st_size > 10_000
     assert len(list(output.glob("features_*.npz"))) == 1
 
@@ -203,6 +285,16 @@ def test_real_faces(data_dir):
     assert np.array_equal(np.unique(testing.pose), range(5))
     labels = mtfl.labels_of(testing)
     assert 0.85 < task_similarity(labels["landmarks"], labels["pose"]) < 0.95
+    # Thirty steps are enough with momentum 0.99, whatever the scale of the labels.
+    raw = {t: np.float32(x) for t, x in mtfl.labels_of(training).items()}
+    scaled = preprocessing.scale(training.landmarks.astype("float64"))
+    standard = raw | {"landmarks": np.float32(scaled)}
+    sets = {"raw": raw, "standard": standard}
+    found = mtfl.online_estimates(sets, 0.99, 128, 30, np.random.default_rng(0))
+    offline = mtfl.similarity_of(raw)
+    np.testing.assert_allclose(found.iloc[29], [offline] * 2, atol=0.02)
+    # The first step is the first batch's estimate.
+    assert found["raw"][0] == pytest.approx(found["standard"][0], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +309,7 @@ def test_real_faces(data_dir):
 def test_online_estimates_converge_on_real_labels(data_dir, momentum, sizes):
     """Figure 4 on MTFL's labels: the estimate is what as many examples give offline."""
     training, _ = load_mtfl(data_dir / "mtfl_64.zip", 64)
-    sets = {task: preprocessing.scale(x) for task, x in mtfl.labels_of(training).items()}
+    sets = {task: np.float32(x) for task, x in mtfl.labels_of(training).items()}
     rng = np.random.default_rng(0)
     for size in sizes:
         steps = max(500, round(10 / (1 - momentum)))
@@ -234,7 +326,9 @@ def numbered_faces(count, offset):
     numbers = np.arange(count) + offset
     landmarks = np.tile([0.3, 0.7, 0.5, 0.35, 0.65, 0.3, 0.3, 0.5, 0.7, 0.7], (count, 1))
     images = np.zeros((count, 8, 8, 3), "uint8")
-    return mtfl.Faces(images, landmarks.astype("float32"), numbers % 5 + 10 * numbers)
+    others = np.zeros((3, count), int)
+    pose = numbers % 5 + 10 * numbers
+    return mtfl.Faces(images, landmarks.astype("float32"), pose, *others)
 
 
 def search_case(monkeypatch):
@@ -246,7 +340,8 @@ def search_case(monkeypatch):
     def run(options, method, part, seed, tick, callbacks):
         training, testing = part
         seen.append((training.pose // 10, testing.pose // 10, options))
-        return {"error": 0.2, "accuracy": 0.6, "weights": 10, "seconds": 1.0}
+        errors = {"landmarks": 0.2, "pose": 0.4}
+        return {"errors": errors, "weights": 10, "seconds": 1.0}
 
     seen = []
     replace(monkeypatch, mtfl.EXPERIMENT, parts, run)

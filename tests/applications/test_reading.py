@@ -331,6 +331,7 @@ def face(x=(4, 8, 6, 4, 8), y=(4, 4, 6, 8, 8), rest="1 2 2 3"):
         (face(x=(4, 4, 6, 4, 8)), "expected eyes in two places"),
         (face(rest="1 2 2 nan"), "the pose, 1 to 5"),
         (face(rest="1 2 2 2.5"), "the pose, 1 to 5"),
+        (face(rest="1 2 3 3"), "gender, smile and glasses to be 1 or 2"),
         (face(rest="1 2 2"), "expected 14 numbers"),
         (face(rest="1 2 2 x"), "'x'"),
     ],

@@ -1,5 +1,7 @@
 """The Task Relation Layer: values, gradients, moving state, errors."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -48,7 +50,9 @@ def gradient_of(function, *tensors):
     return [g.numpy() for g in tape.gradient(value, tensors)]
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (1, 1), (1, 4), (40, 30), (100, 120)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 5), (5, 3), (1, 1), (1, 4), (40, 30), (30, 40), (100, 120), (130, 140)]
+)
 @pytest.mark.parametrize("method", ["cholesky", "svd"])
 def test_value(method, sizes, rng):
     """Both routes give the offline similarity; Eq. 1 holds at the directions."""
@@ -77,39 +81,123 @@ def test_gradient_is_that_of_the_svd_route(rng):
         np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max())
 
 
-def test_gradient_by_finite_differences(rng):
-    """Through the whole layer, by the features of a batch."""
-    x, y = features(rng, 30)
+def scatter_of(sets, there):
+    """Sums of products of two sets' deviations over the examples that have both.
+
+    Returns:
+        `(scatter, counts)`, both `(D, D)`, by loops over sets and examples.
+    """
+    sizes = [x.shape[1] for x in sets]
+    ends = np.cumsum([0, *sizes])
+    scatter, counts = np.zeros((2, ends[-1], ends[-1]))
+    for i, x in enumerate(sets):
+        for j, y in enumerate(sets):
+            both = there[i] & there[j]
+            block = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
+            mean_x, mean_y = x[both].mean(axis=0), y[both].mean(axis=0)
+            for n in np.flatnonzero(both):
+                scatter[block] += np.outer(x[n] - mean_x, y[n] - mean_y)
+            counts[block] = both.sum()
+    return scatter, counts
+
+
+def moments(batches, momentum, estimate):
+    """Algorithm 1 written out: `(moving, joins)`, the latter the last batch's share.
+
+    `"mean"`: means weighted by the falling powers of the momentum, over their sum. `"sum"`:
+    from the identity.
+    """
+    batches = [(*scatter_of(*batch), len(batch[0][0])) for batch in batches]
+    width = len(batches[0][0])
+    total = np.eye(width) if estimate == "sum" else np.zeros((width, width))
+    seen = np.zeros((width, width))
+    for scatter, counts, size in batches:
+        share = (1 - momentum) * counts / size
+        batch = scatter / (counts - 1) if estimate == "mean" else scatter * size / counts
+        total = (1 - share) * total + share * batch
+        seen = (1 - share) * seen + share
+    if estimate == "sum":
+        return total, share
+    return total / seen, share / seen
+
+
+def tau(covariance, d, ridge):
+    """Eq. 11, by eigenvalues."""
+    roots = []
+    for block in (covariance[:d, :d], covariance[d:, d:]):
+        values, vectors = np.linalg.eigh(block + ridge * np.diag(np.diag(block)))
+        roots.append(vectors / np.sqrt(values) @ vectors.T)
+    return np.linalg.svd(roots[0] @ covariance[:d, d:] @ roots[1])[1][0]
+
+
+def several_batches(rng, missing, steps=3):
+    """Batches of two sets, with which examples have them."""
+    batches = []
+    for _ in range(steps):
+        sets = [x.astype("float64") for x in features(rng, 30)]
+        there = [rng.random(30) < (0.7 if missing else 1.1) for _ in sets]
+        batches.append((sets, there))
+    return batches
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("estimate", ["mean", "sum"])
+@pytest.mark.parametrize("gradient", ["full", "moving"])
+def test_gradient_by_finite_differences(gradient, estimate, missing, rng):
+    """Through the whole layer, after some steps, by the features of a batch."""
+    m, ridge = 0.8, 1e-2
+    settings = {"estimate": estimate, "gradient": gradient}
+    batches = several_batches(rng, missing)
+    *_, (last, there) = batches
+    moving, joins = moments(batches, m, estimate)
+    scatter, counts = scatter_of(last, there)
+    scale = 1 / (counts - 1) if estimate == "mean" else 30 / counts
+    # Of the batch's covariance: what it really weighs, or all of it.
+    weight = joins if gradient == "moving" else counts / 30
+
+    def expected(*sets):
+        change = scale * (scatter_of(sets, there)[0] - scatter)
+        return tau(moving + weight * change, 3, ridge)
+
     keras.config.set_floatx("float64")
     try:
-        layer = TRL(momentum=0.5, ridge=1e-2, dtype="float64")
-        layer.build([x.shape, y.shape])
-        start = rng.normal(size=(20, 8))
-        start = start.T @ start / 20
-        x, y = x.astype("float64"), y.astype("float64")
-
-        def similarity(x, y):
-            layer.covariance.assign(start)
-            return layer([x, y], training=True)[0]
-
-        gradients = gradient_of(similarity, x, y)
-        for gradient, values, side in zip(gradients, (x, y), (0, 1)):
-            for _ in range(6):
-                index = tuple(rng.integers(size) for size in values.shape)
-                sides = []
-                for step in (1e-5, -1e-5):
-                    moved = [x.copy(), y.copy()]
-                    moved[side][index] += step
-                    sides.append(float(similarity(*moved)))
-                expected = (sides[0] - sides[1]) / 2e-5
-                assert gradient[index] == pytest.approx(expected, abs=1e-7)
+        layer = TRL(momentum=m, ridge=ridge, dtype="float64", **settings)
+        for sets, present in batches[:-1]:
+            layer(sets, training=True, present=present)
+        gradients = gradient_of(
+            lambda *sets: layer(list(sets), training=True, present=there)[0], *last
+        )
     finally:
         keras.config.set_floatx("float32")
+    np.testing.assert_allclose(layer.covariance, moving, rtol=1e-8, atol=1e-10)
+    assert float(layer.similarity[0]) == pytest.approx(expected(*last), abs=1e-8)
+    for side, values in enumerate(last):
+        for _ in range(6):
+            index = tuple(rng.integers(size) for size in values.shape)
+            sides = []
+            for step in (1e-5, -1e-5):
+                moved = [x.copy() for x in last]
+                moved[side][index] += step
+                sides.append(expected(*moved))
+            slope = (sides[0] - sides[1]) / 2e-5
+            assert gradients[side][index] == pytest.approx(slope, abs=1e-7)
+
+
+def test_full_gradient_is_that_of_any_momentum(rng):
+    """A constant stream has the same gradient whatever the momentum, and however long."""
+    x, y = features(rng)
+    expected = gradient_of(lambda *c: TRL(momentum=0.0)(list(c), training=True)[0], x, y)
+    for momentum, steps in ((0.9, 1), (0.99, 4)):
+        layer = TRL(momentum=momentum)
+        for _ in range(steps):
+            found = gradient_of(lambda *c, f=layer: f(list(c), training=True)[0], x, y)
+        for a, b in zip(found, expected):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_algorithm_1(rng):
-    """The moving covariances written out, batch by batch, from the identity."""
-    layer, m = TRL(momentum=0.8, ridge=0.0), 0.8
+    """The paper's listing, line by line, from the identity, with sums."""
+    layer, m = TRL(momentum=0.8, ridge=0.0, estimate="sum"), 0.8
     expected = np.eye(8)
     for _ in range(4):
         x, y = features(rng, 20)
@@ -117,15 +205,40 @@ def test_algorithm_1(rng):
         both = np.concatenate([x, y], axis=1).astype("float64")
         batch = np.zeros((8, 8))
         for row in both - both.mean(axis=0):
-            batch += np.outer(row, row) / 19
+            batch += np.outer(row, row)
         expected = m * expected + (1 - m) * batch
-        np.testing.assert_allclose(layer.covariance, expected, rtol=1e-4, atol=1e-5)
-    roots = []
-    for block in (expected[:3, :3], expected[3:, 3:]):
-        u, s, _ = np.linalg.svd(block)
-        roots.append(u / np.sqrt(s) @ u.T)
-    tau = np.linalg.svd(roots[0] @ expected[:3, 3:] @ roots[1])[1][0]
-    assert float(found[0]) == pytest.approx(tau, abs=1e-5)
+        np.testing.assert_allclose(layer.covariance, expected, rtol=1e-4, atol=1e-4)
+    assert float(found[0]) == pytest.approx(tau(expected, 3, 0.0), abs=1e-5)
+
+
+def test_first_step_is_the_estimate_of_the_batch(rng):
+    """Whatever the momentum and the scale of the features."""
+    x, y = features(rng)
+    expected = task_similarity(x, y, ridge=1e-3)
+    for momentum, scale in ((0.0, 1.0), (0.99, 1e-3), (0.9999, 1e4)):
+        found = TRL(momentum=momentum)([x * scale, y / scale], training=True)
+        assert float(found[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_estimate_after_thirty_steps(rng):
+    """Near the offline one, of labels in shares of an image and standardised alike."""
+    pose = rng.integers(5, size=3840)
+    noise = rng.normal(size=(3840, 10))
+    landmarks = 0.3 * (pose[:, None] - 2) * rng.normal(size=10) + noise
+    sets = {"pose": np.eye(5, dtype="float32")[pose]}
+    sets |= {"shares": 0.5 + 0.1 * landmarks, "standard": landmarks / landmarks.std(axis=0)}
+    sets = {name: np.float32(x) for name, x in sets.items()}
+    layer = TRL([("pose", "shares"), ("pose", "standard")], momentum=0.99)
+    layer.build({name: (128, x.shape[1]) for name, x in sets.items()})
+    step = functools.partial(layer, training=True)
+    if keras.config.backend() == "tensorflow":
+        from dmtrl_keras.ground.backend import tensorflow
+
+        step = tensorflow().function(step)
+    for start in range(0, 3840, 128):
+        found = step({name: x[start : start + 128] for name, x in sets.items()})
+    expected = task_similarity(sets["pose"], sets["shares"], ridge=1e-3)
+    np.testing.assert_allclose(found, [expected] * 2, atol=0.02)
 
 
 def test_inference_changes_nothing(rng):
@@ -141,15 +254,16 @@ def test_inference_changes_nothing(rng):
 
 
 def test_batch_size_makes_no_difference(rng):
-    """After many batches the estimate is the offline one, for small and large batches."""
-    x, y = features(rng, 800, noise=1.0)
+    """The estimate is the offline one, for small and large batches, early and late."""
+    x, y = features(rng, 400, noise=1.0)
     expected = task_similarity(x, y)
-    for size in (16, 80):
+    for size in (40, 100):
         layer = TRL(momentum=0.9)
-        for start in range(0, 800, size):
+        for start in range(0, 400, size):
             batch = [x[start : start + size], y[start : start + size]]
             found = layer(batch, training=True)
-        assert float(found[0]) == pytest.approx(expected, abs=0.1)
+            if start >= 100:
+                assert float(found[0]) == pytest.approx(expected, abs=0.1)
 
 
 def test_more_features_than_examples(rng):
@@ -235,10 +349,14 @@ def test_saved_with_its_state(tmp_path, rng):
     model.evaluate(x, np.zeros((256, 5)), verbose=0)
     model.predict(x, verbose=0)
     np.testing.assert_array_equal(layer.covariance, before)
+    seen = ops.convert_to_numpy(layer.seen)
+    np.testing.assert_allclose(seen, np.full((2, 2), 1 - 0.9**80), rtol=1e-4)
     model.save_weights(tmp_path / "model.weights.h5")
     layer.covariance.assign(np.eye(5))
+    layer.seen.assign(np.zeros((2, 2)))
     model.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(layer.covariance, before)
+    np.testing.assert_array_equal(layer.seen, seen)
     config = layer.get_config()
     assert TRL.from_config(config).get_config() == config
     assert layer.compute_output_shape([(None, 3), (None, 2)]) == (1,)
@@ -268,6 +386,8 @@ def test_mixed_precision_and_xla(rng):
         ({"momentum": 1.0}, "`momentum` must be a number from 0 to below 1"),
         ({"ridge": -1}, "`ridge` must be"),
         ({"method": "qr"}, '"cholesky" or "svd".*\'qr\''),
+        ({"estimate": "sums"}, '"mean" or "sum".*\'sums\''),
+        ({"gradient": None}, '"full" or "moving".*None'),
         ({"pairs": []}, "pairs of two different tasks"),
         ({"pairs": [("a", "a")]}, "pairs of two different tasks"),
     ],
@@ -304,22 +424,44 @@ def test_bad_input(rng):
 
 def test_missing_examples(rng):
     """Each pair's covariance is that of the examples that have both, with their share."""
-    x, y = features(rng, 12, (2, 3))
-    there = {"x": rng.random(12) < 0.6, "y": rng.random(12) < 0.7}
-    both, momentum = there["x"] & there["y"], 0.4
-    x[~there["x"]], y[~there["y"]] = np.nan, np.nan
-    layer = TRL(momentum=momentum)
-    layer({"x": x, "y": y}, training=True, present=there)
-    found = ops.convert_to_numpy(layer.covariance)
-    sides = {"x": slice(0, 2), "y": slice(2, 5)}
-    together = np.concatenate([x, y], axis=1)
-    for a, b in (("x", "x"), ("y", "y"), ("x", "y")):
-        chosen = there[a] & there[b]
-        assert 2 < chosen.sum() < 12
-        part = np.cov(np.where(np.isfinite(together), together, 0)[chosen].T)
-        share = (1 - momentum) * chosen.sum() / 12
-        expected = (1 - share) * np.eye(5) + share * part
-        block = found[sides[a], sides[b]]
-        np.testing.assert_allclose(block, expected[sides[a], sides[b]], atol=1e-5)
-        np.testing.assert_allclose(found[sides[b], sides[a]], block.T, atol=1e-6)
-    assert both.any()
+    batches = several_batches(rng, missing=True)
+    layer = TRL(momentum=0.4)
+    for sets, there in batches:
+        given = {}
+        for name, x, has in zip("xy", sets, there):
+            assert 2 < has.sum() < 30
+            given[name] = np.float32(np.where(has[:, None], x, np.nan))
+        layer(given, training=True, present=dict(zip("xy", there)))
+    expected, _ = moments(batches, 0.4, "mean")
+    np.testing.assert_allclose(layer.covariance, expected, atol=1e-4)
+
+
+def test_pairs_that_come_late(rng):
+    """Without an example that has both the similarity is 0; its first batch then counts."""
+    x, y = features(rng)
+    layer = TRL(momentum=0.99)
+    none, every = np.zeros(64, bool), np.ones(64, bool)
+    found = layer([x, y], training=True, present=[every, none])
+    assert float(found[0]) == 0
+    np.testing.assert_array_equal(np.asarray(layer.seen) > 0, [[True, False], [False] * 2])
+    found = layer([x, y], training=True, present=[every, every])
+    assert float(found[0]) == pytest.approx(task_similarity(x, y, 1e-3), abs=1e-4)
+
+
+def test_state_of_version_0_1(rng):
+    """It goes on as it did: no correction, and the batch's share of the gradient."""
+    config = TRL([(0, 1)], momentum=0.8).get_config()
+    del config["estimate"], config["gradient"]
+    layer = TRL.from_config(config)
+    assert (layer.estimate, layer.gradient) == ("mean", "moving")
+    x, y = features(rng)
+    layer.build([x.shape, y.shape])
+    start = np.eye(8, dtype="float32") + 0.1
+    layer.load_own_variables({"0": start, "1": np.float32([0.5])})
+    layer([x, y], training=True)
+    batch = np.cov(np.concatenate([x, y], axis=1).T)
+    np.testing.assert_allclose(layer.covariance, 0.8 * start + 0.2 * batch, atol=1e-5)
+    # Untrained, it starts as new ones do.
+    layer.load_own_variables({"0": np.eye(8), "1": np.zeros(1)})
+    layer([x, y], training=True)
+    np.testing.assert_allclose(layer.covariance, batch, atol=1e-5)

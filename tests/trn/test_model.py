@@ -1,6 +1,7 @@
 """TaskRelationModel: losses, labels of all kinds, state, files, errors."""
 
 import itertools
+import json
 
 import keras
 import numpy as np
@@ -62,14 +63,13 @@ def state_of(model):
     return [ops.convert_to_numpy(v) for v in model.variables]
 
 
-def by_hand(sets, momentum, ridge):
-    """Algorithm 1 with one batch, written out: the similarity of two sets."""
+def by_hand(sets, ridge):
+    """The similarity of two sets, written out: Algorithm 1 after one batch."""
     x = np.concatenate(sets, axis=1).astype("float64")
     d = sets[0].shape[1]
-    covariance = np.zeros((x.shape[1], x.shape[1]))
+    whole = np.zeros((x.shape[1], x.shape[1]))
     for row in x - x.mean(axis=0):
-        covariance += np.outer(row, row) / (len(x) - 1)
-    whole = momentum * np.eye(x.shape[1]) + (1 - momentum) * covariance
+        whole += np.outer(row, row) / (len(x) - 1)
     roots = []
     for block in (whole[:d, :d], whole[d:, d:]):
         values, vectors = np.linalg.eigh(block + ridge * np.diag(np.diag(block)))
@@ -92,7 +92,7 @@ def test_total_loss(rng):
         "hidden": hidden.predict(x, verbose=0),
         "label": [np.eye(5)[y["pose"]], y["landmarks"]],
     }
-    tau = {name: by_hand(pair, 0.4, 1e-2) for name, pair in sets.items()}
+    tau = {name: by_hand(pair, 1e-2) for name, pair in sets.items()}
     scores = outputs["pose"] - outputs["pose"].max(axis=1, keepdims=True)
     scores = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
     expected = -np.mean(scores[np.arange(96), y["pose"]])
@@ -107,6 +107,36 @@ def test_total_loss(rng):
         )
         found = model.similarities()[name]["pose", "landmarks"]
         assert found == pytest.approx(value, abs=1e-4)
+
+
+def test_a_target_instead_of_the_labels(tmp_path, rng):
+    """The term is the distance to it; labels are compared where there is none."""
+    x, y = make_data(rng)
+    pair = ("pose", "landmarks")
+    wrong = Relation("output", 0.3, target={pair[::-1]: 0.4})
+    relations = [wrong, Relation(HIDDEN, 0.7)]
+    model = make_model(relations)
+    without = make_network()
+    without.set_weights(model.network.get_weights())
+    without.compile("sgd", {"pose": SPARSE, "landmarks": "mse"}, run_eagerly=True)
+    expected = without.evaluate(x, y, batch_size=96, verbose=0, return_dict=True)["loss"]
+    loss = model.train_on_batch(x, y, return_dict=True)["loss"]
+    found = {name: value[pair] for name, value in model.similarities().items()}
+    expected += 0.3 * abs(found["output"] - 0.4)
+    expected += 0.7 * abs(found["hidden"] - found["label"])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.relations[0].target == wrong.target
+    assert again.similarities() == model.similarities()
+    # No labels are needed where all relations have a target.
+    alone = make_model(Relation(target=0.4), losses={"landmarks": "mse"})
+    alone.train_on_batch(x, {"landmarks": y["landmarks"]})
+    assert list(alone.similarities()) == ["output"]
+    with pytest.raises(ValueError, match="None, since every relation has a `target`"):
+        make_model(Relation(target=0.4), label_similarity={pair: 0.5})
+    with pytest.raises(ValueError, match=r"Relation 'output': `target`.*every pair of"):
+        make_model(Relation(target={("pose", "age"): 0.5}))
 
 
 def test_without_weight_it_is_the_network(rng):
@@ -225,9 +255,8 @@ def test_missing_labels(rng):
     expected = np.linalg.svd(roots[0] @ cross @ roots[1])[1][0]
 
     def check(model, y, sample_weight=None):
-        # The identity of the start is gone after some batches.
         logs = model.fit(
-            x, y, sample_weight=sample_weight, batch_size=512, epochs=12, verbose=0
+            x, y, sample_weight=sample_weight, batch_size=512, epochs=2, verbose=0
         ).history
         assert np.all(np.isfinite(logs["loss"]))
         for pair, found in model.similarities()["label"].items():
@@ -391,7 +420,7 @@ def test_files(given, tmp_path, rng):
     assert type(network) is MultiTaskModel
     np.testing.assert_allclose(network(x)["pose"], model(x)["pose"], atol=1e-6)
     names = {v.path.split("/")[-1] for v in network.variables}
-    assert not names & {"covariance", "similarity"}
+    assert not names & {"covariance", "similarity", "seen"}
 
 
 def test_export_has_the_network_alone(tmp_path, rng):
@@ -465,13 +494,20 @@ def test_mixed_precision(rng):
 
 def test_configuration():
     """Relations and trackers come back from their configurations."""
-    relation = Relation("own", 0.5, [("f", "c")], {"f": ["a", "b"]}, "x")
-    config = keras.saving.serialize_keras_object(relation)
-    again = keras.saving.deserialize_keras_object(config)
-    assert again.get_config() == relation.get_config()
+    for target in (None, 0.5, {("f", "c"): 0.5}):
+        relation = Relation("own", 0.5, [("f", "c")], {"f": ["a", "b"]}, "x", target)
+        config = keras.saving.serialize_keras_object(relation)
+        again = keras.saving.deserialize_keras_object(json.loads(json.dumps(config)))
+        assert again.get_config() == relation.get_config()
+        assert again.target == target
     model = make_model(Relation(HIDDEN, groups={"f": ["pose"], "g": ["landmarks"]}))
     copy = TaskRelationModel.from_config(model.get_config())
     assert copy.get_config() == model.get_config()
+    # A configuration of version 0.1 means what it meant.
+    config = model.get_config()
+    del config["estimate"], config["gradient"]
+    settings = TaskRelationModel.from_config(config).terms[0].settings
+    assert (settings["estimate"], settings["gradient"]) == ("mean", "moving")
     tracker = model.terms[0]._trackers["label"]
     assert tracker.from_config(tracker.get_config()).names == tracker.names
     with pytest.raises(ValueError, match="no sample weights"):
@@ -490,6 +526,10 @@ def test_configuration():
         ({"groups": {"a": ["b", "b"]}}, "`groups` must be a dict"),
         ({"pairs": [("a", "a")]}, "pairs of two different tasks"),
         ({"pairs": []}, "pairs of two different tasks"),
+        ({"target": 1.5}, r"Relation 'output': `target` .*in \[0, 1\].*target=1.5"),
+        ({"target": {("a", "b"): -1}}, "`target` must be"),
+        ({"target": {"a": 0.5}}, "`target` must be"),
+        ({"target": {}}, "`target` must be"),
     ],
 )
 def test_bad_relations(arguments, message):
@@ -629,7 +669,7 @@ def test_relation_in_an_edited_network(rng):
     model.compile("sgd", "mse", run_eagerly=True)
     x = rng.normal(size=(64, 8)).astype("float32")
     sets = [ops.convert_to_numpy(model(x)[task]) for task in ("last", "first")]
-    expected = by_hand(sets, momentum=0.4, ridge=1e-2)
+    expected = by_hand(sets, ridge=1e-2)
     labels = {task: rng.normal(size=(64, 4)) for task in outputs}
     model.train_on_batch(x, labels)
     found = model.similarities()["fc"]

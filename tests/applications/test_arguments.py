@@ -127,7 +127,17 @@ WORDS = {
     *("feature_layer", "features", "group", "method", "methods", "model", "network"),
     *("objectives", "optimizer", "output", "padding", "page", "page_block", "pairs"),
     *("parts", "related", "share_until", "shared_layers", "similar_backbone", "strategy"),
-    *("sweep", "tasks", "trunk", "tune", "tune_from", "tuner", "weights"),
+    *(
+        "stl_optimizer",
+        "sweep",
+        "tasks",
+        "threshold",
+        "trunk",
+        "tune",
+        "tune_from",
+        "tuner",
+        "weights",
+    ),
 }
 
 

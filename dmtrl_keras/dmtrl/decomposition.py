@@ -245,7 +245,8 @@ def _singular_values(matrix: np.ndarray) -> np.ndarray:
         matrix = matrix.T
     if max(rows, columns) > 2 * min(rows, columns):
         # Of the small triangle, which has the same.
-        matrix = np.linalg.qr(matrix, mode="r")
+        triangle: Any = np.linalg.qr(matrix, mode="r")
+        matrix = triangle
     return np.linalg.svd(matrix, compute_uv=False)
 
 

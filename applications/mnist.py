@@ -644,6 +644,7 @@ class Mnist(Experiment):
             type=whole(1),
             help="test on so many other training images, to choose settings by",
         )
+        p.add_argument("--page-block", default=self.name, help="of the page's marks")
 
     def check(self, p, options):
         check_names("--ranks", options.ranks, LAYERS, p)
@@ -774,7 +775,10 @@ class Mnist(Experiment):
 
     def tables(self, options, digits, runs):
         title = f"MNIST ({digits.name}), {options.epochs} epochs"
-        return {"mnist": Table(title, summarize(runs), "table", keys=2)}
+        return {options.page_block: Table(title, summarize(runs), "table", keys=2)}
+
+    def blocks(self, options):
+        return [options.page_block]
 
     def figures(self, options, digits, runs):
         errors, strengths = (

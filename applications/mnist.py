@@ -19,6 +19,7 @@ LeNet; the methods differ in how the ten networks share their kernels:
 import argparse
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import warnings
@@ -69,6 +70,7 @@ LATER = {
     "stl_epochs": None,
     "stl_optimizer": None,
     "stl_learning_rate": None,
+    "factor_learning_rate": None,
 }
 
 
@@ -229,14 +231,12 @@ class Trainer:
         keras.utils.set_random_seed(self.seed)
         return lenet(shared_layers, o.padding, o.fc, o.dropout, not o.no_bias, width=width)
 
-    def fit(
-        self, model, first=0, last=None, subset=None, optimizer_state=None, start=False
-    ):
+    def fit(self, model, first=0, last=None, subset=None, optimizer_state=None, by=None):
         """Train from epoch `first` to `last` of the budget; returns the seconds.
 
         The learning rate is constant for the first half of the budget and falls along
-        half a cosine in the second. `start`: with the optimizer of single-task learning
-        before a factorisation.
+        half a cosine in the second. `by`: another optimizer than that of all, and its
+        learning rate.
         """
         o = self.options
         images, labels = self.images, self.labels
@@ -249,7 +249,7 @@ class Trainer:
             callbacks, *watched = self.watch
             watched = (watched[0].astype("float32"), one_vs_rest(watched[1], TASKS))
 
-        optimizer, learning_rate = self.start if start else (o.optimizer, o.learning_rate)
+        optimizer, learning_rate = by or (o.optimizer, o.learning_rate)
 
         def rate(epoch):
             past = max(0.0, 2 * epoch / o.epochs - 1)
@@ -316,7 +316,7 @@ class Trainer:
         """
         if self._half_trained is None:
             model = self.network()
-            seconds = self.fit(model, last=stl_epochs(self.options), start=True)
+            seconds = self.fit(model, last=stl_epochs(self.options), by=self.start)
             state = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
             self._half_trained = (model, state, seconds)
         return self._half_trained
@@ -335,20 +335,21 @@ class Trainer:
             model = self.network(0 if method == "stl" else shared_layers, width)
             return model, self.fit(model)
         source, state, seconds = self.half_trained()
+        more = {"first": stl_epochs(o)}
         with timed(self.seed + 1) as took:
             if method == "stl":
                 model = keras.models.clone_model(source)
                 model.set_weights(source.get_weights())
-                own = state
+                more["optimizer_state"] = state
             else:
                 with warnings.catch_warnings():
                     # What few epochs left alike: the paper's tolerance may find one latent
                     # kernel, and the results have the ranks.
                     warnings.simplefilter("ignore", UserWarning)
                     model = factorize(source, method, **self._ranks(), verbose=False)
-                own = None
-        seconds += took.seconds
-        return model, seconds + self.fit(model, first=stl_epochs(o), optimizer_state=own)
+                rate = o.factor_learning_rate or o.learning_rate
+                more["by"] = o.optimizer, rate
+        return model, seconds + took.seconds + self.fit(model, **more)
 
     def _ranks(self):
         """The arguments of `factorize` that say which ranks."""
@@ -416,6 +417,12 @@ def draw(digits, fraction, seed):
     Raises:
         DataError: if there are not that many images.
     """
+    size, available = size_of(digits, fraction), len(digits.train_labels)
+    return np.random.default_rng(seed).permutation(available)[:size]
+
+
+def size_of(digits, fraction):
+    """How many training images a fraction is, which `draw` checks."""
     size = round(fraction * FULL_SIZE)
     available = len(digits.train_labels)
     if not 1 <= size <= available:
@@ -424,7 +431,7 @@ def draw(digits, fraction, seed):
             f"images, but the data {digits.name!r} has {available}: expected a fraction "
             f"up to {available / FULL_SIZE}."
         )
-    return np.random.default_rng(seed).permutation(available)[:size]
+    return size
 
 
 def _strengths(model):
@@ -622,6 +629,11 @@ class Mnist(Experiment):
         )
         p.add_argument("--stl-learning-rate", type=real(above=0), help="likewise")
         p.add_argument(
+            "--factor-learning-rate",
+            type=real(above=0),
+            help="after the factorisation; by default that of all",
+        )
+        p.add_argument(
             "--weight-decay",
             type=real(least=0),
             default=0.0,
@@ -664,26 +676,38 @@ class Mnist(Experiment):
         return load_digits(options.data)
 
     def plan(self, options, digits):
-        """Training set by training set; its methods share what STL has trained."""
-        draws = itertools.product(options.fraction, self.by_seed(options))
-        for fraction, (repeat, seed) in draws:
-            part = self._part(options, digits, fraction, seed)
-            trainer = Trainer(options, part.train_images, part.train_labels, seed)
-            for method in options.methods:
-                yield self.planned(
-                    f"{len(part.train_labels)} images, repeat {repeat + 1}",
-                    options,
-                    method,
-                    lambda part=part: part,
-                    seed,
-                    {
-                        "data": digits.name,
-                        "fraction": fraction,
-                        "repeat": repeat,
-                        **self._own_settings(options, method),
-                    },
-                    trainer=trainer,
-                )
+        """Training set by training set; its methods share what STL has trained.
+
+        The first draw of all fractions comes first, so that there are whole curves soon.
+        """
+
+        # One at a time is in memory.
+        @functools.lru_cache(maxsize=1)
+        def part_of(fraction, seed):
+            return self._part(options, digits, fraction, seed)
+
+        @functools.lru_cache(maxsize=1)
+        def trainer_of(fraction, seed):
+            part = part_of(fraction, seed)
+            return Trainer(options, part.train_images, part.train_labels, seed)
+
+        draws = self.by_seed(options, options.fraction, options.methods)
+        for repeat, seed, fraction, method in draws:
+            size = size_of(digits, fraction)
+            yield self.planned(
+                f"{size} images, repeat {repeat + 1}",
+                options,
+                method,
+                functools.partial(part_of, fraction, seed),
+                seed,
+                {
+                    "data": digits.name,
+                    "fraction": fraction,
+                    "repeat": repeat,
+                    **self._own_settings(options, method),
+                },
+                trainer=functools.partial(trainer_of, fraction, seed),
+            )
 
     def _part(self, options, digits, fraction, seed):
         part = draw_part(digits, fraction, seed)
@@ -724,8 +748,13 @@ class Mnist(Experiment):
         )
 
     def run(self, options, method, part, seed, tick, callbacks=None, trainer=None):
-        """As for every experiment; `trainer` has perhaps trained this part's STL."""
-        if trainer is None:
+        """As for every experiment.
+
+        `trainer` returns the `Trainer` of this part, which has perhaps trained its STL.
+        """
+        if trainer is not None:
+            trainer = trainer()
+        else:
             watch = None
             if callbacks is not None:
                 watch = (callbacks, part.test_images, part.test_labels)

@@ -450,11 +450,19 @@ class RankRule:
             rank = truncation_rank(values, tolerance, norm, threshold)
             ranks.append(min(rank, bound))
         if is_given(task_rank):
-            ranks.append(self.task_rank(shape, task_rank))
+            ranks.append(self._room(shape, ranks, self.task_rank(shape, task_rank)))
         if self.unfoldings is _tt_unfoldings:
             for n in range(1, len(ranks)):
                 ranks[n] = min(ranks[n], ranks[n - 1] * shape[n])
         return tuple(ranks)
+
+    def _room(self, shape: Ranks, others: list[int], tasks: int) -> int:
+        """The task rank, for which the other ranks grow until it makes a difference."""
+        bounds = self.bounds(shape)
+        while self.useful(shape, tuple(others)) < tasks:
+            room = [bound / rank for bound, rank in zip(bounds, others)]
+            others[room.index(max(room))] += 1
+        return tasks
 
 
 def common_tolerance(

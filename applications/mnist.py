@@ -67,6 +67,7 @@ LATER = {
     "rank": None,
     "weights": None,
     "task_rank": None,
+    "layers": None,
     "stl_epochs": None,
     "stl_optimizer": None,
     "stl_learning_rate": None,
@@ -354,7 +355,11 @@ class Trainer:
     def _ranks(self):
         """The arguments of `factorize` that say which ranks."""
         o = self.options
-        found = {"threshold": o.threshold, "task_rank": o.task_rank}
+        found = {
+            "threshold": o.threshold,
+            "task_rank": o.task_rank,
+            "layers": o.layers,
+        }
         if o.weights is not None:
             return found | {"weights": o.weights}
         if o.rank is not None or o.ranks:
@@ -610,6 +615,12 @@ class Mnist(Experiment):
             type=rank,
             help="of Tucker and TT: an int, or a fraction of the tasks; by default what "
             "the tolerance finds, and full with ranks",
+        )
+        p.add_argument(
+            "--layers",
+            nargs="+",
+            choices=LAYERS,
+            help="those that are factorised; the others stay independent",
         )
         p.add_argument(
             "--threshold",

@@ -124,7 +124,16 @@ WORDS = {
         "domains",
         "experiment",
     ),
-    *("feature_layer", "features", "group", "method", "methods", "model", "network"),
+    *(
+        "feature_layer",
+        "features",
+        "group",
+        "layers",
+        "method",
+        "methods",
+        "model",
+        "network",
+    ),
     *("objectives", "optimizer", "output", "padding", "page", "page_block", "pairs"),
     *("parts", "related", "share_until", "shared_layers", "similar_backbone", "strategy"),
     *(

@@ -461,7 +461,9 @@ class Experiment:
                     default=self.defaults[name],
                     help=self.helps.get(name, "of every method"),
                 )
-        add_training(p, self.defaults["optimizer"])
+        # An experiment on optimizers has none of its own.
+        if "optimizer" in self.defaults:
+            add_training(p, self.defaults["optimizer"])
         p.add_argument("--seed", type=SEED, default=0, help="of the first run")
         p.add_argument(
             "--output",
@@ -498,7 +500,7 @@ class Experiment:
 
     def check_weights(self, options, data=None, p=None):
         """Refuse weights of the losses of tasks that there are not."""
-        if options.loss_weights:
+        if getattr(options, "loss_weights", None):
             known = self.weighted(options, data)
             if known is not None:
                 check_names("--loss-weights", options.loss_weights, known, p)

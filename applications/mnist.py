@@ -6,16 +6,20 @@ LeNet; the methods differ in how the ten networks share their kernels:
 
 - `stl`: single-task learning, nothing is shared;
 - `ud-mtl`: user-defined sharing, the first N of 4 layers are the same for all tasks;
-- `laf`, `tucker`, `tt`: DMTRL, kernels generated from shared factors. The first half of
-  the epochs is single-task learning; then each layer is factorised, and the factors
-  are trained for the other half.
+- `ud-mtl-large`: the first 3 layers are, and are wider, so that the weights are as many
+  as those of DMTRL;
+- `laf`, `tucker`, `tt`: DMTRL, kernels generated from shared factors. The first epochs
+  (half of them, or `--stl-epochs`) are single-task learning; then each layer is factorised,
+  and the factors are trained for the others.
 
     python -m applications.mnist
     python -m applications.mnist --data FOLDER --repeats 5 --fraction 0.01 0.1
 """
 
 import argparse
+import bisect
 import contextlib
+import functools
 import itertools
 import math
 import warnings
@@ -33,6 +37,7 @@ from dmtrl_keras import (
     sharing_strength,
     task_layers,
 )
+from dmtrl_keras.dmtrl.decomposition import THRESHOLDS
 from dmtrl_keras.layers import TaskConv2D, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge, one_vs_rest
 from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
@@ -48,14 +53,38 @@ FACTORIZATIONS = ("laf", "tucker", "tt")
 METHODS = {
     "stl": "STL",
     "ud-mtl": "UD-MTL",
+    "ud-mtl-large": "UD-MTL-Large",
     "laf": "DMTRL-LAF",
     "tucker": "DMTRL-Tucker",
     "tt": "DMTRL-TT",
 }
 LAYERS = ("conv1", "conv2", "fc", "output")
+# Options that came later, and are settings of a run only where they are not these.
+LATER = {
+    "weight_decay": 0.0,
+    "max_examples": None,
+    "validation_images": None,
+    "threshold": "frobenius",
+    "rank": None,
+    "weights": None,
+    "task_rank": None,
+    "layers": None,
+    "stl_epochs": None,
+    "stl_optimizer": None,
+    "stl_learning_rate": None,
+    "factor_learning_rate": None,
+}
 
 
-def lenet(shared_layers=0, padding="same", fc=128, dropout=0.0, use_bias=True, tasks=TASKS):
+def lenet(
+    shared_layers=0,
+    padding="same",
+    fc=128,
+    dropout=0.0,
+    use_bias=True,
+    tasks=TASKS,
+    width=1.0,
+):
     """The paper's LeNet for T one-versus-rest tasks.
 
     32 filters of 5x5, pooling, 64 of 4x4, pooling, a fully connected layer, one output
@@ -70,13 +99,15 @@ def lenet(shared_layers=0, padding="same", fc=128, dropout=0.0, use_bias=True, t
         dropout: float, rate after the fully connected layer.
         use_bias: bool.
         tasks: int, T.
+        width: float, how many times as many filters and units.
 
     Returns:
         A Keras model from images `(batch, 28, 28, 1)`, 0 to 255, to outputs `(batch, T)`.
     """
     inputs = keras.Input((28, 28, 1), name="image")
     x = keras.layers.Rescaling(1 / 255)(inputs)
-    for number, (filters, size) in enumerate([(32, 5), (64, 4)], start=1):
+    first, second, fc = (round(width * size) for size in (32, 64, fc))
+    for number, (filters, size) in enumerate([(first, 5), (second, 4)], start=1):
         name = f"conv{number}"
         if number <= shared_layers:
             layer = keras.layers.Conv2D(
@@ -110,10 +141,68 @@ def lenet(shared_layers=0, padding="same", fc=128, dropout=0.0, use_bias=True, t
     return keras.Model(inputs, outputs, name="lenet")
 
 
+def make_optimizer(optimizer, learning_rate, weight_decay=0.0):
+    """An optimizer.
+
+    Args:
+        optimizer: a key of `OPTIMIZERS`.
+        learning_rate: float.
+        weight_decay: float; in each step all weights but biases shrink by it, times the
+            learning rate. 0: what the optimizer has by default.
+    """
+    made = OPTIMIZERS[optimizer](learning_rate)
+    if weight_decay:
+        made.weight_decay = weight_decay
+        made.exclude_from_weight_decay(var_names=["bias"])
+    return made
+
+
 def kernel_parameters(model):
     """The number of weights without biases, as the paper counts them."""
     kernels = [v for v in model.trainable_variables if v.name != "bias"]
     return sum(math.prod(v.shape) for v in kernels)
+
+
+def width_of(weights, padding, fc):
+    """How much wider shared layers are with a share of the weights of STL.
+
+    Args:
+        weights: float, the share.
+        padding: as for `lenet`.
+        fc: as for `lenet`.
+    """
+    most = weights * kernel_parameters(lenet(0, padding, fc))
+    # In steps of one unit of the smallest layer.
+    return (
+        max(
+            bisect.bisect_right(
+                range(1, 32 * TASKS),
+                most,
+                key=lambda n: kernel_parameters(lenet(3, padding, fc, width=n / 32)),
+            ),
+            1,
+        )
+        / 32
+    )
+
+
+def in_order(count, examples, epochs, batch_size, seed):
+    """Indices in the order of training with a budget of examples, a row for each epoch.
+
+    All images are seen before one is seen again, wherever epochs end.
+
+    Args:
+        count: int, how many images there are.
+        examples: int, the most of all epochs together.
+        epochs: int.
+        batch_size: int, of which an epoch has a multiple.
+        seed: int.
+    """
+    rng = np.random.default_rng(seed)
+    size = max(1, examples // epochs // batch_size) * batch_size
+    rounds = math.ceil(epochs * size / count)
+    order = np.concatenate([rng.permutation(count) for _ in range(rounds)])
+    return order[: epochs * size].reshape(epochs, size)
 
 
 class Trainer:
@@ -138,17 +227,18 @@ class Trainer:
         self.watch = watch
         self._half_trained = None
 
-    def network(self, shared_layers=0):
+    def network(self, shared_layers=0, width=1.0):
         """A new network, with which all random numbers begin anew."""
         o = self.options
         keras.utils.set_random_seed(self.seed)
-        return lenet(shared_layers, o.padding, o.fc, o.dropout, not o.no_bias)
+        return lenet(shared_layers, o.padding, o.fc, o.dropout, not o.no_bias, width=width)
 
-    def fit(self, model, first=0, last=None, subset=None, optimizer_state=None):
+    def fit(self, model, first=0, last=None, subset=None, optimizer_state=None, by=None):
         """Train from epoch `first` to `last` of the budget; returns the seconds.
 
         The learning rate is constant for the first half of the budget and falls along
-        half a cosine in the second.
+        half a cosine in the second. `by`: another optimizer than that of all, and its
+        learning rate.
         """
         o = self.options
         images, labels = self.images, self.labels
@@ -161,24 +251,35 @@ class Trainer:
             callbacks, *watched = self.watch
             watched = (watched[0].astype("float32"), one_vs_rest(watched[1], TASKS))
 
+        optimizer, learning_rate = by or (o.optimizer, o.learning_rate)
+
         def rate(epoch):
             past = max(0.0, 2 * epoch / o.epochs - 1)
-            return o.learning_rate * (1 + math.cos(math.pi * past)) / 2
+            return learning_rate * (1 + math.cos(math.pi * past)) / 2
 
-        model.compile(OPTIMIZERS[o.optimizer](o.learning_rate), TaskHinge())
+        made = make_optimizer(optimizer, learning_rate, o.weight_decay)
+        model.compile(made, TaskHinge())
         if optimizer_state is not None:
             model.optimizer.build(model.trainable_variables)
             for variable, value in zip(model.optimizer.variables, optimizer_state):
                 variable.assign(value)
         schedule = keras.callbacks.LearningRateScheduler(rate)
+        arrays = images, one_vs_rest(labels, TASKS), self._weights(len(images))
+        last, steps = o.epochs if last is None else last, {}
+        if o.max_examples is not None and o.max_examples < o.epochs * count:
+            budget = o.max_examples, o.epochs, o.batch_size, self.seed
+            order = in_order(count, *budget)[first:last]
+            arrays = [None if array is None else array[order.ravel()] for array in arrays]
+            # One epoch goes on where the one before has stopped.
+            steps = {"steps_per_epoch": order.shape[1] // o.batch_size, "shuffle": False}
         with timed() as took:
             model.fit(
-                images,
-                one_vs_rest(labels, TASKS),
-                sample_weight=self._weights(len(images)),
+                *arrays[:2],
+                sample_weight=arrays[2],
                 batch_size=o.batch_size,
+                **steps,
                 initial_epoch=first,
-                epochs=o.epochs if last is None else last,
+                epochs=last,
                 verbose=0,
                 validation_data=watched,
                 callbacks=[schedule, *ticking(self.tick, callbacks)],
@@ -194,19 +295,30 @@ class Trainer:
         return np.tile(np.array(weights, "float32"), (count, 1))
 
     @property
+    def start(self):
+        """The optimizer before a factorisation, and its learning rate."""
+        o = self.options
+        return o.stl_optimizer or o.optimizer, o.stl_learning_rate or o.learning_rate
+
+    def shares(self, method):
+        """Whether a method goes on from what is trained for all."""
+        own = self.options.optimizer, self.options.learning_rate
+        return method in FACTORIZATIONS or (method == "stl" and self.start == own)
+
+    @property
     def half_is_trained(self):
-        """Whether the first half of the epochs, the same for all methods, is done."""
+        """Whether the first epochs, the same for all methods, are done."""
         return self._half_trained is not None
 
     def half_trained(self):
-        """Single-task networks after half of the epochs, trained once for all methods.
+        """Single-task networks after the first epochs, trained once for all methods.
 
         Returns:
             `(model, optimizer_state, seconds)`.
         """
         if self._half_trained is None:
             model = self.network()
-            seconds = self.fit(model, last=self.options.epochs // 2)
+            seconds = self.fit(model, last=stl_epochs(self.options), by=self.start)
             state = [ops.convert_to_numpy(v) for v in model.optimizer.variables]
             self._half_trained = (model, state, seconds)
         return self._half_trained
@@ -218,25 +330,42 @@ class Trainer:
             `(model, seconds)`; seconds of training, the shared first half included.
         """
         o = self.options
-        if method == "ud-mtl":
-            model = self.network(shared_layers)
+        if not self.shares(method):
+            width = 1.0
+            if method == "ud-mtl-large":
+                shared_layers, width = 3, width_of(large(o), o.padding, o.fc)
+            model = self.network(0 if method == "stl" else shared_layers, width)
             return model, self.fit(model)
         source, state, seconds = self.half_trained()
+        more = {"first": stl_epochs(o)}
         with timed(self.seed + 1) as took:
             if method == "stl":
                 model = keras.models.clone_model(source)
                 model.set_weights(source.get_weights())
-                own = state
+                more["optimizer_state"] = state
             else:
-                by = {"rank": o.ranks} if o.ranks else {"tolerance": o.tolerance}
                 with warnings.catch_warnings():
                     # What few epochs left alike: the paper's tolerance may find one latent
                     # kernel, and the results have the ranks.
                     warnings.simplefilter("ignore", UserWarning)
-                    model = factorize(source, method, **by, verbose=False)
-                own = None
-        seconds += took.seconds
-        return model, seconds + self.fit(model, first=o.epochs // 2, optimizer_state=own)
+                    model = factorize(source, method, **self._ranks(), verbose=False)
+                rate = o.factor_learning_rate or o.learning_rate
+                more["by"] = o.optimizer, rate
+        return model, seconds + took.seconds + self.fit(model, **more)
+
+    def _ranks(self):
+        """The arguments of `factorize` that say which ranks."""
+        o = self.options
+        found = {
+            "threshold": o.threshold,
+            "task_rank": o.task_rank,
+            "layers": o.layers,
+        }
+        if o.weights is not None:
+            return found | {"weights": o.weights}
+        if o.rank is not None or o.ranks:
+            return found | {"rank": o.ranks or o.rank}
+        return found | {"tolerance": o.tolerance}
 
     def choose_shared_layers(self, folds):
         """N of UD-MTL by cross-validation on the training images only.
@@ -257,6 +386,18 @@ class Trainer:
                 found.append(evaluate(model, self.images[valid], self.labels[valid])[1])
             errors[n] = float(np.mean(found))
         return errors
+
+
+def stl_epochs(options):
+    """How many epochs are before the factorisation."""
+    return options.epochs // 2 if options.stl_epochs is None else options.stl_epochs
+
+
+def large(options):
+    """The share of STL's weights that UD-MTL-Large has, by default that of DMTRL-LAF."""
+    if options.large is not None:
+        return options.large
+    return 0.38 if options.weights is None else options.weights
 
 
 def draw_part(digits, fraction, seed):
@@ -282,6 +423,12 @@ def draw(digits, fraction, seed):
     Raises:
         DataError: if there are not that many images.
     """
+    size, available = size_of(digits, fraction), len(digits.train_labels)
+    return np.random.default_rng(seed).permutation(available)[:size]
+
+
+def size_of(digits, fraction):
+    """How many training images a fraction is, which `draw` checks."""
     size = round(fraction * FULL_SIZE)
     available = len(digits.train_labels)
     if not 1 <= size <= available:
@@ -290,7 +437,7 @@ def draw(digits, fraction, seed):
             f"images, but the data {digits.name!r} has {available}: expected a fraction "
             f"up to {available / FULL_SIZE}."
         )
-    return np.random.default_rng(seed).permutation(available)[:size]
+    return size
 
 
 def _strengths(model, of=sharing_strength):
@@ -402,7 +549,7 @@ class Mnist(Experiment):
         "repeats": 1,
         "optimizer": "adam",
     }
-    # Half of the epochs are before the factorisation.
+    # Some of the epochs are before the factorisation.
     least = {"epochs": 2}
     helps = {"epochs": "the whole budget of every method, at least 2"}
     settings = ("seed", "epochs", "batch_size", "learning_rate", "optimizer")
@@ -458,9 +605,84 @@ class Mnist(Experiment):
             help="instead of the tolerance, of conv1, conv2, fc, output: an int (a cap), "
             "or a fraction of its weights; layers that are left out stay independent",
         )
+        p.add_argument(
+            "--rank", type=rank, help="instead of the tolerance, of every layer, likewise"
+        )
+        p.add_argument(
+            "--weights",
+            type=real(above=0, most=1),
+            help="instead of the tolerance: the share of all weights that factors have, by "
+            "the smallest tolerance, the same for all layers, that meets it",
+        )
+        p.add_argument(
+            "--task-rank",
+            type=rank,
+            help="of Tucker and TT: an int, or a fraction of the tasks; by default what "
+            "the tolerance finds, and full with ranks",
+        )
+        p.add_argument(
+            "--layers",
+            nargs="+",
+            choices=LAYERS,
+            help="those that are factorised; the others stay independent",
+        )
+        p.add_argument(
+            "--threshold",
+            choices=THRESHOLDS,
+            default="frobenius",
+            help="what the tolerance bounds; 'singular_value': the rule of the authors",
+        )
+        p.add_argument(
+            "--stl-epochs",
+            type=whole(1),
+            help="before the factorisation; by default half of the epochs",
+        )
+        p.add_argument(
+            "--stl-optimizer",
+            choices=OPTIMIZERS,
+            help="before the factorisation; by default that of all",
+        )
+        p.add_argument("--stl-learning-rate", type=real(above=0), help="likewise")
+        p.add_argument(
+            "--factor-learning-rate",
+            type=real(above=0),
+            help="after the factorisation; by default that of all",
+        )
+        p.add_argument(
+            "--weight-decay",
+            type=real(least=0),
+            default=0.0,
+            help="times the learning rate, in each step, of all weights but biases",
+        )
+        p.add_argument(
+            "--large",
+            type=real(above=0, most=1),
+            help="the share of STL's weights that UD-MTL-Large has; by default --weights, "
+            "or 0.38, that of DMTRL-LAF in the paper",
+        )
+        p.add_argument(
+            "--max-examples",
+            type=whole(1),
+            help="the most examples that a method sees, over all epochs, which are then "
+            "parts of that number and no rounds",
+        )
+        p.add_argument(
+            "--validation-images",
+            type=whole(1),
+            help="test on so many other training images, to choose settings by",
+        )
+        p.add_argument("--page-block", default=self.name, help="of the page's marks")
 
     def check(self, p, options):
         check_names("--ranks", options.ranks, LAYERS, p)
+        ways = (options.rank is not None, options.weights is not None, bool(options.ranks))
+        if sum(ways) > 1:
+            p.error("--rank: expected one of --rank, --ranks and --weights")
+        if stl_epochs(options) >= options.epochs:
+            p.error(
+                f"--stl-epochs: expected less than --epochs, {options.epochs}, got "
+                f"{options.stl_epochs}"
+            )
 
     def tasks(self, options, data=None):
         return [str(digit) for digit in range(TASKS)]
@@ -469,36 +691,66 @@ class Mnist(Experiment):
         return load_digits(options.data)
 
     def plan(self, options, digits):
-        """Training set by training set; its methods share what STL has trained."""
-        draws = itertools.product(options.fraction, self.by_seed(options))
-        for fraction, (repeat, seed) in draws:
-            part = draw_part(digits, fraction, seed)
-            trainer = Trainer(options, part.train_images, part.train_labels, seed)
-            for method in options.methods:
-                yield self.planned(
-                    f"{len(part.train_labels)} images, repeat {repeat + 1}",
-                    options,
-                    method,
-                    lambda part=part: part,
-                    seed,
-                    {
-                        "data": digits.name,
-                        "fraction": fraction,
-                        "repeat": repeat,
-                        **self._own_settings(options, method),
-                    },
-                    trainer=trainer,
-                )
+        """Training set by training set; its methods share what STL has trained.
+
+        The first draw of all fractions comes first, so that there are whole curves soon.
+        """
+
+        # One at a time is in memory.
+        @functools.lru_cache(maxsize=1)
+        def part_of(fraction, seed):
+            return self._part(options, digits, fraction, seed)
+
+        @functools.lru_cache(maxsize=1)
+        def trainer_of(fraction, seed):
+            part = part_of(fraction, seed)
+            return Trainer(options, part.train_images, part.train_labels, seed)
+
+        draws = self.by_seed(options, options.fraction, options.methods)
+        for repeat, seed, fraction, method in draws:
+            size = size_of(digits, fraction)
+            yield self.planned(
+                f"{size} images, repeat {repeat + 1}",
+                options,
+                method,
+                functools.partial(part_of, fraction, seed),
+                seed,
+                {
+                    "data": digits.name,
+                    "fraction": fraction,
+                    "repeat": repeat,
+                    **self._own_settings(options, method),
+                },
+                trainer=functools.partial(trainer_of, fraction, seed),
+            )
+
+    def _part(self, options, digits, fraction, seed):
+        part = draw_part(digits, fraction, seed)
+        if options.validation_images is None:
+            return part
+        # The images that a larger draw has, too, have the first ones first.
+        size = len(part.train_labels)
+        both = draw(digits, fraction + options.validation_images / FULL_SIZE, seed)
+        return part._replace(
+            test_images=digits.train_images[both[size:]],
+            test_labels=digits.train_labels[both[size:]],
+        )
 
     def _own_settings(self, options, method):
-        names = ("tolerance", "ranks") if method in FACTORIZATIONS else ()
-        if method == "ud-mtl":
+        names, later = (), ["weight_decay", "max_examples", "validation_images"]
+        if method in FACTORIZATIONS:
+            names, later = ("tolerance", "ranks"), LATER
+        elif method == "ud-mtl":
             cross = options.shared_layers == "cv"
             names = ("shared_layers", "folds") if cross else ("shared_layers",)
-        return {name: getattr(options, name) for name in names}
+        own = {name: getattr(options, name) for name in names}
+        if method == "ud-mtl-large":
+            own["large"] = large(options)
+        given = {name: getattr(options, name) for name in later}
+        return own | {name: v for name, v in given.items() if v != LATER[name]}
 
     def draw(self, options, digits, seed):
-        return draw_part(digits, options.fraction[0], seed)
+        return self._part(options, digits, options.fraction[0], seed)
 
     def hold_out(self, part, options, share, seed):
         images, labels = part.train_images, part.train_labels
@@ -511,8 +763,13 @@ class Mnist(Experiment):
         )
 
     def run(self, options, method, part, seed, tick, callbacks=None, trainer=None):
-        """As for every experiment; `trainer` has perhaps trained this part's STL."""
-        if trainer is None:
+        """As for every experiment.
+
+        `trainer` returns the `Trainer` of this part, which has perhaps trained its STL.
+        """
+        if trainer is not None:
+            trainer = trainer()
+        else:
             watch = None
             if callbacks is not None:
                 watch = (callbacks, part.test_images, part.test_labels)
@@ -527,8 +784,8 @@ class Mnist(Experiment):
                 shared_layers = min(errors, key=errors.get)
                 results["cross_validation"] = errors
             results["shared_layers"] = shared_layers
-        elif trainer.half_is_trained:
-            for _ in range(options.epochs // 2):
+        elif trainer.shares(method) and trainer.half_is_trained:
+            for _ in range(stl_epochs(options)):
                 tick()
         model, seconds = trainer.train(method, shared_layers)
         binary, multiclass = evaluate(model, part.test_images, part.test_labels)
@@ -563,7 +820,10 @@ class Mnist(Experiment):
 
     def tables(self, options, digits, runs):
         title = f"MNIST ({digits.name}), {options.epochs} epochs"
-        return {"mnist": Table(title, summarize(runs), "table", keys=2)}
+        return {options.page_block: Table(title, summarize(runs), "table", keys=2)}
+
+    def blocks(self, options):
+        return [options.page_block]
 
     def figures(self, options, digits, runs):
         errors, strengths = (

@@ -348,6 +348,25 @@ def accuracy_by_fraction():
     save(figure, "accuracy-by-fraction")
 
 
+def error_by_fraction():
+    """MNIST's table by fractions, as curves."""
+    header, body = table("mnist", "mnist-fractions")
+    fraction, name = map(header.index, ("Fraction", "Method"))
+    # N of UD-MTL may be another one at each fraction.
+    titles = [row[name].partition(" (")[0] for row in body]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 2), ("Binary %", "Multi-class %")):
+        for method in dict.fromkeys(titles):
+            rows = [row for row, title in zip(body, titles) if title == method]
+            places = [100 * number(row[fraction])[0] for row in rows]
+            means, spreads = zip(*(number(row[header.index(column)]) for row in rows))
+            axes.errorbar(places, means, spreads, label=method, lw=1, marker=".", capsize=2)
+        axes.set(xscale="log", xlabel="training images, % of 60,000")
+        axes.set_ylabel(column.replace("%", "error, %").lower())
+    figure.axes[1].legend(fontsize=7, frameon=False)
+    save(figure, "error-by-fraction")
+
+
 def online_and_offline():
     """MTFL's table of the online similarity, over the examples that are remembered."""
     header, body = table("mtfl", "mtfl-convergence")
@@ -387,6 +406,7 @@ DRAWINGS = (
     hinton,
     sharing_by_layer,
     accuracy_by_fraction,
+    error_by_fraction,
     online_and_offline,
 )
 

@@ -28,8 +28,10 @@ The rank of the tasks is full, or `task_rank`. In LAF it is the only one: `rank`
 
 import bisect
 import dataclasses
+import itertools
 import math
 import numbers
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -53,6 +55,8 @@ TaskRank: TypeAlias = float | str | None
 Threshold: TypeAlias = Literal["frobenius", "singular_value"]
 Ranks: TypeAlias = tuple[int, ...]
 
+# A tolerance of one SVD that leaves a single singular value.
+_ALL = 1 - 1e-9
 THRESHOLDS = ("frobenius", "singular_value")
 # What configurations have for the task rank of a built layer, whose ranks are all settled;
 # and those of version 0.1, where an int or a fraction was for the tasks too, and a fraction
@@ -235,6 +239,17 @@ def _left_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return _svd(matrix)[:2]
 
 
+def _singular_values(matrix: np.ndarray) -> np.ndarray:
+    rows, columns = matrix.shape
+    if columns > rows:
+        matrix = matrix.T
+    if max(rows, columns) > 2 * min(rows, columns):
+        # Of the small triangle, which has the same.
+        triangle: Any = np.linalg.qr(matrix, mode="r")
+        matrix = triangle
+    return np.linalg.svd(matrix, compute_uv=False)
+
+
 def _as_tensor(tensor: ArrayLike, owner: str) -> tuple[np.ndarray, int]:
     """The tensor in a scale in which it can be computed with; see `scaled`."""
     tensor = finite_array("tensor", tensor, owner)
@@ -290,12 +305,14 @@ class RankRule:
             tasks, which grow with the int, window ranks full as far as they can matter.
         useful: function of a shape and the other ranks: the largest task rank that makes a
             difference with them.
+        unfoldings: function of a tensor: the matrices whose ranks these are.
     """
 
     bounds: Callable[[Ranks], Ranks]
     size: Callable[[Ranks, Ranks], int]
     step: Callable[[Ranks, Ranks, int], Ranks]
     useful: Callable[[Ranks, Ranks], int]
+    unfoldings: Callable[[np.ndarray], list[np.ndarray]]
 
     def ranks(
         self,
@@ -403,6 +420,107 @@ class RankRule:
         )
         return at(steps[min(max(least, most - 1), len(steps) - 1)])
 
+    def spectra(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """The singular values of each unfolding, in descending order."""
+        return [_singular_values(matrix) for matrix in self.unfoldings(tensor)]
+
+    def within(
+        self,
+        shape: Ranks,
+        spectra: Sequence[np.ndarray],
+        tolerance: float,
+        threshold: Threshold,
+        task_rank: TaskRank = None,
+    ) -> Ranks:
+        """The ranks that a tolerance leaves, from the spectra alone.
+
+        Of a tensor train they are those of the whole tensor's unfoldings. Its SVDs are of
+        what the ones before have left, and find at most these ranks with
+        `threshold="frobenius"`.
+        """
+        if is_given(task_rank):
+            spectra = spectra[:-1]
+        if threshold == "frobenius":
+            tolerance = tolerance / math.sqrt(max(1, len(spectra)))
+        # The smallest ranks may need a promise that is none: a tolerance above 1.
+        tolerance = min(tolerance, _ALL)
+        ranks: list[int] = []
+        for values, bound in zip(spectra, self.bounds(shape)):
+            norm = np.linalg.norm(values)
+            rank = truncation_rank(values, tolerance, norm, threshold)
+            ranks.append(min(rank, bound))
+        if is_given(task_rank):
+            ranks.append(self._room(shape, ranks, self.task_rank(shape, task_rank)))
+        if self.unfoldings is _tt_unfoldings:
+            for n in range(1, len(ranks)):
+                ranks[n] = min(ranks[n], ranks[n - 1] * shape[n])
+        return tuple(ranks)
+
+    def _room(self, shape: Ranks, others: list[int], tasks: int) -> int:
+        """The task rank, for which the other ranks grow until it makes a difference."""
+        bounds = self.bounds(shape)
+        while self.useful(shape, tuple(others)) < tasks:
+            room = [bound / rank for bound, rank in zip(bounds, others)]
+            others[room.index(max(room))] += 1
+        return tasks
+
+
+def common_tolerance(
+    rule: RankRule,
+    kernels: Sequence[np.ndarray],
+    weights: float,
+    threshold: Threshold = "frobenius",
+    task_rank: TaskRank = None,
+    owner: str = "common_tolerance",
+) -> tuple[float, list[Ranks]]:
+    """The smallest tolerance, the same for all kernels, that meets a budget of weights.
+
+    Args:
+        rule: `RankRule`.
+        kernels: list of stacked kernels.
+        weights: number in (0, 1], the share of the entries of all kernels that the factors
+            may have together. A kernel whose factors would have more entries counts as it
+            is.
+        threshold: see the module.
+        task_rank: see the module; None: the tolerance's.
+        owner: str, who to name in errors.
+
+    Returns:
+        `(tolerance, ranks)`, with the ranks of each kernel.
+
+    Raises:
+        ValueError: if the smallest ranks have more weights.
+    """
+    shapes = [kernel.shape for kernel in kernels]
+    spectra = [rule.spectra(_as_tensor(kernel, owner)[0]) for kernel in kernels]
+    whole = sum(map(math.prod, shapes))
+
+    def at(tolerance: float) -> tuple[int, list[Ranks]]:
+        found = [
+            rule.within(shape, own, tolerance, threshold, task_rank)
+            for shape, own in zip(shapes, spectra)
+        ]
+        sizes = (min(rule.size(s, r), math.prod(s)) for s, r in zip(shapes, found))
+        return sum(sizes), found
+
+    low, high = 0.0, math.sqrt(max(map(len, spectra)))
+    size, ranks = at(high)
+    if size > weights * whole:
+        raise ValueError(
+            f"{owner}: the smallest ranks have {size / whole:.3f} of the weights of "
+            f"independent kernels. Expected: `weights` of at least that. Received: "
+            f"weights={weights}."
+        )
+    # To seven digits.
+    for _ in range(25):
+        middle = (low + high) / 2
+        size, found = at(middle)
+        if size > weights * whole:
+            low = middle
+        else:
+            high, ranks = middle, found
+    return high, ranks
+
 
 def _laf_size(shape: Ranks, ranks: Ranks) -> int:
     return (math.prod(shape[:-1]) + shape[-1]) * ranks[0]
@@ -431,14 +549,39 @@ def _tt_step(shape: Ranks, bounds: Ranks, step: int) -> Ranks:
     return tuple(ranks)
 
 
+def _laf_unfoldings(tensor: np.ndarray) -> list[np.ndarray]:
+    return [tensor.reshape(-1, tensor.shape[-1])]
+
+
+def _tucker_unfoldings(tensor: np.ndarray) -> list[np.ndarray]:
+    return [unfold(tensor, mode) for mode in range(tensor.ndim)]
+
+
+def _tt_unfoldings(tensor: np.ndarray) -> list[np.ndarray]:
+    rows = itertools.accumulate(tensor.shape[:-1], operator.mul)
+    return [tensor.reshape(count, -1) for count in rows]
+
+
 LAF_RANKS = RankRule(
-    laf_bounds, _laf_size, lambda *_: (), lambda shape, _: math.prod(shape[:-1])
+    laf_bounds,
+    _laf_size,
+    lambda *_: (),
+    lambda shape, _: math.prod(shape[:-1]),
+    _laf_unfoldings,
 )
 TUCKER_RANKS = RankRule(
-    tucker_bounds, _tucker_size, _tucker_step, lambda _, others: math.prod(others)
+    tucker_bounds,
+    _tucker_size,
+    _tucker_step,
+    lambda _, others: math.prod(others),
+    _tucker_unfoldings,
 )
 TT_RANKS = RankRule(
-    tt_bounds, _tt_size, _tt_step, lambda shape, others: [1, *others][-1] * shape[-2]
+    tt_bounds,
+    _tt_size,
+    _tt_step,
+    lambda shape, others: [1, *others][-1] * shape[-2],
+    _tt_unfoldings,
 )
 
 

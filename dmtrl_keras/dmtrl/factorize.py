@@ -12,11 +12,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from dmtrl_keras.dmtrl import decomposition
 from dmtrl_keras.dmtrl.decomposition import Rank, TaskRank, Threshold
 from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementation
 from dmtrl_keras.ground.validation import (
     check_bool,
     check_model,
+    check_number,
     is_for,
     is_list,
     refusal,
@@ -41,6 +43,7 @@ def factorize(
     verbose: bool = True,
     task_rank: TaskRank = None,
     keep_larger: bool = False,
+    weights: float | None = None,
 ) -> keras.Model:
     """The same network with factorised kernels, started from trained ones.
 
@@ -72,6 +75,10 @@ def factorize(
             `rank`, else the tolerance's.
         keep_larger: bool, whether layers get their factors also where these have more
             weights than the kernels.
+        weights: instead of `rank` and `tolerance`: number in (0, 1], the share of the
+            weights of all chosen kernels that the factors may have together. All layers
+            have the same tolerance, the smallest that meets it, so that each is
+            approximated as well as the others, whatever its size.
 
     Returns:
         A new model of the same kind, layer names and input and output structure. Where no
@@ -111,18 +118,31 @@ def factorize(
         layers = _those_of(ranks, model)
     chosen = _chosen(model, layers)
     declined: dict[int, Factorization] = {}
+    budgeted: dict[int, Rank] = {}
+    if weights is not None:
+        if rank is not None or tolerance is not None or keep_larger:
+            raise ValueError(
+                "factorize: give one of `weights`, `rank` and `tolerance`; a budget leaves "
+                f"no room for larger factors. Received: weights={shown(weights)}, "
+                f"rank={shown(rank)}, tolerance={tolerance}, keep_larger={keep_larger}."
+            )
+        budgeted = _budgeted(kind, model, chosen, weights, threshold, task_rank)
 
     def factorized(layer: TaskLayer) -> TaskLayer | None:
         if id(layer) not in chosen:
             return None
         own: Any = rank if ranks is None else _of_layer(ranks, layer)
+        if weights is not None:
+            own = budgeted[id(layer)]
         if ranks is not None and own is None:
             raise ValueError(
                 f"factorize: `rank` has nothing for layer {layer.name!r}, which `layers` "
                 f"names. Received: rank={ranks!r}."
             )
         options = {"implementation": implementation, "threshold": threshold}
-        sharing = kind.of_trained(own, tolerance, task_rank, **options)
+        # The ranks of a budget have that of the tasks.
+        last = None if weights is not None else task_rank
+        sharing = kind.of_trained(own, tolerance, last, **options)
         kernel, factors = _decomposed(layer, sharing)
         size = sum(value.size for value in factors.values())
         if size > kernel.size and not keep_larger:
@@ -141,13 +161,41 @@ def factorize(
         warnings.warn(
             f"{owner}: the model {model.name!r} is returned as it was, since the factors "
             f"of each layer would have more weights than its kernels: {sizes}. Received: "
-            f"rank={rank!r}, tolerance={tolerance!r}, task_rank={task_rank!r}. Expected: a "
-            "smaller rank, a larger tolerance, or keep_larger=True for larger factors.",
+            f"rank={rank!r}, tolerance={tolerance!r}, task_rank={task_rank!r}, "
+            f"weights={weights!r}. Expected: a smaller rank, a larger tolerance, or "
+            "keep_larger=True for larger factors.",
             stacklevel=2,
         )
     if verbose:
         print_report(new)
     return new
+
+
+def _budgeted(
+    kind: type[FactorizedParameterization],
+    model: keras.Model,
+    chosen: Collection[int],
+    weights: float,
+    threshold: Threshold,
+    task_rank: TaskRank,
+) -> dict[int, Rank]:
+    """By the ids of layers, the ranks with which all factors meet a budget."""
+    check_number("weights", weights, "factorize", 1, closed=True)
+    kind(tolerance=0.5, threshold=threshold, task_rank=task_rank)
+    rule = kind._rule
+    if rule is None:
+        what = "one of LAF, Tucker and TT, with `weights`"
+        raise refusal("method", kind.name, "factorize", what)
+    layers = [layer for layer in task_layers(model) if id(layer) in chosen]
+    kernels = [_kernel(layer) for layer in layers]
+    _, ranks = decomposition.common_tolerance(
+        rule, kernels, weights, threshold, task_rank, "factorize"
+    )
+    return dict(zip(map(id, layers), ranks))
+
+
+def _kernel(layer: TaskLayer) -> np.ndarray:
+    return keras.ops.convert_to_numpy(layer.kernel).astype("float64")
 
 
 def _of_layer(ranks: dict[str, Rank], layer: TaskLayer) -> Rank | None:
@@ -214,7 +262,7 @@ def _decomposed(
     layer: TaskLayer, sharing: Parameterization
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The stacked kernel of a layer in float64, and its factors."""
-    kernel = keras.ops.convert_to_numpy(layer.kernel).astype("float64")
+    kernel = _kernel(layer)
     try:
         return kernel, sharing.decompose(kernel)
     except ValueError as error:

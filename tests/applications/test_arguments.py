@@ -111,34 +111,15 @@ def parsers():
 
 NAMES = (*EXPERIMENTS, "benchmark", "search", "own")
 # What has other arguments than numbers, in whatever command.
-WORDS = {
-    *(
-        "kernels",
-        "mode",
-        "start",
-        "attributes",
-        "backbone",
-        "benchmark",
-        "data",
-        "directory",
-        "domains",
-        "estimate",
-        "experiment",
-        "gradient",
-    ),
-    *("feature_layer", "features", "group", "method", "methods", "model", "network"),
-    *("objectives", "optimizer", "output", "padding", "page", "page_block", "pairs"),
-    *(
-        "outlier",
-        "parts",
-        "related",
-        "share_until",
-        "shared_layers",
-        "similar_backbone",
-        "strategy",
-    ),
-    *("sweep", "tasks", "trunk", "tune", "tune_from", "tuner", "weights"),
-}
+WORDS = set(
+    (
+        "attributes backbone benchmark data directory domains estimate experiment "
+        "feature_layer features gradient group kernels layers method methods mode model "
+        "network objectives optimizer outlier output padding page page_block pairs "
+        "parts related share_until shared_layers similar_backbone start stl_optimizer "
+        "strategy sweep tasks threshold trunk tune tune_from tuner weights"
+    ).split()
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -91,6 +91,90 @@ def test_stl_is_not_interrupted(tmp_path, rng):
     assert trainer.half_trained()[0] is source
 
 
+def test_later_options_leave_earlier_runs(tmp_path):
+    """Runs of before are found: what they lacked is no setting while it is the default."""
+    options = mnist.parse([])
+    own = mnist.EXPERIMENT._own_settings
+    assert own(options, "stl") == {}
+    assert own(options, "tt") == {"tolerance": 0.1, "ranks": {}}
+    assert own(options, "ud-mtl") == {"shared_layers": 3}
+    other = mnist.parse(["--weights", "0.5", "--weight-decay", "1", "--stl-epochs", "2"])
+    assert own(other, "stl") == {"weight_decay": 1.0}
+    added = {"weights": 0.5, "weight_decay": 1.0, "stl_epochs": 2}
+    assert own(other, "tt") == {"tolerance": 0.1, "ranks": {}, **added}
+    assert own(other, "ud-mtl-large") == {"large": 0.5, "weight_decay": 1.0}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.38, 1.0])
+def test_as_many_weights_as_dmtrl(share):
+    """UD-MTL-Large: the widest that keeps to them; one unit more does not."""
+    width = mnist.width_of(share, "same", 128)
+    count = partial(lambda w: mnist.kernel_parameters(mnist.lenet(3, "same", 128, width=w)))
+    budget = share * 4_351_040
+    assert count(width) <= budget < count(width + 1 / 32) or width == 1 / 32
+
+
+def test_examples_are_capped(tmp_path, rng, few_steps):
+    """Each epoch the same number of other examples, until all were seen as often."""
+    order = mnist.in_order(10, 25, 4, 2, seed=1)
+    assert order.shape == (4, 6)
+    assert sorted(order.ravel()[:10]) == sorted(order.ravel()[10:20]) == list(range(10))
+    write_folder(tmp_path, rng)
+    digits = mnist.load_digits(str(tmp_path))
+    images = digits.train_images
+    options = mnist.parse([*TINY, "--epochs", "3", "--max-examples", "24"])
+    options.batch_size = 4
+    trainer = mnist.Trainer(options, images, digits.train_labels, 0)
+    seen = []
+
+    class Seeing(keras.Model):
+        def train_step(self, data):
+            seen.extend(data[0].numpy().sum(axis=(1, 2, 3)).tolist())
+            return super().train_step(data)
+
+    inner = mnist.lenet(3, "valid", 8)
+    model = Seeing(inner.inputs, inner.outputs)
+    trainer.fit(model, last=1)
+    trainer.fit(model, first=1)
+    sums = images.sum(axis=(1, 2, 3))[mnist.in_order(30, 24, 3, 4, 0).ravel()]
+    assert seen == sums.tolist()
+
+
+def test_options_of_the_start_and_the_ranks(tmp_path, rng, few_steps):
+    """Another optimizer before the factorisation, a budget of weights, and validation."""
+    write_folder(tmp_path, rng, train=90)
+    command = [*TINY, "--data", str(tmp_path), "--batch-size", "16", "--epochs", "3"]
+    command += ["--methods", "stl", "ud-mtl-large", "tucker", "--weights", "0.5"]
+    command += ["--stl-optimizer", "sgd", "--stl-learning-rate", "0.1", "--stl-epochs", "1"]
+    command += ["--weight-decay", "0.1", "--max-examples", "48", "--task-rank", "1.0"]
+    command += ["--layers", "conv1", "conv2", "fc", "--factor-learning-rate", "0.01"]
+    command += ["--validation-images", "20", "--output", str(tmp_path / "out")]
+    mnist.main(command)
+    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
+    found = {r["settings"]["method"]: r for r in map(json.loads, lines)}
+    weights = {name: run["results"]["parameters"] for name, run in found.items()}
+    assert weights["tucker"] <= (weights["stl"] + 80) / 2
+    assert weights["ud-mtl-large"] <= weights["stl"] / 2
+    assert found["tucker"]["settings"]["stl_optimizer"] == "sgd"
+    assert "stl_optimizer" not in found["stl"]["settings"]
+    ranks = found["tucker"]["results"]["ranks"]
+    assert {name: rank[-1] for name, rank in ranks.items()} == {
+        "conv1": 10,
+        "conv2": 10,
+        "fc": 10,
+    }
+    # Steps of 20 images.
+    wrong = 20 * found["stl"]["results"]["multiclass_error"]
+    assert wrong == pytest.approx(round(wrong), abs=1e-3)
+    options = mnist.parse(command)
+    digits = mnist.load_digits(str(tmp_path))
+    part = mnist.EXPERIMENT.draw(options, digits, 0)
+    again = mnist.draw_part(digits, 0.0005, 0)
+    np.testing.assert_array_equal(part.train_labels, again.train_labels)
+    both = [x.reshape(len(x), -1) for x in (part.train_images, part.test_images)]
+    assert len(np.unique(np.concatenate(both), axis=0)) == 30 + 20
+
+
 def test_whole_command(tmp_path, rng, capsys, few_steps):
     """Two fractions, two repeats: lines, table, figures, a page's block; then resumed."""
     data, output, page = tmp_path / "data", tmp_path / "out", tmp_path / "docs" / "a.md"
@@ -183,6 +267,10 @@ def test_learns_real_digits():
         ["--shared-layers", "4"],
         ["--epochs", "1"],
         ["--repeats", "0"],
+        ["--rank", "0.5", "--weights", "0.5"],
+        ["--stl-epochs", "20"],
+        ["--threshold", "other"],
+        ["--max-examples", "0"],
     ],
 )
 def test_bad_arguments(arguments, capsys):

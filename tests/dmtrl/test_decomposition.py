@@ -13,6 +13,7 @@ from tensorly.decomposition import tensor_train
 from tensorly.decomposition import tucker as tl_tucker
 
 from dmtrl_keras import decomposition
+from dmtrl_keras.dmtrl.decomposition import TT_RANKS, TUCKER_RANKS, common_tolerance
 
 METHODS = ("laf", "tucker", "tt")
 BOUNDS = {
@@ -326,3 +327,18 @@ def test_impossible_tensors_and_ranks():
         decomposition.tucker(np.ones((4, 3, 2)), rank=(4, 3, 3))
     with pytest.raises(ValueError, match=r"TT rank 2 can be at most 3"):
         decomposition.tt(np.ones((9, 3, 9)), rank=(1, 4))
+
+
+@pytest.mark.parametrize("rule", [TUCKER_RANKS, TT_RANKS])
+def test_room_for_the_tasks(rule, rng):
+    """With a task rank of its own the other ranks are such that it matters."""
+    # Nearly equal kernels of one output, of which a tolerance leaves one.
+    common = np.repeat(rng.normal(size=(20, 1, 1)), 4, axis=-1)
+    near = common + 0.01 * rng.normal(size=(20, 1, 4))
+    other = rng.normal(size=(12, 10, 4))
+    _, alone = common_tolerance(rule, [near, other], 0.8)
+    assert alone[0][-1] == 1
+    _, full = common_tolerance(rule, [near, other], 0.8, task_rank=1.0)
+    assert full[0][0] == full[0][-1] == full[1][-1] == 4
+    sizes = sum(map(rule.size, [near.shape, other.shape], full))
+    assert sizes <= 0.8 * (near.size + other.size)

@@ -174,6 +174,91 @@ def test_task_rank(method, rng):
         assert ranks(tolerance=0.2)[-1] == 1
 
 
+def spectra(kernel, method):
+    """Singular values of the unfoldings, by their definitions."""
+    shape = kernel.shape
+    if method == "laf":
+        matrices = [kernel.reshape(-1, shape[-1])]
+    elif method == "tucker":
+        matrices = [np.moveaxis(kernel, n, 0).reshape(d, -1) for n, d in enumerate(shape)]
+    else:
+        rows = [int(np.prod(shape[:n])) for n in range(1, len(shape))]
+        matrices = [kernel.reshape(count, -1) for count in rows]
+    return [np.linalg.svd(m)[1] for m in matrices]
+
+
+def size_at(tolerance, shape, values, method):
+    """The entries of the factors of one kernel, by loops."""
+    ranks = []
+    for own in values:
+        share = tolerance * np.sqrt(np.sum(own**2) / len(values))
+        rank = len(own)
+        while rank > 1 and np.sqrt(np.sum(own[rank - 1 :] ** 2)) <= share:
+            rank -= 1
+        ranks.append(rank)
+    if method == "laf":
+        return ranks[0] * (np.prod(shape[:-1]) + shape[-1])
+    if method == "tucker":
+        return np.prod(ranks) + sum(r * d for r, d in zip(ranks, shape))
+    edges = [1, *ranks, 1]
+    return sum(edges[n] * d * edges[n + 1] for n, d in enumerate(shape))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weights", [0.5, 0.8])
+@pytest.mark.filterwarnings("ignore:.*multiples of each other")
+def test_budget_of_all_layers(method, weights, rng):
+    """The smallest tolerance that meets it: one after the other, nothing smaller does."""
+    model = randomize(network(), rng)
+    names = ["conv", "nested", "twice"]
+    new = factorize(model, method, layers=names, weights=weights, verbose=False)
+    report = factorization_report(new)
+    kernels = [
+        ops.convert_to_numpy(layer.kernel).astype("float64")
+        for layer in task_layers(model)
+        if layer.name in names
+    ]
+    values = [spectra(kernel, method) for kernel in kernels]
+    whole = sum(kernel.size for kernel in kernels)
+    candidates = {
+        float(np.sqrt(np.sum(one[n:] ** 2) / np.sum(one**2) * len(own)))
+        for own in values
+        for one in own
+        for n in range(1, len(one))
+    }
+    for tolerance in sorted(c + 1e-9 for c in candidates):
+        size = sum(
+            size_at(tolerance, k.shape, own, method) for k, own in zip(kernels, values)
+        )
+        if size <= weights * whole:
+            break
+    assert sum(entry.parameters_after for entry in report) == size
+    assert all(entry.error <= tolerance + 1e-5 for entry in report)
+
+
+@pytest.mark.filterwarnings("ignore:.*multiples of each other")
+def test_budget_with_a_task_rank_and_by_singular_values(rng):
+    """Both mean what they mean with a tolerance."""
+    model = randomize(network(), rng)
+    names = ["nested", "twice"]
+    new = factorize(
+        model, "tucker", layers=names, weights=0.5, task_rank=1.0, verbose=False
+    )
+    report = factorization_report(new)
+    assert {entry.rank[-1] for entry in report} == {3}
+    budget = 0.5 * sum(entry.parameters_before for entry in report)
+    assert sum(entry.parameters_after for entry in report) <= budget
+    new = factorize(
+        model,
+        "laf",
+        layers=names,
+        weights=0.7,
+        threshold="singular_value",
+        verbose=False,
+    )
+    assert {entry.rank for entry in factorization_report(new)} <= {(1,), (2,), (3,)}
+
+
 def test_factorized_model_trains_saves_and_prints(rng, tmp_path, capsys):
     """It goes on like any model, and says what was done."""
     model = randomize(network(), rng)
@@ -318,6 +403,10 @@ def test_reports_of_earlier_versions():
         ({"method": "laf", "tolerance": 1.5}, r"1\.5"),
         ({"method": "laf", "tolerance": 0.1, "rank": 2}, "not both"),
         ({"method": "tucker", "rank": 999}, r"'conv'.*999"),
+        ({"method": "tt", "weights": 0.5, "rank": 2}, "one of .*weights=0.5, rank=2"),
+        ({"method": "tt", "weights": 1.5}, r"`weights` must be .*1\.5"),
+        ({"method": "laf", "weights": 0.1}, r"have 0\.3\d+ of .*weights=0\.1"),
+        ({"method": "laf", "weights": 0.5, "task_rank": 2}, "no other rank"),
     ],
 )
 def test_errors(arguments, message):

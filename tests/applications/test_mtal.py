@@ -64,7 +64,9 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
     sharing = [run["sharing"] for run in runs if "sharing" in run]
     layers = [row["layer"] for row in sharing[0]]
     assert layers[0] == "block1_conv1" and layers[-1] == "total" and len(layers) == 9
-    for name in ("losses_own", "errors_own", "activations_own_mtal_1", "activations_own_mtal_r_2"):
+    names = ("errors", "losses"), ("mtal_1", "mtal_r_2")
+    names = [f"{n}_own" for n in names[0]] + [f"activations_own_{n}" for n in names[1]]
+    for name in names:
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5_000
         assert (page.parent / "figures" / f"out_{name}.png").exists()
     for name in blocks:

@@ -1,5 +1,8 @@
 """How fast the layers are, as ratios measured in one process, in turn.
 
+On a machine that has other work, hold the command to one core (`taskset -c 0`): its seconds
+are then those that the processor gave to it.
+
 Training steps of the paper's LeNet with T tasks:
 
 - (a) T plain Keras networks in one model,
@@ -22,6 +25,7 @@ adds to a backbone's step.
 import argparse
 import functools
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -432,8 +436,16 @@ def training_step(model, images, labels, loss=None):
     return step
 
 
+def on_one_core():
+    """Whether the process is held to one core."""
+    cores = getattr(os, "sched_getaffinity", None)  # Linux has it.
+    return cores is not None and len(cores(0)) == 1
+
+
 def in_turn(steps, repeats):
     """Median seconds of some functions, run in turn after two runs of warming up.
+
+    On one core the processor's seconds are those that would pass without other work.
 
     Args:
         steps: dict of functions without arguments.
@@ -445,12 +457,13 @@ def in_turn(steps, repeats):
     for step in steps.values():
         step()
         step()
+    clock = time.process_time if on_one_core() else time.perf_counter
     times = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -629,7 +642,8 @@ def lenet_tables(options, console):
 def how(options):
     """How the times are taken, in words."""
     device = f"{platform.machine()}, {keras.config.backend()} backend"
-    return f"medians of {options.repeats} steps with Adam, {device}"
+    core = ", seconds of one core" if on_one_core() else ""
+    return f"medians of {options.repeats} steps with Adam, {device}{core}"
 
 
 # The name of a part's block in a page, and the function that measures it.

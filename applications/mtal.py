@@ -1,8 +1,9 @@
 """MTAL's experiments: tasks that are data sets of different images and labels.
 
 Feng & Chen, "Learning Twofold Heterogeneous Multi-Task by Sharing Similar Convolution
-Kernel Pairs" (2021), section 4: Tables 2-5 (methods), Table 6 (shared kernels), Figure 9
-(threshold), Figures 10 and 11 (activation maps), Figure 12 (convergence).
+Kernel Pairs" (2021), section 4: Tables 2-5 and Figure 8 (methods), Table 6 (shared
+kernels), Figure 9 (threshold), Figures 10 and 11 (activation maps), Figure 12
+(convergence).
 """
 
 import functools
@@ -71,6 +72,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "mtal_filters_common": {"kernels": "filter", "mode": "forward", "start": "common"},
 }
 SIMILAR = tuple(VARIANTS)
+TOLD = ("mtal_r",)  # Which tasks are related.
 SHRINKAGES = (0.01, 0.1, 0.5, 0.9)  # Of MTDA.
 
 
@@ -498,6 +500,85 @@ def plot_sweep(runs, path):
     figure.savefig(path)
 
 
+def error_table(runs):
+    """Mean accuracy and mean square error of each method (Figure 8).
+
+    The paper does not say of what the mean square error is. Read here as that of the
+    accuracies from 100%: with `a_t` the accuracy of task t in percent,
+
+    `MSE = mean over t of (100 - a_t)^2`,
+
+    so that a method which is bad at one task is behind one that is a little worse at all.
+    The figure can also be read as the `±` of Tables 2 to 5; that is the spread here. The
+    paper has two panels, of all methods on tasks grouped by their relations and of all
+    without; here MTAL_R alone is told of relations, and is marked.
+
+    Args:
+        runs: data frame of runs, with columns `method` and `accuracy`.
+
+    Returns:
+        A data frame by method, in the order of the runs: `title`; `told`, whether it is
+        told which tasks are related; `accuracy` in percent, the mean over tasks and draws,
+        and `error`, that of the squares; `accuracy_spread` and `error_spread`, standard
+        deviations over draws, NaN of one draw.
+
+    Example:
+
+    >>> one = {"method": "single", "accuracy": {"a": 1.0, "b": 0.8}}
+    >>> two = {"method": "shared", "accuracy": {"a": 0.9, "b": 0.9}}
+    >>> found = error_table(pd.DataFrame([one, two]))
+    >>> found.accuracy.round(1).to_dict(), found.error.round(1).to_dict()
+    ({'single': 90.0, 'shared': 90.0}, {'single': 200.0, 'shared': 100.0})
+    """
+    accuracy = 100 * pd.DataFrame(list(runs.accuracy))
+    by_run = pd.DataFrame(
+        {
+            "method": list(runs.method),
+            "accuracy": accuracy.mean(axis=1),
+            "error": (100 - accuracy).pow(2).mean(axis=1),
+        }
+    )
+    by_method = by_run.groupby("method", sort=False)
+    found = by_method.mean().join(by_method.std().add_suffix("_spread"))
+    methods = found.index
+    return found.assign(title=methods.map(TITLES), told=methods.isin(TOLD))
+
+
+def draw_errors(table, axes):
+    """Figure 8 of one group: a point for each method, its spread a line.
+
+    Args:
+        table: data frame, as from `error_table`.
+        axes: two axes of Matplotlib, of the accuracy and of the mean square error.
+    """
+    labels = {"accuracy": "mean accuracy, %", "error": "mean square error, %²"}
+    places = np.arange(len(table))[::-1]  # The first on top.
+    kinds = (("not told of relations", "tab:blue"), ("told of relations", "tab:orange"))
+    for axis, (name, label) in zip(axes, labels.items()):
+        for told, (kind, colour) in enumerate(kinds):
+            own = (table.told == told).to_numpy()
+            values, spreads = table[name][own], table[f"{name}_spread"][own].fillna(0)
+            style = {"fmt": "o", "capsize": 2, "color": colour, "markersize": 4}
+            axis.errorbar(values, places[own], xerr=spreads, label=kind, **style)
+        axis.set_yticks(places, table.title)
+        axis.set_xlabel(label)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.3)
+
+
+def plot_errors(runs, path):
+    """Mean accuracy and mean square error of each method (Figure 8).
+
+    Args:
+        runs: data frame of runs.
+        path: where the PNG goes.
+    """
+    figure, (axes,) = figure_of(2, size=(4.5, 3.5), sharey=True)
+    draw_errors(error_table(runs), axes)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path)
+
+
 def _accuracies(own, names):
     """Accuracy in percent by task and on average, the cells of some runs."""
     accuracy = 100 * pd.DataFrame(list(own.accuracy))[list(names)]
@@ -761,10 +842,12 @@ class Mtal(Experiment):
         return {name: Table(name, frame) for name, frame in zip(names, frames)}
 
     def figures(self, options, tasks, runs):
-        path = options.output / f"losses_{options.group}.png"
-        plot_curves(runs, path)
+        drawn = []
+        for name, plot in (("errors", plot_errors), ("losses", plot_curves)):
+            drawn.append(options.output / f"{name}_{options.group}.png")
+            plot(runs, drawn[-1])
         # The first runs of MTAL have drawn these.
-        return [path, *sorted(options.output.glob(f"activations_{options.group}_*.png"))]
+        return [*drawn, *sorted(options.output.glob(f"activations_{options.group}_*.png"))]
 
 
 class Sweep(Mtal):

@@ -325,6 +325,39 @@ def sharing_by_layer():
     save(figure, "sharing-by-layer")
 
 
+def errors_of(header, body, draws=3):
+    """What `applications.mtal.error_table` has, of the page's table instead of runs.
+
+    Spreads of the error are not in the table. Its mean is: over the draws, the mean square
+    is the square of the mean and what the draws differ.
+    """
+    import pandas as pd
+
+    from applications.mtal import TITLES, TOLD
+
+    told, last = [TITLES[method] for method in TOLD], header.index("mean")
+    rows = []
+    for title, *cells in (row[: last + 1] for row in body):
+        *tasks, (mean, spread) = map(number, cells)
+        squares = [(100 - m) ** 2 + s**2 * (draws - 1) / draws for m, s in tasks]
+        rows.append((title, title in told, mean, spread, np.mean(squares), np.nan))
+    names = ("title", "told", "accuracy", "accuracy_spread", "error", "error_spread")
+    return pd.DataFrame(rows, columns=names)
+
+
+def errors_by_method():
+    """MTAL's tables as Figure 8 of the paper: mean accuracy and mean square error."""
+    from applications.mtal import draw_errors
+
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    grid = figure.subplots(2, 2, sharey="row")
+    for axes, group in zip(grid, ("related", "unrelated")):
+        draw_errors(errors_of(*table("mtal", f"mtal-{group}")), axes)
+        axes[0].set_title(f"{group} tasks", fontsize=9)
+    grid[0, 0].legend(fontsize=8, loc="lower left")
+    save(figure, "errors-by-method")
+
+
 def accuracy_by_fraction():
     """Office-Caltech's tables, as curves over the share of examples for training."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -405,6 +438,7 @@ DRAWINGS = (
     decompositions,
     hinton,
     sharing_by_layer,
+    errors_by_method,
     accuracy_by_fraction,
     error_by_fraction,
     online_and_offline,

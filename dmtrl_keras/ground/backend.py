@@ -153,15 +153,18 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Args:
         function: function of tensors, without state, whose gradient is never taken.
     """
-    compiled: list[Any] = []
+    compiled: dict[tuple[Any, ...], Any] = {}
 
     @functools.wraps(function)
     def call(*arguments: Tensor) -> Tensor:
         if keras.backend.backend() != "tensorflow":
             return function(*arguments)
-        if not compiled:
-            compiled.append(tensorflow().function(function, jit_compile=True))
-        return compiled[0](*arguments)
+        # TensorFlow warns of one function that it traces for the shapes of many layers.
+        key = tuple((tuple(x.shape), x.dtype) for x in arguments)
+        if key not in compiled:
+            own = tensorflow().function(lambda *x: function(*x), jit_compile=True)
+            compiled[key] = own
+        return compiled[key](*arguments)
 
     return call
 

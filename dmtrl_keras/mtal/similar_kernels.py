@@ -1,6 +1,7 @@
 """MTAL: every task its own kernels, similar ones of different tasks aggregated."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeAlias
 
@@ -253,7 +254,8 @@ class SimilarKernels(Parameterization):
             full = ops.cast(kernel, full_precision(dtype))
             factors = {"kernel": full, "step": step}
             factors["selection"] = self.selected(factors)
-            return ops.cast(self._mixed(full, factors), dtype)
+            mixed = ops.reshape(self._mixed(full, factors), (kernel.shape[-1], -1))
+            return ops.cast(ops.reshape(ops.transpose(mixed), kernel.shape), dtype)
 
         if self.update_every == 1:
             return aggregated()
@@ -281,21 +283,27 @@ class SimilarKernels(Parameterization):
 
         Returns:
             A dict: `"selection"`, a bool tensor `(groups, size, size)`, True for the pairs;
-            and the same as lists, `"partners"` and `"counts"`.
+            and, of all pairs, the same as lists, `"partners"` and `"counts"`.
         """
         selection = self._similar(kernel, step)
+        if self.pairs == "index":
+            return {"selection": selection}
         capacity = self._capacity(self._compared(kernel.shape))
         partners, counts = similar_kernels.partners_of(selection, capacity)
         return {"selection": selection, "partners": partners, "counts": counts}
 
     def _similar(self, kernel: Tensor, step: Tensor) -> Tensor:
         """The `"selection"` of `select` alone."""
-        tasks, shape = kernel.shape[-1], self._compared(kernel.shape)
-        rows = similar_kernels.kernel_rows(ops.reshape(kernel, shape))
-        compared = similar_kernels.comparable(rows, tasks, self.pairs)
-        selection = similar_kernels.similar_pairs(
-            compared, self.threshold_at(step), self._groups(tasks)
-        )
+        *shape, outputs, tasks = self._compared(kernel.shape)
+        groups, threshold = self._groups(tasks), self.threshold_at(step)
+        if self.pairs == "index":
+            compared = ops.reshape(kernel, (math.prod(shape), outputs, tasks))
+            selection = similar_kernels.similar_by_task(compared, threshold, groups)
+        else:
+            compared = ops.reshape(kernel, (*shape, outputs, tasks))
+            rows = similar_kernels.kernel_rows(compared)
+            compared = similar_kernels.comparable(rows, tasks, self.pairs)
+            selection = similar_kernels.similar_pairs(compared, threshold, groups)
         # TensorFlow sends no int8 to other machines.
         return ops.cast(selection, "bool")
 
@@ -307,15 +315,29 @@ class SimilarKernels(Parameterization):
         kernel = factors["kernel"]
         if tasks > 1 and self.mode == "forward":
             fixed = factors | {"kernel": ops.stop_gradient(kernel)}
-            factors = factors | {"selection": self.selected(fixed)}
-            kernel = self._mixed(kernel, factors)
+            return self._mixed(kernel, factors | {"selection": self.selected(fixed)})
         return Independent().compose({"kernel": kernel}, tasks)
 
     def _mixed(self, kernel: Tensor, factors: Factors) -> Tensor:
-        """The aggregated kernels, `(*window, in, out, T)`, for a choice of pairs."""
+        """The aggregated kernels, `(T, *window, in, out)`, for a choice of pairs."""
+        *shape, tasks = kernel.shape
         compared = ops.reshape(kernel, self._compared(kernel.shape))
-        mix = self._by_partners if "partners" in factors else self._by_matrix
-        return ops.reshape(mix(compared, factors), kernel.shape)
+        if self.pairs == "index":
+            mixed = self._by_task(compared, factors)
+        else:
+            mix = self._by_partners if "partners" in factors else self._by_matrix
+            mixed = Independent().compose({"kernel": mix(compared, factors)}, tasks)
+        return ops.reshape(mixed, (tasks, *shape))
+
+    def _by_task(self, kernel: Tensor, factors: Factors) -> Tensor:
+        """Of equal index: the tasks that meet are few, and no lists are needed."""
+        *shape, outputs, tasks = kernel.shape
+        return similar_kernels.aggregate_by_task(
+            ops.reshape(kernel, (math.prod(shape), outputs, tasks)),
+            factors["selection"],
+            self.task_weights(factors),
+            self.weights == "learned",
+        )
 
     def _by_matrix(self, kernel: Tensor, factors: Factors) -> Tensor:
         rows = similar_kernels.kernel_rows(kernel)
@@ -331,7 +353,7 @@ class SimilarKernels(Parameterization):
         coefficients = similar_kernels.partner_coefficients(
             partners, counts, self.task_weights(factors), kernel.dtype
         )
-        columns = ops.reshape(kernel, (int(np.prod(shape)), outputs * tasks))
+        columns = ops.reshape(kernel, (math.prod(shape), outputs * tasks))
 
         def listed() -> Tensor:
             learned = self.weights == "learned"
@@ -482,6 +504,14 @@ class SelectionState(keras.layers.Layer):
         names = self._chosen if training else ["selection"]
         # The values: Keras takes its variables for tensors, but a gradient can't read them.
         return {name: ops.stop_gradient(self._chosen[name]) for name in names}
+
+    def load_own_variables(self, store: Any) -> None:
+        """Files of before 0.2 have lists of the partners of equal index, too."""
+        own = [*self._chosen, "step"]
+        saved = [str(number) for number in range(len(store.keys()))]
+        if len(saved) == len(own) + 2:
+            store = {str(n): store[old] for n, old in enumerate([saved[0], saved[-1]])}
+        super().load_own_variables(store)
 
     def refresh(self) -> None:
         """Choose the pairs anew from the kernels as they are now."""

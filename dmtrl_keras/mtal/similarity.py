@@ -161,12 +161,17 @@ def cosine_similarity(kernels: Tensor) -> Tensor:
     Returns:
         A tensor `(groups, size, size)`; 0 where a kernel is zero.
     """
-    # The squares of kernels as they are may overflow, or vanish.
-    largest = ops.max(ops.abs(kernels), axis=-1, keepdims=True)
-    unit = kernels / ops.where(largest > 0, largest, ops.ones_like(largest))
-    norm = ops.sqrt(ops.sum(ops.square(unit), axis=-1, keepdims=True))
-    unit = unit / ops.where(norm > 0, norm, ops.ones_like(norm))
+    unit = _unit(kernels, axis=-1)
     return ops.matmul(unit, ops.swapaxes(unit, -1, -2))
+
+
+def _unit(kernels: Tensor, axis: int) -> Tensor:
+    """Kernels of length 1, and those that are zero."""
+    # The squares of kernels as they are may overflow, or vanish.
+    largest = ops.max(ops.abs(kernels), axis=axis, keepdims=True)
+    unit = kernels / ops.where(largest > 0, largest, ops.ones_like(largest))
+    norm = ops.sqrt(ops.sum(ops.square(unit), axis=axis, keepdims=True))
+    return unit / ops.where(norm > 0, norm, ops.ones_like(norm))
 
 
 def similar_pairs(kernels: Tensor, threshold: Tensor, related: Tensor) -> Tensor:
@@ -185,6 +190,28 @@ def similar_pairs(kernels: Tensor, threshold: Tensor, related: Tensor) -> Tensor
     allowed = ops.tile(ops.convert_to_tensor(related), (repeats, repeats))
     threshold = ops.cast(threshold, kernels.dtype) - _ROUNDING
     return ops.logical_and(cosine_similarity(kernels) >= threshold, allowed)
+
+
+def similar_by_task(kernels: Tensor, threshold: Tensor, related: Tensor) -> Tensor:
+    """`similar_pairs` of kernels of equal index, as they lie in the stacked kernel.
+
+    Args:
+        kernels: float tensor `(d, groups, T)`.
+        threshold: number or scalar tensor.
+        related: bool array `(T, T)`, symmetric, false on the diagonal.
+
+    Returns:
+        A bool tensor `(groups, T, T)`.
+    """
+    threshold = ops.cast(threshold, kernels.dtype) - _ROUNDING
+    return _similar_by_task(kernels, threshold, ops.convert_to_tensor(related))
+
+
+@fused
+def _similar_by_task(kernels: Tensor, least: Tensor, allowed: Tensor) -> Tensor:
+    unit = _unit(kernels, axis=0)
+    cosines = ops.sum(unit[..., :, None] * unit[..., None, :], axis=0)
+    return ops.logical_and(cosines >= least, allowed)
 
 
 def coefficients(selection: Tensor, weights: Tensor) -> Tensor:
@@ -241,6 +268,83 @@ def aggregated(
     compared = ops.reshape(rows, (groups, size, rows.shape[1]))
     mixed = aggregate(compared, selection, weights)
     return ops.reshape(ops.transpose(ops.reshape(mixed, rows.shape)), shape)
+
+
+def task_coefficients(selection: Tensor, weights: Tensor) -> Tensor:
+    """`coefficients` of kernels of equal index, those of the kernels themselves too.
+
+    Args:
+        selection: bool tensor `(groups, T, T)`, as from `similar_pairs`.
+        weights: tensor `(T, T)`, `phi_ij`, in full precision: sums to 1 are sums in it.
+
+    Returns:
+        A tensor `(T, T, groups)` of the dtype of the weights: in `[t, u]` what the kernels
+        of task u contribute to those of task t.
+    """
+    others = ops.transpose(coefficients(selection, weights), (1, 2, 0))
+    own = 1 - ops.sum(others, axis=1, keepdims=True)
+    diagonal = ops.eye(weights.shape[0], dtype=weights.dtype)[..., None]
+    return others + own * diagonal
+
+
+_fixed_task_coefficients = fused(task_coefficients)
+
+
+def aggregate_by_task(
+    kernels: Tensor, selection: Tensor, weights: Tensor, learned: bool = False
+) -> Tensor:
+    """`aggregate` of kernels of equal index, by one product, the task axis first.
+
+    In the one pass over the kernels that bringing the task axis to the front takes anyway;
+    so does the gradient on its way back.
+
+    Args:
+        kernels: tensor `(d, groups, T)`.
+        selection: bool tensor `(groups, T, T)`, as from `similar_pairs`.
+        weights: tensor `(T, T)`, `phi_ij`, in full precision.
+        learned: bool, whether they need a gradient.
+
+    Returns:
+        A tensor `(T, d, groups)`.
+    """
+
+    @ops.custom_gradient
+    def mix(kernels: Tensor, factors: Tensor) -> tuple[Tensor, Callable[..., Any]]:
+        def gradient(
+            *arguments: Tensor, upstream: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
+            upstream = arguments[0] if upstream is None else upstream
+            to_factors = ops.zeros_like(factors)
+            if learned:
+                to_factors = _task_products(upstream, kernels)
+            return _from_tasks(upstream, factors), to_factors
+
+        return _to_tasks(kernels, factors), gradient
+
+    found = task_coefficients if learned else _fixed_task_coefficients
+    factors = ops.cast(found(selection, weights), kernels.dtype)
+    return mix(kernels, factors if learned else ops.stop_gradient(factors))
+
+
+@fused
+def _to_tasks(kernels: Tensor, factors: Tensor) -> Tensor:
+    """`out[t, d, a] = sum over u of factors[t, u, a] kernels[d, a, u]`."""
+    factors = ops.transpose(factors, (0, 2, 1))
+    return ops.sum(factors[:, None] * kernels[None], axis=-1)
+
+
+@fused
+def _from_tasks(upstream: Tensor, factors: Tensor) -> Tensor:
+    """The way back: `out[d, a, u] = sum over t of factors[t, u, a] upstream[t, d, a]`."""
+    factors = ops.transpose(factors, (0, 2, 1))
+    return ops.sum(factors[:, None] * upstream[..., None], axis=0)
+
+
+@fused
+def _task_products(upstream: Tensor, kernels: Tensor) -> Tensor:
+    """The gradient of the factors, `(T, T, groups)`."""
+    kernels = ops.transpose(kernels, (0, 2, 1))
+    return ops.sum(upstream[:, :, None] * kernels[None], axis=1)
 
 
 def partners_of(selection: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

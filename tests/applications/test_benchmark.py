@@ -1,5 +1,7 @@
 """The benchmark: its networks are of one size, and the command writes its tables."""
 
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -82,6 +84,17 @@ def test_in_turn_gives_medians():
     assert calls == {"x": 7, "y": 7}
     assert set(times) == {"x", "y"}
     assert min(times.values()) >= 0
+
+
+def test_one_core(monkeypatch):
+    """There other work on the machine doesn't count, and the tables say so."""
+    monkeypatch.setattr(benchmark.os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert benchmark.in_turn({"x": lambda: time.sleep(0.05)}, 1)["x"] < 0.04
+    options = benchmark.parse([])
+    assert benchmark.how(options).endswith(", seconds of one core")
+    monkeypatch.setattr(benchmark.os, "sched_getaffinity", lambda _: {0, 3})
+    assert benchmark.in_turn({"x": lambda: time.sleep(0.05)}, 1)["x"] > 0.04
+    assert "one core" not in benchmark.how(options)
 
 
 @pytest.mark.parametrize("method", benchmark.FACTORIZATIONS)

@@ -4,14 +4,16 @@ import doctest
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from searching import NUMBERS, Case, replace
 
 from applications import image_tasks, mtal, vgg
-from applications.results import Results
+from applications.results import Results, markdown_table
 from dmtrl_keras import task_layers
 from dmtrl_keras.ground.backend import tensorflow
+from docs import pictures
 
 SMALL = (
     "--network vgg11 --width 2 --size 12 --epochs 2 --batch-size 4 --repeats 1 "
@@ -62,7 +64,9 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
     sharing = [run["sharing"] for run in runs if "sharing" in run]
     layers = [row["layer"] for row in sharing[0]]
     assert layers[0] == "block1_conv1" and layers[-1] == "total" and len(layers) == 9
-    for name in ("losses_own", "activations_own_mtal_1", "activations_own_mtal_r_2"):
+    names = ("errors", "losses"), ("mtal_1", "mtal_r_2")
+    names = [f"{n}_own" for n in names[0]] + [f"activations_own_{n}" for n in names[1]]
+    for name in names:
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5_000
         assert (page.parent / "figures" / f"out_{name}.png").exists()
     for name in blocks:
@@ -82,6 +86,36 @@ def test_sweep(tasks, tmp_path, few_steps):
     assert 80 > shared[0] > 20 > shared[1] == 0
     assert [float(entry.split()[0]) for entry in table["Chance (%)"]] == [39.2, 0]
     assert (tmp_path / "out" / "sweep_mtal_forward_own.png").stat().st_size > 5_000
+
+
+def test_mean_square_error(rng):
+    """Figure 8 of the runs, against loops; the page's picture has the same numbers."""
+    accuracy = {
+        method: [dict(zip("ab", rng.uniform(0.3, 1, 2))) for _ in range(3)]
+        for method in ("single", "mtal_r")
+    }
+    runs = pd.DataFrame(
+        {"method": method, "accuracy": own, "parameters": 1, "seconds": 1.0}
+        for method, several in accuracy.items()
+        for own in several
+    )
+    found = mtal.error_table(runs)
+    header, _, *body = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in markdown_table(mtal.table_of_methods(runs, "ab")).splitlines()
+    )
+    drawn = pictures.errors_of(header, body)
+    assert list(found.told) == list(drawn.told) == [False, True]
+    assert list(found.title) == list(drawn.title)
+    for place, (method, several) in enumerate(accuracy.items()):
+        errors = [np.mean([(100 - 100 * a) ** 2 for a in one.values()]) for one in several]
+        means = [100 * np.mean(list(one.values())) for one in several]
+        expected = [np.mean(means), np.mean(errors), np.std(means, ddof=1)]
+        columns = ["accuracy", "error", "accuracy_spread"]
+        np.testing.assert_allclose(found.loc[method, columns].tolist(), expected)
+        assert found.error_spread[method] == pytest.approx(np.std(errors, ddof=1))
+        # The table has one decimal.
+        np.testing.assert_allclose(drawn.loc[place, columns].tolist(), expected, rtol=5e-3)
 
 
 def test_model_takes_original_images(tasks, tmp_path):

@@ -126,15 +126,8 @@ WORDS = {
     ),
     *("feature_layer", "features", "group", "method", "methods", "model", "network"),
     *("objectives", "optimizer", "output", "padding", "page", "page_block", "pairs"),
-    *(
-        "outlier",
-        "parts",
-        "related",
-        "share_until",
-        "shared_layers",
-        "similar_backbone",
-        "strategy",
-    ),
+    *("initializer", "mean", "outlier", "parts", "related", "share_until"),
+    *("shared_layers", "similar_backbone", "strategy"),
     *("sweep", "tasks", "trunk", "tune", "tune_from", "tuner", "weights"),
 }
 

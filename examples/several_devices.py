@@ -32,7 +32,7 @@ with strategy.scope():
     backbone = keras.Sequential(
         [keras.Input((16,)), keras.layers.Dense(1, activation="tanh", name="dense")]
     )
-    prior = TensorNormalRegularizer(1e-3, modes="task", update_every=5)
+    prior = TensorNormalRegularizer(1e-3, update_every=5, mean="start")
     model = multitask(backbone, list(labels), prior=prior)
     model.compile(keras.optimizers.Adam(0.03), "mse")
 

@@ -162,8 +162,8 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # TensorFlow warns of one function that it traces for the shapes of many layers.
         key = tuple((tuple(x.shape), x.dtype) for x in arguments)
         if key not in compiled:
-            own = tensorflow().function(lambda *x: function(*x), jit_compile=True)
-            compiled[key] = own
+            own = functools.partial(function)
+            compiled[key] = tensorflow().function(own, jit_compile=True)
         return compiled[key](*arguments)
 
     return call

@@ -117,7 +117,8 @@ WORDS = set(
         "feature_layer features gradient group initializer kernels layers mean method "
         "methods mode model network objectives optimizer outlier output padding page "
         "page_block pairs parts related share_until shared_layers similar_backbone "
-        "start stl_optimizer strategy sweep tasks threshold trunk tune tune_from tuner weights"
+        "start stl_optimizer strategy sweep tasks threshold trunk tune tune_from tuner "
+        "weights"
     ).split()
 )
 

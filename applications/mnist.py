@@ -61,6 +61,7 @@ METHODS = {
 LAYERS = ("conv1", "conv2", "fc", "output")
 # Options that came later, and are settings of a run only where they are not these.
 LATER = {
+    "ud_batch_size": None,
     "weight_decay": 0.0,
     "max_examples": None,
     "validation_images": None,
@@ -233,14 +234,24 @@ class Trainer:
         keras.utils.set_random_seed(self.seed)
         return lenet(shared_layers, o.padding, o.fc, o.dropout, not o.no_bias, width=width)
 
-    def fit(self, model, first=0, last=None, subset=None, optimizer_state=None, by=None):
+    def fit(
+        self,
+        model,
+        first=0,
+        last=None,
+        subset=None,
+        optimizer_state=None,
+        by=None,
+        batch_size=None,
+    ):
         """Train from epoch `first` to `last` of the budget; returns the seconds.
 
         The learning rate is constant for the first half of the budget and falls along
         half a cosine in the second. `by`: another optimizer than that of all, and its
-        learning rate.
+        learning rate. `batch_size`: another one than that of all.
         """
-        o = self.options
+        o = argparse.Namespace(**vars(self.options))
+        o.batch_size = batch_size or o.batch_size
         images, labels = self.images, self.labels
         if subset is not None:
             images, labels = images[subset], labels[subset]
@@ -334,8 +345,11 @@ class Trainer:
             width = 1.0
             if method == "ud-mtl-large":
                 shared_layers, width = 3, width_of(large(o), o.padding, o.fc)
-            model = self.network(0 if method == "stl" else shared_layers, width)
-            return model, self.fit(model)
+            if method == "stl":
+                model = self.network()
+                return model, self.fit(model)
+            model = self.network(shared_layers, width)
+            return model, self.fit(model, batch_size=o.ud_batch_size)
         source, state, seconds = self.half_trained()
         more = {"first": stl_epochs(o)}
         with timed(self.seed + 1) as took:
@@ -382,7 +396,8 @@ class Trainer:
             found = []
             for train, valid in splits:
                 model = self.network(n)
-                self.fit(model, subset=train)
+                batch_size = self.options.ud_batch_size
+                self.fit(model, subset=train, batch_size=batch_size)
                 found.append(evaluate(model, self.images[valid], self.labels[valid])[1])
             errors[n] = float(np.mean(found))
         return errors
@@ -590,6 +605,12 @@ class Mnist(Experiment):
         )
         p.add_argument("--folds", type=whole(2), default=5)
         p.add_argument(
+            "--ud-batch-size",
+            type=whole(1),
+            help="of UD-MTL and UD-MTL-Large, which may need more steps from as many "
+            "examples; by default that of all",
+        )
+        p.add_argument(
             "--tolerance",
             type=real(above=0, below=1),
             default=0.1,
@@ -678,6 +699,9 @@ class Mnist(Experiment):
         ways = (options.rank is not None, options.weights is not None, bool(options.ranks))
         if sum(ways) > 1:
             p.error("--rank: expected one of --rank, --ranks and --weights")
+        replicas = options.strategy.num_replicas_in_sync
+        if (options.ud_batch_size or replicas) % replicas:
+            p.error(f"--ud-batch-size: expected a multiple of {replicas} replicas")
         if stl_epochs(options) >= options.epochs:
             p.error(
                 f"--stl-epochs: expected less than --epochs, {options.epochs}, got "
@@ -739,8 +763,11 @@ class Mnist(Experiment):
     def _own_settings(self, options, method):
         names, later = (), ["weight_decay", "max_examples", "validation_images"]
         if method in FACTORIZATIONS:
-            names, later = ("tolerance", "ranks"), LATER
-        elif method == "ud-mtl":
+            names = ("tolerance", "ranks")
+            later = [name for name in LATER if name != "ud_batch_size"]
+        elif method != "stl":
+            later.append("ud_batch_size")
+        if method == "ud-mtl":
             cross = options.shared_layers == "cv"
             names = ("shared_layers", "folds") if cross else ("shared_layers",)
         own = {name: getattr(options, name) for name in names}

@@ -103,6 +103,9 @@ def test_later_options_leave_earlier_runs(tmp_path):
     added = {"weights": 0.5, "weight_decay": 1.0, "stl_epochs": 2}
     assert own(other, "tt") == {"tolerance": 0.1, "ranks": {}, **added}
     assert own(other, "ud-mtl-large") == {"large": 0.5, "weight_decay": 1.0}
+    smaller = mnist.parse(["--ud-batch-size", "8"])
+    assert own(smaller, "stl") == {} and own(smaller, "tt") == own(options, "tt")
+    assert own(smaller, "ud-mtl") == {"shared_layers": 3, "ud_batch_size": 8}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.38, 1.0])
@@ -148,6 +151,7 @@ def test_options_of_the_start_and_the_ranks(tmp_path, rng, few_steps):
     command += ["--stl-optimizer", "sgd", "--stl-learning-rate", "0.1", "--stl-epochs", "1"]
     command += ["--weight-decay", "0.1", "--max-examples", "48", "--task-rank", "1.0"]
     command += ["--layers", "conv1", "conv2", "fc", "--factor-learning-rate", "0.01"]
+    command += ["--ud-batch-size", "8"]
     command += ["--validation-images", "20", "--output", str(tmp_path / "out")]
     mnist.main(command)
     lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()

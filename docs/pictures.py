@@ -382,8 +382,8 @@ def accuracy_by_fraction():
 
 
 def error_by_fraction():
-    """MNIST's table by fractions, as curves."""
-    header, body = table("mnist", "mnist-fractions")
+    """MNIST's table of the recipe, as curves over the fractions that it has."""
+    header, body = table("mnist", "mnist-recipe")
     fraction, name = map(header.index, ("Fraction", "Method"))
     # N of UD-MTL may be another one at each fraction.
     titles = [row[name].partition(" (")[0] for row in body]

@@ -445,7 +445,9 @@ def on_one_core():
 def in_turn(steps, repeats):
     """Median seconds of some functions, run in turn after two runs of warming up.
 
-    On one core the processor's seconds are those that would pass without other work.
+    On one core the processor's seconds are those that would pass without other work. What
+    other work takes of the memory's speed remains: each turn is taken at the median speed
+    of all turns.
 
     Args:
         steps: dict of functions without arguments.
@@ -464,7 +466,30 @@ def in_turn(steps, repeats):
             start = clock()
             step()
             times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return at_one_speed(times)
+
+
+def at_one_speed(times):
+    """Medians of seconds that were taken in turn, while the machine's speed changed.
+
+    Args:
+        times: dict of lists of floats of one length, the seconds of each turn.
+
+    Returns:
+        A dict of floats: the medians over turns, of which each is scaled so that all
+        functions together take the median over turns.
+
+    Example:
+
+    >>> at_one_speed({"a": [1.0, 2.0, 10.0], "b": [2.0, 4.0, 20.0]})
+    {'a': 2.0, 'b': 4.0}
+    """
+    turns = [sum(turn) for turn in zip(*times.values())]
+    usual = statistics.median(turns)
+    return {
+        name: statistics.median(x * usual / turn for x, turn in zip(values, turns))
+        for name, values in times.items()
+    }
 
 
 def trained_networks(options):

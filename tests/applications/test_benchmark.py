@@ -1,5 +1,6 @@
 """The benchmark: its networks are of one size, and the command writes its tables."""
 
+import doctest
 import time
 
 import keras
@@ -84,6 +85,16 @@ def test_in_turn_gives_medians():
     assert calls == {"x": 7, "y": 7}
     assert set(times) == {"x", "y"}
     assert min(times.values()) >= 0
+
+
+def test_ratios_do_not_drift(rng):
+    """A machine whose speed changes from turn to turn changes no ratio."""
+    speed = rng.uniform(0.5, 2, size=6)
+    times = {name: list(seconds * speed) for name, seconds in {"x": 2.0, "y": 3.0}.items()}
+    found = benchmark.at_one_speed(times)
+    assert found["y"] / found["x"] == pytest.approx(1.5)
+    assert found["x"] == pytest.approx(2 * np.median(speed))
+    assert doctest.testmod(benchmark).failed == 0
 
 
 def test_one_core(monkeypatch):

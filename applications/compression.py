@@ -82,7 +82,8 @@ def kept(model, tolerance):
             spectra = rule.spectra(kernel)
             for threshold, sizes in found.items():
                 ranks = rule.within(kernel.shape, spectra, tolerance, threshold)
-                sizes[name] += rule.size(kernel.shape, ranks)
+                # As `factorize` does, which makes no layer larger.
+                sizes[name] += min(rule.size(kernel.shape, ranks), kernel.size)
     return {
         threshold: {name: size / whole_size for name, size in sizes.items()}
         for threshold, sizes in found.items()

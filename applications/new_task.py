@@ -301,8 +301,7 @@ def summarize(runs):
     return pd.DataFrame(rows)
 
 
-EXPERIMENT = NewTask()
-parse, main = EXPERIMENT.parse, EXPERIMENT.main
+parse, main = NewTask().parse, NewTask().main
 
 if __name__ == "__main__":
     main()

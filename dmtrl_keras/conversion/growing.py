@@ -187,7 +187,7 @@ def remove_task(model: keras.Model, name: str) -> MultiTaskModel:
     >>> backbone = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu")])
     >>> model = multitask(backbone, ["age", "gender", "smile"], heads=2)
     >>> remove_task(model, "gender").task_names
-    ['age', 'smile']
+    ('age', 'smile')
     """
     owner = "remove_task"
     traced, graph = _traced(model, owner)

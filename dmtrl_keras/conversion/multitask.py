@@ -114,8 +114,8 @@ def multitask(
         name: name of the model. None: that of the backbone and `_multitask`.
         verbose: bool, whether to print the report of the factorisations, if there
             are any: ranks, errors and parameters, as from `factorization_report`. Layers
-            whose factors are more than T kernels get them, since they were asked for; a
-            `UserWarning` names them.
+            whose factors are more than T kernels get them, since they were asked for. If
+            they are more in all, a `UserWarning` names the layers.
         implementation: deprecated; give a parameterization, such as
             `sharing=Tucker(tolerance=0.1, implementation="compose")`.
         threshold: deprecated; `sharing=SimilarKernels(0.4)`, or
@@ -195,16 +195,19 @@ def multitask(
 
 
 def _warn_of_growth(model: keras.Model) -> None:
-    """Name the layers whose factors are more than T kernels."""
+    """Name the layers whose factors are more than T kernels, if they are so in all."""
+    report = factorization_report(model)
     grown = [
         f"{entry.layer} ({times(entry.parameters_after, entry)})"
-        for entry in factorization_report(model)
+        for entry in report
         if entry.parameters_after > entry.parameters_before
     ]
-    if grown:
+    sizes = [(entry.parameters_after, entry.parameters_before) for entry in report]
+    after, before = map(sum, zip(*sizes)) if sizes else (0, 0)
+    if after > before:
         warnings.warn(
-            "multitask: the factors of these layers have more weights than a kernel for "
-            f"each task, by so many times: {', '.join(grown)}. Expected: a smaller rank or "
+            f"multitask: the factors have {after:,} weights, a kernel for each task {before:,}. "
+            f"These layers grew, by so many times: {', '.join(grown)}. Expected: a smaller rank or "
             "task rank, a larger tolerance, or no factors there, as in "
             "`sharing={'small_layer': 'independent', '*': 'tucker'}`.",
             stacklevel=3,

@@ -7,7 +7,7 @@ from keras import ops
 
 from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.types import Constraint, Initializer, Regularizer, Shape, Tensor
-from dmtrl_keras.ground.validation import from_keras, is_int, refusal
+from dmtrl_keras.ground.validation import from_keras, is_int, name_of, refusal
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -91,11 +91,17 @@ class TaskColumn(CheckedLayer):
 
     def build(self, input_shape: Shape) -> None:
         if self.latents:
-            self.column = self.add_weight(
-                name="column", shape=(self.latents,), initializer=self.column_initializer
+            self.column = from_keras(
+                name_of(self),
+                self.add_weight,
+                name="column",
+                shape=(self.latents,),
+                initializer=self.column_initializer,
             )
         if self.outputs:
-            self.bias = self.add_weight(
+            self.bias = from_keras(
+                name_of(self),
+                self.add_weight,
                 name="bias",
                 shape=(self.outputs,),
                 initializer=self.bias_initializer,

@@ -460,7 +460,7 @@ def test_errors_of_access():
     for task in (2, -1, 0.5):
         with pytest.raises(ValueError, match="from 0 to 1"):
             layer.task_kernel(task)
-    with pytest.raises(ValueError, match="expected 8 channels, those of 2 tasks"):
+    with pytest.raises(ValueError, match="expected 4 channels, those of 2 tasks"):
         layer(np.zeros((2, 6), "float32"))
 
 

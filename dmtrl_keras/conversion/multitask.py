@@ -206,9 +206,10 @@ def _warn_of_growth(model: keras.Model) -> None:
     after, before = map(sum, zip(*sizes)) if sizes else (0, 0)
     if after > before:
         warnings.warn(
-            f"multitask: the factors have {after:,} weights, a kernel for each task {before:,}. "
-            f"These layers grew, by so many times: {', '.join(grown)}. Expected: a smaller rank or "
-            "task rank, a larger tolerance, or no factors there, as in "
+            f"multitask: the factors have {after:,} weights, a kernel for each task "
+            f"{before:,}. These layers grew, by so many times: {', '.join(grown)}. "
+            "Expected: a smaller rank or task rank, a larger tolerance, or no factors "
+            "there, as in "
             "`sharing={'small_layer': 'independent', '*': 'tucker'}`.",
             stacklevel=3,
         )

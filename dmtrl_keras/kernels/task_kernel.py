@@ -370,10 +370,23 @@ class TaskKernel(keras.layers.Layer):
             if state is not None:
                 state(training=training)
 
-    def apply(
+    def apply(self, x: Tensor, training: bool | None, convolve: Convolve | None) -> Tensor:
+        """Channels-last activations through the kernels, to the grouped layout.
+
+        Args:
+            x: tensor `(batch, ..., C)` with a shared input, else `(batch, ..., T * C)`.
+            training: bool or None.
+            convolve: function of activations and one kernel; None if the layer is dense.
+
+        Returns:
+            A tensor `(batch, ..., T * outputs)`.
+        """
+        return self.apply_factors(x, self.tensors(training), convolve)
+
+    def apply_factors(
         self, x: Tensor, factors: Factors, convolve: Convolve | None, alone: bool = False
     ) -> Tensor:
-        """Channels-last activations through the kernels, to the grouped layout.
+        """As `apply`, with given factors, of the T tasks or of one alone.
 
         Args:
             x: tensor `(batch, ..., C)` with a shared input, or if `alone`, else

@@ -314,7 +314,7 @@ class TaskLayer(CheckedLayer):
 
     def _apply(self, x: Tensor, factors: Factors, alone: bool) -> Tensor:
         """Channels-last activations through the kernels, to the grouped layout."""
-        return self.stacked.apply(x, factors, self._convolve, alone)
+        return self.stacked.apply_factors(x, factors, self._convolve, alone)
 
     def call(
         self,

@@ -131,7 +131,7 @@ class NewTask(Experiment):
             "--rates",
             nargs="+",
             type=real(above=0),
-            default=[1e-3, 3e-3, 1e-2],
+            default=[3e-3, 1e-2],
             help="learning rates of the new task to choose from",
         )
         p.add_argument(

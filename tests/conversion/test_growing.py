@@ -73,8 +73,11 @@ def names(weights):
     return {weight.path for weight in weights}
 
 
-CASES = [(kind, True, None) for kind in (*FACTORS, "hard", "independent", "similar")]
-CASES += [("tucker", False, None), ("hard", False, "conv1"), ("laf", True, "conv1")]
+CASES = [(kind, True, None) for kind in ("tucker", "hard", "independent")]
+CASES += [("tucker", False, None)]
+LONG = [(kind, True, None) for kind in ("laf", "tt", "similar")]
+LONG += [("hard", False, "conv1"), ("laf", True, "conv1")]
+CASES += [pytest.param(*case, marks=pytest.mark.long) for case in LONG]
 
 
 @pytest.mark.parametrize(("sharing", "shared_input", "share_until"), CASES)

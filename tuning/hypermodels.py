@@ -126,14 +126,19 @@ class MultiTask(kt.HyperModel):
             hp: `keras_tuner.HyperParameters`.
             **arguments: of `multitask`, as the family wants them.
         """
-        return multitask(
-            arguments.pop("backbone", None) or self.backbone(),
-            self.tasks,
-            heads=_new(self.heads),
-            shared_input=self.shared_input,
-            verbose=False,
-            **arguments,
-        )
+        with warnings.catch_warnings():
+            # How large a trial's network is, the search itself says; and of the smallest
+            # fractions, which a small layer can't have, it gets its least.
+            warnings.filterwarnings("ignore", "multitask: the factors have")
+            warnings.filterwarnings("ignore", ".*the smallest ranks with which")
+            return multitask(
+                arguments.pop("backbone", None) or self.backbone(),
+                self.tasks,
+                heads=_new(self.heads),
+                shared_input=self.shared_input,
+                verbose=False,
+                **arguments,
+            )
 
     def build(self, hp):
         """The compiled network with some hyperparameters."""
@@ -206,10 +211,7 @@ class Factorized(MultiTask):
             return super().network(hp, backbone=backbone, tolerance=tolerance, **by)
         kind = type(parameterizations.get(self.method))
         sharing = {layer: kind(rank, task_rank=task_rank) for layer, rank in ranks.items()}
-        with warnings.catch_warnings():
-            # Of the smallest fractions, which a small layer can't have: it gets its least.
-            warnings.filterwarnings("ignore", ".*the smallest ranks with which")
-            return super().network(hp, backbone=backbone, sharing=sharing)
+        return super().network(hp, backbone=backbone, sharing=sharing)
 
 
 class Similar(MultiTask):

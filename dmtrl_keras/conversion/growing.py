@@ -121,9 +121,7 @@ def add_task(
     if like is not None:
         check_one_of("like", like, tuple(tasks), owner)
     rebuilt = _Rebuilt(graph, traced)
-    for call in traced.calls:
-        rebuilt.add(call)
-    rebuilt.load_weights()
+    rebuilt.add(traced.calls)
     heads = _Heads(traced)
     if like is None:
         like = _nearest(data, traced, rebuilt, heads, owner)
@@ -208,10 +206,7 @@ def remove_task(model: keras.Model, name: str) -> MultiTaskModel:
             if used.intersection(tree.flatten(traced.inputs[key]))
         }
     rebuilt = _Rebuilt(graph, traced, inputs)
-    for call in traced.calls:
-        if call in needed:
-            rebuilt.add(call)
-    rebuilt.load_weights()
+    rebuilt.add(call for call in traced.calls if call in needed)
     outputs = {task: rebuilt.tensors[value] for task, value in left.items()}
     return MultiTaskModel(rebuilt.inputs, outputs, name=model.name)
 
@@ -261,12 +256,20 @@ class _Rebuilt:
         """The copy of an operation that was called."""
         return self._copies[id(operation)][1]
 
-    def add(self, call: Call) -> None:
-        """Make a call, whose inputs there are."""
+    def add(self, calls: Iterable[Call]) -> None:
+        """Make calls in their order, with copies that have the weights."""
+        # One scope, so that what layers share is shared by their copies.
+        with sharing_scope():
+            for call in calls:
+                self._call(call)
+        for layer, copy in self._copies.values():
+            if isinstance(layer, keras.layers.Layer) and layer.weights:
+                rules.load_weights(copy, layer.get_weights())
+
+    def _call(self, call: Call) -> None:
         operation = call.operation
         if id(operation) not in self._copies:
-            with sharing_scope():
-                copy = rules.copy_of(operation)
+            copy = rules.copy_of(operation)
             copy.name = self.names.new(operation.name, call.path)
             self._copies[id(operation)] = (operation, copy)
         args: Any = call.args
@@ -285,12 +288,6 @@ class _Rebuilt:
             return value if known else ops.zeros_like(present[0])
 
         return tree.map_structure(filled, args)
-
-    def load_weights(self) -> None:
-        """Give the copies the weights of the layers."""
-        for layer, copy in self._copies.values():
-            if isinstance(layer, keras.layers.Layer) and layer.weights:
-                rules.load_weights(copy, layer.get_weights())
 
 
 # --- which part of a network is a task's --------------------------------------------------

@@ -9,7 +9,9 @@ from keras import layers as kl
 from keras import ops
 
 from dmtrl_keras import (
+    ModeCovariance,
     MultiTaskModel,
+    TensorNormalRegularizer,
     add_task,
     layers,
     multitask,
@@ -222,6 +224,23 @@ def test_removed(rng):
     # A task of that name can come again.
     again = add_task(model, "a", head=2)
     assert_unchanged(outputs_of(again, images), {"b": before["b"]})
+
+
+def test_what_layers_share_is_shared(rng):
+    """One task covariance of two layers is one in the copies too, with its values."""
+    shared = ModeCovariance()
+    prior = TensorNormalRegularizer(task_covariance=shared)
+    inputs = keras.Input((4,))
+    first, second = (
+        layers.TaskDense(4, 3, kernel_regularizer=prior, shared_input=n == 0, name=f"fc{n}")
+        for n in range(2)
+    )
+    model = MultiTaskModel(inputs, layers.TaskSplit(TASKS)(second(first(inputs))))
+    first.prior.modes["task"].covariance.assign(np.diag([1.0, 2.0, 3.0]))
+    for new in (add_task(model, "new"), remove_task(model, "a")):
+        one, other = (new.get_layer(f"fc{n}").prior.modes["task"] for n in range(2))
+        assert one is other and one is not shared
+        np.testing.assert_array_equal(one.covariance, np.diag([1.0, 2.0, 3.0]))
 
 
 def test_summary():

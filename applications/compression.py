@@ -238,8 +238,7 @@ def summarize(runs):
     return pd.DataFrame(rows)
 
 
-EXPERIMENT = Compression()
-parse, main = EXPERIMENT.parse, EXPERIMENT.main
+parse, main = Compression().parse, Compression().main
 
 if __name__ == "__main__":
     main()

@@ -60,6 +60,6 @@ def test_command(tmp_path, rng):
     assert page.read_text().count("SGD, weight decay") == 2
     assert compression.main(arguments)[name].equals(frame)
     options = compression.parse(arguments)
-    part = compression.EXPERIMENT.draw(options, mnist.load_digits(str(tmp_path)), 3)
+    part = compression.Compression().draw(options, mnist.load_digits(str(tmp_path)), 3)
     both = [x.reshape(len(x), -1) for x in (part.train_images, part.test_images)]
     assert len(np.unique(np.concatenate(both), axis=0)) == 30 + 20

@@ -296,7 +296,12 @@ def cases():
         "dmtrl_keras.plot_sharing_strength": Case(strengths={"fc": 0.5}),
         "dmtrl_keras.sharing_strength_of": Case(task_matrix=np.ones((3, 2))),
         "dmtrl_keras.relationship_network": Case(
-            backbone=(4,), tasks=["a", "b"], classes=2, bottleneck=2, name="other"
+            owners=["TaskDense 'bottleneck'", "TaskDense 'classifier'"],
+            backbone=(4,),
+            tasks=["a", "b"],
+            classes=2,
+            bottleneck=2,
+            name="other",
         ),
         "dmtrl_keras.relationship_regression": Case(
             x={"a": samples[:, 0], "b": samples[:, 1]},

@@ -215,7 +215,11 @@ def _solve(
         product = float(np.sum(residual * z))
         direction = z + product / last * direction
         image = applied(direction)
-        step = product / float(np.sum(direction * image))
+        curvature = float(np.sum(direction * image))
+        if not 0 < curvature < np.inf:
+            # Out of the range of floats: with an enormous strength all is at the mean.
+            break
+        step = product / curvature
         w, residual, last = w + step * direction, residual - step * image, product
     return w
 

@@ -60,6 +60,7 @@ def test_stl_is_ten_networks(rng):
         )
 
 
+@pytest.mark.long
 def test_same_budget_for_every_method(tmp_path, rng, few_steps):
     """Each method sees every epoch of the budget once."""
     write_folder(tmp_path, rng)

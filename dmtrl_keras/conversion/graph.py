@@ -128,6 +128,15 @@ def form_of(operation: Any, forms: Sequence[Form]) -> Form:
     return next((form for form in order if form in forms), Form.SHARED)
 
 
+def by_value(values: Any, tensors: Any) -> dict["Value", keras.KerasTensor]:
+    """The tensors of a network's inputs by its `Value`s; a dict may lack some inputs."""
+    found: dict[Value, keras.KerasTensor] = {}
+    for key in tensors if isinstance(tensors, dict) else [None]:
+        given, known = (x if key is None else x[key] for x in (tensors, values))
+        found.update(zip(tree.flatten(known), tree.flatten(given)))
+    return found
+
+
 class Names:
     """The names of the layers of a new network, each of them once.
 

@@ -14,6 +14,7 @@ from dmtrl_keras.conversion.graph import (
     Names,
     Trace,
     Value,
+    by_value,
     checked_functional,
     replaced,
     trace,
@@ -135,15 +136,12 @@ def add_task(
     for value in tree.flatten(wanted):
         demand.want(value, position_of(value, 0, False, like, owner))
     demand.back_to_inputs()
-    inputs, own_inputs = _with_input(graph.input, traced, demand, rebuilt, like, name)
+    inputs, own_inputs = _with_input(
+        graph.input, traced, demand, heads.users, rebuilt, (like, name)
+    )
     adder = _Adder(demand, traced, rebuilt, heads.private(like), own_inputs, (like, name))
     found = adder.take(wanted)
-    if demand.problems:
-        lines = "\n".join(f"- {line}" for line in demand.problems.values())
-        raise ValueError(
-            f"{owner}: model {model.name!r} has {len(demand.problems)} layers that a new "
-            f"task can't have:\n{lines}"
-        )
+    demand.check(owner, model, "a new task can't have")
     if checked_head is not None:
         features = found[0] if len(found) == 1 else found
         output = output_of(features, checked_head, name, adder.new_name, owner)
@@ -196,8 +194,7 @@ def remove_task(model: keras.Model, name: str) -> MultiTaskModel:
         raise refusal("name", name, owner, what)
     left = {task: value for task, value in traced.outputs.items() if task != name}
     position = traced.positions.get(name)
-    needed = _needed(traced, left.values(), position)
-    used = {value for call in needed for value in _taken(call, position)} | {*left.values()}
+    needed, used = _needed(traced, left.values(), position)
     inputs = graph.input
     if isinstance(inputs, dict):
         inputs = {
@@ -239,11 +236,7 @@ class _Rebuilt:
         self.inputs = tree.map_structure(
             lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name), inputs
         )
-        self.tensors: dict[Value, keras.KerasTensor] = {}
-        for key in inputs if isinstance(inputs, dict) else [None]:
-            own = self.inputs if key is None else self.inputs[key]
-            values = traced.inputs if key is None else traced.inputs[key]
-            self.tensors.update(zip(tree.flatten(values), tree.flatten(own)))
+        self.tensors = by_value(traced.inputs, self.inputs)
         self.names = Names(x.name for x in tree.flatten(self.inputs))
         self._copies: dict[int, tuple[Any, Any]] = {}
 
@@ -294,7 +287,11 @@ class _Rebuilt:
 
 
 class _Heads:
-    """Where the features of each task end, and its head begins."""
+    """Where the features of each task end, and its head begins.
+
+    Attributes:
+        users: dict from `Call` to the set of the tasks whose outputs need it.
+    """
 
     def __init__(self, traced: Trace) -> None:
         assert traced.by_task is not None
@@ -302,10 +299,10 @@ class _Heads:
         self._producers = {
             value: call for call in traced.calls for value in tree.flatten(call.outputs)
         }
-        users = users_of(traced, len(self._outputs))
-        self._users: dict[int, set[str]] = {}
-        for call in traced.calls:
-            self._users.setdefault(id(call.operation), set()).update(users[call])
+        self.users = users_of(traced, len(self._outputs))
+        self._by_operation: dict[int, set[str]] = {}
+        for call, tasks in self.users.items():
+            self._by_operation.setdefault(id(call.operation), set()).update(tasks)
         self._calls = traced.calls
 
     def private(self, task: str) -> set[Call]:
@@ -314,7 +311,7 @@ class _Heads:
         for call in self._calls:
             if isinstance(call.operation, (TaskLayer, TaskColumn, TaskSplit)):
                 continue
-            alone = self._users[id(call.operation)] == {task}
+            alone = self._by_operation[id(call.operation)] == {task}
             if len(self._outputs) == 1:
                 # All is of the only task; its head is what comes after the split.
                 alone = any(value.parts for value in call.inputs)
@@ -459,18 +456,19 @@ def _with_input(
     inputs: Any,
     traced: Trace,
     demand: Demand,
+    users: Mapping[Call, set[str]],
     rebuilt: _Rebuilt,
-    like: str,
-    name: str,
+    tasks: tuple[str, str],
 ) -> tuple[Any, dict[Value, keras.KerasTensor]]:
     """The inputs with one for the new task, where each task has its own.
 
     Returns:
-        `(inputs, own)`, `own` being the new tensors by the `Value` of the task `like`.
+        `(inputs, own)`, `own` being the new tensors by the `Value` of the old one of the
+        two tasks.
     """
     if not demand.apart or not isinstance(inputs, dict):
         return rebuilt.inputs, {}
-    users = users_of(traced, len(traced.by_task or ()))
+    like, name = tasks
     own: dict[Value, keras.KerasTensor] = {}
     result = dict(rebuilt.inputs)
     for key, given in inputs.items():
@@ -570,8 +568,7 @@ class _Adder(Taker):
     def _through_factors(self, call: Call) -> None:
         """A layer whose kernels are made of what all tasks have, and a column."""
         layer, features = call.operation, self._tensors[call.args[0]]
-        like = self._demand.column_of(call)
-        key = (id(layer), self._demand.index(call) if like is None else id(like))
+        key = self._key(layer, call)
         if key not in self._made:
             self._made[key] = self._column(call, features)
         column = self._made[key]
@@ -633,8 +630,14 @@ def _taken(call: Call, position: tuple[int, int] | None) -> list[Value]:
 
 def _needed(
     traced: Trace, outputs: Iterable[Value], position: tuple[int, int] | None
-) -> set[Call]:
-    """The calls that some outputs need, the input of the task at a position aside."""
+) -> tuple[set[Call], set[Value]]:
+    """The calls and values that some outputs need, the input of one task aside.
+
+    Args:
+        traced: the network.
+        outputs: the outputs.
+        position: that of the task, as in `Trace.positions`; None: it has none.
+    """
     zeros = {
         value
         for call in traced.calls
@@ -647,4 +650,4 @@ def _needed(
         if wanted.intersection(tree.flatten(call.outputs)):
             needed.add(call)
             wanted.update(value for value in _taken(call, position) if value not in zeros)
-    return needed
+    return needed, wanted

@@ -202,8 +202,8 @@ def _warn_of_growth(model: keras.Model) -> None:
         for entry in report
         if entry.parameters_after > entry.parameters_before
     ]
-    sizes = [(entry.parameters_after, entry.parameters_before) for entry in report]
-    after, before = map(sum, zip(*sizes)) if sizes else (0, 0)
+    after = sum(entry.parameters_after for entry in report)
+    before = sum(entry.parameters_before for entry in report)
     if after > before:
         warnings.warn(
             f"multitask: the factors have {after:,} weights, a kernel for each task "

@@ -11,6 +11,7 @@ from dmtrl_keras.conversion.graph import (
     Names,
     Trace,
     Value,
+    by_value,
     checked_functional,
     names_of_tasks,
     number_of_tasks,
@@ -81,12 +82,7 @@ def single_task(
     inputs = _inputs(graph.input, traced.inputs, demand)
     taker = Taker(demand, inputs, traced.inputs)
     outputs = taker.take(outputs)
-    if demand.problems:
-        lines = "\n".join(f"- {line}" for line in demand.problems.values())
-        raise ValueError(
-            f"single_task: model {model.name!r} has {len(demand.problems)} layers that "
-            f"task {task!r} can't have alone:\n{lines}"
-        )
+    demand.check("single_task", model, f"task {task!r} can't have alone")
     if isinstance(inputs, dict) and demand.apart and len(inputs) == 1:
         (inputs,) = inputs.values()
     return keras.Model(inputs, outputs, name=name or clean_name(f"{model.name}_{label}"))
@@ -207,6 +203,15 @@ class Demand:
         for value in features_in(call):
             self.want(value, index)
 
+    def check(self, owner: str, model: keras.Model, what: str) -> None:
+        """Raise if there are problems, with a line for each of them."""
+        if self.problems:
+            lines = "\n".join(f"- {line}" for line in self.problems.values())
+            raise ValueError(
+                f"{owner}: model {model.name!r} has {len(self.problems)} layers that "
+                f"{what}:\n{lines}"
+            )
+
     def add_problem(self, call: Call, error: object) -> None:
         """Note why the task can't have what a call gives."""
         place = "/".join((*call.path, call.operation.name))
@@ -244,10 +249,7 @@ class Taker:
         self._made: dict[tuple[int, int | None], Any] = {}
         self._names = Names(x.name for x in tree.flatten(inputs))
         # What the task has in the place of a value; None: it can't have it.
-        self._tensors: dict[Value, keras.KerasTensor | None] = {}
-        for key in inputs if isinstance(inputs, dict) else [None]:
-            given, known = (x if key is None else x[key] for x in (inputs, values))
-            self._tensors.update(zip(tree.flatten(known), tree.flatten(given)))
+        self._tensors: dict[Value, keras.KerasTensor | None] = {**by_value(values, inputs)}
 
     def take(self, outputs: Any) -> Any:
         """The tensors of the task in the place of some values."""
@@ -290,10 +292,15 @@ class Taker:
         except ValueError as error:
             self._demand.add_problem(call, error)
 
+    def _key(self, operation: Any, call: Call) -> tuple[int, int | None]:
+        """What is made once: an operation, and for which task."""
+        column = self._demand.column_of(call)
+        index = self._demand.index(call) if column is None else id(column)
+        return id(operation), index
+
     def _through_layer(self, call: Call) -> None:
         operation = rules.alone(call.operation)
-        column = self._demand.column_of(call)
-        key = (id(operation), self._demand.index(call) if column is None else id(column))
+        key = self._key(operation, call)
         try:
             layer = self._made.get(key) or self._layer(operation, call)
         except ValueError as error:

@@ -306,6 +306,7 @@ class RankRule:
         useful: function of a shape and the other ranks: the largest task rank that makes a
             difference with them.
         unfoldings: function of a tensor: the matrices whose ranks these are.
+        chained: bool, whether each rank is at most the one before times the axis between.
     """
 
     bounds: Callable[[Ranks], Ranks]
@@ -313,6 +314,7 @@ class RankRule:
     step: Callable[[Ranks, Ranks, int], Ranks]
     useful: Callable[[Ranks, Ranks], int]
     unfoldings: Callable[[np.ndarray], list[np.ndarray]]
+    chained: bool = False
 
     def ranks(
         self,
@@ -451,7 +453,7 @@ class RankRule:
             ranks.append(min(rank, bound))
         if is_given(task_rank):
             ranks.append(self._room(shape, ranks, self.task_rank(shape, task_rank)))
-        if self.unfoldings is _tt_unfoldings:
+        if self.chained:
             for n in range(1, len(ranks)):
                 ranks[n] = min(ranks[n], ranks[n - 1] * shape[n])
         return tuple(ranks)
@@ -582,6 +584,7 @@ TT_RANKS = RankRule(
     _tt_step,
     lambda shape, others: [1, *others][-1] * shape[-2],
     _tt_unfoldings,
+    chained=True,
 )
 
 

@@ -369,14 +369,15 @@ class TaskLayer(CheckedLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         alone = kwargs.get("own") is not None
-        if args and self._is_tensor(args[0]):
+        inputs: Any = args[0] if args else kwargs.get("inputs")
+        if self._is_tensor(inputs):
             if not self.built and alone:
                 # Where a network is made anew this call may be the first one.
-                shape = list(args[0].shape)
+                shape = list(inputs.shape)
                 shape[self._axis()] *= 1 if self.shared_input else self.tasks
                 self.build(tuple(shape))
             if self.built:
-                self._check_channels(args[0], alone)
+                self._check_channels(inputs, alone)
         return super().__call__(*args, **kwargs)
 
     def _check_channels(self, inputs: Any, alone: bool) -> None:

@@ -460,8 +460,9 @@ def test_errors_of_access():
     for task in (2, -1, 0.5):
         with pytest.raises(ValueError, match="from 0 to 1"):
             layer.task_kernel(task)
-    with pytest.raises(ValueError, match="expected 4 channels, those of 2 tasks"):
-        layer(np.zeros((2, 6), "float32"))
+    for given in (lambda x: layer(x), lambda x: layer(inputs=x)):
+        with pytest.raises(ValueError, match="expected 4 channels, those of 2 tasks"):
+            given(np.zeros((2, 6), "float32"))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["grouped", "shared"])

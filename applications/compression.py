@@ -144,27 +144,12 @@ class Compression(Experiment):
     def load(self, options, console):
         return load_digits(options.data)
 
-    def plan(self, options, data):
-        for _, seed, method in self.by_seed(options, options.methods):
-            yield self.planned(
-                f"seed {seed}",
-                options,
-                method,
-                lambda seed=seed: self.draw(options, data, seed),
-                seed,
-                {"data": data.name, "seed": seed, **_training(options, method)},
-            )
+    def settings_of_method(self, options, data, method):
+        return {"data": data.name, **_training(options, method)}
 
     def draw(self, options, data, seed):
         """The training images of a draw of `applications.mnist`, and the next ones."""
-        size = len(draw_part(data, options.fraction, seed).train_labels)
-        both = draw_part(data, options.fraction + options.validation / 60_000, seed)
-        return both._replace(
-            train_images=both.train_images[:size],
-            train_labels=both.train_labels[:size],
-            test_images=both.train_images[size:],
-            test_labels=both.train_labels[size:],
-        )
+        return draw_part(data, options.fraction, seed, options.validation)
 
     def run(self, options, method, part, seed, tick, callbacks=None):
         rows = []

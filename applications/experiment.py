@@ -277,6 +277,8 @@ class Experiment:
         repeats: the option that says how often is drawn.
         draw_step: int, how far apart the seeds of two draws are.
         data_argument: dict of the options of the argument `--data`; None: there is none.
+        page_block: str, the name of the page's block that `--page-block` is for; None:
+            there is no such argument.
     """
 
     name = None
@@ -295,6 +297,7 @@ class Experiment:
     repeats = "repeats"
     draw_step = 1
     data_argument = None
+    page_block = None
 
     # --- what an experiment defines ---------------------------------------------------
 
@@ -315,6 +318,8 @@ class Experiment:
 
     def blocks(self, options):
         """The names of the tables, which are those of a page's blocks."""
+        if self.page_block is not None:
+            return [options.page_block]
         return [self.name.replace("_", "-")]
 
     @_needed
@@ -325,7 +330,12 @@ class Experiment:
         """The runs, an iterable of `Run`; by default each method with each seed."""
         for _, seed, method in self.by_seed(options, options.methods):
             part = functools.partial(self.draw, options, data, seed)
-            yield self.planned(f"seed {seed}", options, method, part, seed, {"seed": seed})
+            own = {"seed": seed, **self.settings_of_method(options, data, method)}
+            yield self.planned(f"seed {seed}", options, method, part, seed, own)
+
+    def settings_of_method(self, options, data, method):
+        """What else names a run of a method, a dict."""
+        return {}
 
     @_needed
     def draw(self, options, data, seed):
@@ -472,6 +482,9 @@ class Experiment:
             help="folder of results; a call that was interrupted goes on from them",
         )
         add_page(p)
+        if self.page_block is not None:
+            help_text = "the name of the page's marks"
+            p.add_argument("--page-block", default=self.page_block, help=help_text)
         return p
 
     def parse(self, arguments=None):

@@ -415,11 +415,21 @@ def large(options):
     return 0.38 if options.weights is None else options.weights
 
 
-def draw_part(digits, fraction, seed):
-    """`Digits` of which the training part is such a random training set."""
+def draw_part(digits, fraction, seed, validation=None):
+    """`Digits` of which the training part is such a random training set.
+
+    `validation`: how many other training images are tested on; None: the test part is.
+    """
     chosen = draw(digits, fraction, seed)
-    return digits._replace(
+    part = digits._replace(
         train_images=digits.train_images[chosen], train_labels=digits.train_labels[chosen]
+    )
+    if validation is None:
+        return part
+    # A larger draw has the same images first.
+    others = draw(digits, fraction + validation / FULL_SIZE, seed)[len(chosen) :]
+    return part._replace(
+        test_images=digits.train_images[others], test_labels=digits.train_labels[others]
     )
 
 
@@ -554,7 +564,7 @@ def rank(text):
 class Mnist(Experiment):
     """Ten digits as ten tasks."""
 
-    name = "mnist"
+    name = page_block = "mnist"
     description = "Ten MNIST digits as ten tasks: STL, UD-MTL, DMTRL-LAF, -Tucker, -TT."
     methods = METHODS
     defaults = {
@@ -692,7 +702,6 @@ class Mnist(Experiment):
             type=whole(1),
             help="test on so many other training images, to choose settings by",
         )
-        p.add_argument("--page-block", default=self.name, help="of the page's marks")
 
     def check(self, p, options):
         check_names("--ranks", options.ranks, LAYERS, p)
@@ -723,7 +732,7 @@ class Mnist(Experiment):
         # One at a time is in memory.
         @functools.lru_cache(maxsize=1)
         def part_of(fraction, seed):
-            return self._part(options, digits, fraction, seed)
+            return draw_part(digits, fraction, seed, options.validation_images)
 
         @functools.lru_cache(maxsize=1)
         def trainer_of(fraction, seed):
@@ -748,18 +757,6 @@ class Mnist(Experiment):
                 trainer=functools.partial(trainer_of, fraction, seed),
             )
 
-    def _part(self, options, digits, fraction, seed):
-        part = draw_part(digits, fraction, seed)
-        if options.validation_images is None:
-            return part
-        # The images that a larger draw has, too, have the first ones first.
-        size = len(part.train_labels)
-        both = draw(digits, fraction + options.validation_images / FULL_SIZE, seed)
-        return part._replace(
-            test_images=digits.train_images[both[size:]],
-            test_labels=digits.train_labels[both[size:]],
-        )
-
     def _own_settings(self, options, method):
         names, later = (), ["weight_decay", "max_examples", "validation_images"]
         if method in FACTORIZATIONS:
@@ -777,7 +774,7 @@ class Mnist(Experiment):
         return own | {name: v for name, v in given.items() if v != LATER[name]}
 
     def draw(self, options, digits, seed):
-        return self._part(options, digits, options.fraction[0], seed)
+        return draw_part(digits, options.fraction[0], seed, options.validation_images)
 
     def hold_out(self, part, options, share, seed):
         images, labels = part.train_images, part.train_labels
@@ -848,9 +845,6 @@ class Mnist(Experiment):
     def tables(self, options, digits, runs):
         title = f"MNIST ({digits.name}), {options.epochs} epochs"
         return {options.page_block: Table(title, summarize(runs), "table", keys=2)}
-
-    def blocks(self, options):
-        return [options.page_block]
 
     def figures(self, options, digits, runs):
         errors, strengths = (

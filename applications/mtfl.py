@@ -680,7 +680,7 @@ def compared_features(options, training, cache, console):
 class Mtfl(Experiment):
     """Landmarks, pose and attributes of faces."""
 
-    name = "mtfl"
+    name = page_block = "mtfl"
     description = "Landmarks, pose and attributes of faces: STL, MTL and TRN."
     methods = TITLES
     defaults = {
@@ -783,7 +783,6 @@ class Mtfl(Experiment):
             default=[0.9, 0.99, 0.999],
         )
         p.add_argument("--batch-sizes", nargs="+", type=whole(2), default=[32, 128])
-        p.add_argument("--page-block", default="mtfl", help="the name of the page's marks")
 
     def check(self, p, options):
         if options.extent[0] > options.extent[1]:
@@ -919,9 +918,6 @@ class Mtfl(Experiment):
         title = f"MTFL, {options.epochs} epochs"
         frame = summarize(runs, options.tasks)
         return {options.page_block: Table(title, frame, "mtfl", keys=4)}
-
-    def blocks(self, options):
-        return [options.page_block]
 
 
 class Convergence(Mtfl):

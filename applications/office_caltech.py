@@ -528,6 +528,7 @@ class OfficeCaltech(Experiment):
     """Domains as tasks."""
 
     name = "office_caltech"
+    page_block = "office"
     description = "Domains as tasks: STL, MTCNN, DRN and MRN."
     methods = TITLES
     defaults = {"batch_size": 16, "optimizer": "sgd"}
@@ -647,11 +648,13 @@ class OfficeCaltech(Experiment):
             help="the tasks' own layers start from different draws (classifiers start at "
             "zero, unless --initializer says otherwise)",
         )
+        # As --page-block was called at first.
         p.add_argument(
-            "--page-block", default="office", help="the name of the page's marks"
+            "--readme-block",
+            dest="page_block",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
         )
-        # As it was called at first.
-        p.add_argument("--readme-block", dest="page_block", help=argparse.SUPPRESS)
 
     def check(self, p, options):
         if options.scale is not None and not options.scale[1]:
@@ -740,9 +743,6 @@ class OfficeCaltech(Experiment):
             return {"strengths": [strength]}
         strength, epsilon = space.prior(strength, options.epsilon)
         return {"strengths": [strength], "epsilon": epsilon}
-
-    def blocks(self, options):
-        return [options.page_block]
 
     def tables(self, options, data, runs):
         domains, _, _, source = data

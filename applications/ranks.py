@@ -175,20 +175,11 @@ class Ranks(Experiment):
             )
         return faces, digest_of([faces.images])
 
-    def plan(self, options, data):
-        for _, seed, method in self.by_seed(options, options.methods):
-            own = {"data": data[-1], "seed": seed}
-            how = method.partition("-")[2]
-            if how in ("tolerance", "apart"):
-                own["tolerance"] = options.tolerance
-            yield self.planned(
-                f"seed {seed}",
-                options,
-                method,
-                lambda seed=seed: self.draw(options, data, seed),
-                seed,
-                own,
-            )
+    def settings_of_method(self, options, data, method):
+        own = {"data": data[-1]}
+        if method.partition("-")[2] in ("tolerance", "apart"):
+            own["tolerance"] = options.tolerance
+        return own
 
     def draw(self, options, data, seed):
         """Random training faces, and others of the same kind to test on.

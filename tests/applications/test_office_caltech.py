@@ -96,22 +96,27 @@ def test_learns(tmp_path, rng):
         assert [len(values) for values in right.values()] == [30, 10]
 
 
+def accuracies(trainer, domains, methods):
+    """The mean accuracy of each method, and the task correlations of the last one."""
+    parts = office.draw(domains, 0.05, 0)
+    train, test = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
+    found = {}
+    for method in methods:
+        model = trainer.train(method, train, 0, 1e-3, 0.3)
+        right = trainer.correct(model, test)
+        found[method] = np.mean([np.mean(values) for values in right.values()])
+    return found, task_correlation(model)["classifier"]
+
+
 def test_real_features(data_dir):
     """DRN above MTCNN above STL with 5% of the examples, as the paper has it."""
     folder = data_dir / "office_caltech10_features"
     options = office.parse(["--features", str(folder)])
     domains, classes = office.load_features(folder)
     trainer = office.Trainer(options, domains, len(classes), lambda: (1280,))
-    parts = office.draw(domains, 0.05, 0)
-    train, test = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
-    accuracy = {}
-    for method in ("stl", "mtcnn", "drn"):
-        model = trainer.train(method, train, 0, 1e-3, 0.3)
-        right = trainer.correct(model, test)
-        accuracy[method] = np.mean([np.mean(values) for values in right.values()])
+    accuracy, correlation = accuracies(trainer, domains, ("stl", "mtcnn", "drn"))
     assert 0.6 < accuracy["stl"] < accuracy["mtcnn"] < accuracy["drn"]
     assert accuracy["drn"] > accuracy["stl"] + 0.1
-    correlation = task_correlation(model)["classifier"]
     assert correlation.min() > 0.5
 
 
@@ -122,15 +127,8 @@ def test_real_outlier(data_dir):
     domains, classes, new_backbone, source = office.EXPERIMENT.load(options, None)
     assert (source["outlier"], source["shift"]) == ("amazon", 3)
     trainer = office.Trainer(options, domains, len(classes), new_backbone)
-    parts = office.draw(domains, 0.05, 0)
-    train, test = ({name: part[k] for name, part in parts.items()} for k in (0, 1))
-    accuracy = {}
-    for method in ("stl", "shared", "drn8"):
-        model = trainer.train(method, train, 0, 1e-3, 0.3)
-        right = trainer.correct(model, test)
-        accuracy[method] = np.mean([np.mean(values) for values in right.values()])
+    accuracy, correlation = accuracies(trainer, domains, ("stl", "shared", "drn8"))
     assert accuracy["drn8"] > 0.9 > max(accuracy["stl"], accuracy["shared"]) + 0.05
-    correlation = task_correlation(model)["classifier"]
     assert correlation[0, 1:].max() < 0 and correlation[1:, 1:].min() > 0.9
 
 

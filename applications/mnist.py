@@ -278,7 +278,9 @@ class Trainer:
         arrays = images, one_vs_rest(labels, TASKS), self._weights(len(images))
         last, steps = o.epochs if last is None else last, {}
         if o.max_examples is not None and o.max_examples < o.epochs * count:
-            budget = o.max_examples, o.epochs, o.batch_size, self.seed
+            # Each example once at least, or a larger training set could change nothing.
+            most = max(o.max_examples, count)
+            budget = most, o.epochs, o.batch_size, self.seed
             order = in_order(count, *budget)[first:last]
             arrays = [None if array is None else array[order.ravel()] for array in arrays]
             # One epoch goes on where the one before has stopped.
@@ -695,7 +697,7 @@ class Mnist(Experiment):
             "--max-examples",
             type=whole(1),
             help="the most examples that a method sees, over all epochs, which are then "
-            "parts of that number and no rounds",
+            "parts of that number and no rounds; but every image once",
         )
         p.add_argument(
             "--validation-images",

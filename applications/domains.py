@@ -219,5 +219,38 @@ def draw(domains, fraction, seed, stratified=False):
     return parts
 
 
+def without_classes(parts, domains, count, seed):
+    """The same parts, but that some classes have no training example in each domain.
+
+    Which ones is drawn by domain, so that (where there are enough) each class is known
+    to some other domain. Test parts stay whole.
+
+    Args:
+        parts: dict as from `draw`.
+        domains: dict from name to `Domain`.
+        count: int, how many classes each domain lacks.
+        seed: int.
+
+    Returns:
+        A dict like `parts`.
+
+    Raises:
+        DataError: if a domain has no example left.
+    """
+    classes = 1 + max(int(domain.labels.max()) for domain in domains.values())
+    order = np.random.default_rng(seed).permutation(classes)
+    found = {}
+    for number, (name, (train, test)) in enumerate(parts.items()):
+        missing = order[(number * count + np.arange(count)) % classes]
+        left = train[~np.isin(domains[name].labels[train], missing)]
+        if not len(left):
+            raise DataError(
+                f"--missing-classes {count}: domain {name!r} has no example of the others "
+                f"among its {len(train)} for training."
+            )
+        found[name] = left, test
+    return found
+
+
 def _share(order, fraction):
     return order[: max(1, round(fraction * len(order)))]

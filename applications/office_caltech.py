@@ -10,10 +10,11 @@ in what the tasks share, and in the prior over what they do not share:
 - `shared`: one network for all tasks, as if they were one;
 - `drn8`, `drn`: task covariances of the classifiers, or of bottlenecks and classifiers;
 - `drn-bi`: DRN with one-versus-rest classifiers;
-- `mrn`: covariances of features, classes and tasks.
+- `mrn8`, `mrn`: covariances of features, classes and tasks, of the same layers.
 
 With `--outlier DOMAIN` the labels of one domain are shifted, so that it contradicts the
-others: what is shared with it does harm, unless the sign of the relation is learned.
+others: what is shared with it does harm, unless the sign of the relation is learned. With
+`--missing-classes N` each domain has no training example of N classes, other ones in each.
 
     python -m applications.office_caltech --features FOLDER
     python -m applications.office_caltech --features FOLDER --outlier amazon
@@ -32,6 +33,10 @@ from keras import ops
 
 from dmtrl_keras import (
     TensorNormalRegularizer,
+    mode_correlation,
+    mode_covariance,
+    plot_eigenvectors,
+    plot_heat_map,
     plot_hinton,
     relationship_network,
     task_correlation,
@@ -43,7 +48,13 @@ from dmtrl_keras.mrn.regularizer import MEANS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
 from .arguments import OPTIMIZERS, REPEATS, real, whole
-from .domains import draw, load_features, load_images, with_shifted_labels
+from .domains import (
+    draw,
+    load_features,
+    load_images,
+    with_shifted_labels,
+    without_classes,
+)
 from .experiment import (
     Experiment,
     Table,
@@ -66,6 +77,7 @@ METHODS = {
     "drn8": {"prior": "drn", "layers": ("classifier",)},
     "drn-bi": {"prior": "drn", "binary": True},
     "drn": {"prior": "drn"},
+    "mrn8": {"prior": "mrn", "layers": ("classifier",)},
     "mrn": {"prior": "mrn"},
 }
 TITLES = {
@@ -75,6 +87,7 @@ TITLES = {
     "drn8": "DRN_8",
     "drn-bi": "DRN_bi",
     "drn": "DRN",
+    "mrn8": "MRN_8",
     "mrn": "MRN",
 }
 NEW_LAYERS = ("bottleneck", "classifier")
@@ -385,6 +398,16 @@ def train_and_test(trainer, options, method, parts, seed):
             layer: np.mean(np.reshape(matrix, (-1, *matrix.shape[-2:])), axis=0).tolist()
             for layer, matrix in task_correlation(model).items()
         }
+    if METHODS[method]["prior"] == "mrn":
+        results["class_correlation"] = {
+            layer: matrix.tolist()
+            for layer, matrix in mode_correlation(model, "class").items()
+            if layer == "classifier"
+        }
+        results["feature_eigenvalues"] = {
+            layer: np.sort(np.linalg.eigvalsh(matrix))[::-1].tolist()
+            for layer, matrix in mode_covariance(model, "feature").items()
+        }
     return results, model
 
 
@@ -433,6 +456,24 @@ def plot_relations(runs, domains, path):
                 matrices[f"{TITLES[method]}, {layer}"] = np.mean(every, axis=0)
     if matrices:
         plot_hinton(matrices, domains, path)
+
+
+def plot_classes(runs, classes, path):
+    """What MRN learned of classes: mean correlations, and their leading eigenvectors."""
+    smallest = runs[runs.fraction == runs.fraction.min()]
+    matrices = {}
+    for method, group in smallest.groupby("method", sort=False):
+        if METHODS[method]["prior"] == "mrn":
+            # Results of earlier versions have none.
+            known = group.class_correlation.dropna() if "class_correlation" in group else []
+            every = [found["classifier"] for found in known]
+            if not every:
+                continue
+            matrices[f"{TITLES[method]}, classes"] = np.mean(every, axis=0)
+    if matrices:
+        plot_heat_map(matrices, classes, path)
+        vectors = path.with_stem(f"{path.stem}_vectors")
+        plot_eigenvectors(matrices, classes, vectors, min(3, len(classes)))
 
 
 def plot_embeddings(folder, domains, classes, path):
@@ -559,6 +600,12 @@ class OfficeCaltech(Experiment):
             "--shift", type=whole(1), default=3, help="by so many classes, modulo all"
         )
         p.add_argument(
+            "--missing-classes",
+            type=whole(0),
+            default=0,
+            help="of so many classes, other ones in each domain, no example is for training",
+        )
+        p.add_argument(
             "--trunk",
             default="ResNet50",
             help="for images: a class of keras.applications, or a .keras file",
@@ -669,8 +716,10 @@ class OfficeCaltech(Experiment):
             )
             source |= {"outlier": options.outlier, "shift": options.shift}
         # Before the first hour of training, not after it.
+        if options.missing_classes:
+            source |= {"missing_classes": options.missing_classes}
         for fraction in options.fractions:
-            draw(domains, fraction, options.seed, options.stratified)
+            self._parts(options, domains, options.seed, fraction)
         return domains, classes, new_backbone, source
 
     def plan(self, options, data):
@@ -700,7 +749,13 @@ class OfficeCaltech(Experiment):
     def draw(self, options, data, seed, fraction=None):
         """`(data, parts)`, the latter as from `domains.draw`."""
         fraction = options.fractions[0] if fraction is None else fraction
-        return data, draw(data[0], fraction, seed, options.stratified)
+        return data, self._parts(options, data[0], seed, fraction)
+
+    def _parts(self, options, domains, seed, fraction):
+        parts = draw(domains, fraction, seed, options.stratified)
+        if options.missing_classes:
+            parts = without_classes(parts, domains, options.missing_classes, seed)
+        return parts
 
     def hold_out(self, part, options, share, seed):
         data, parts = part
@@ -749,15 +804,19 @@ class OfficeCaltech(Experiment):
         title = f"Accuracy in %, {source['data']}"
         if options.outlier is not None:
             title += f", labels of {options.outlier} shifted by {options.shift}"
+        if options.missing_classes:
+            title += f", {options.missing_classes} classes missing in each"
         frame = summarize(runs, list(domains))
         return {options.page_block: Table(title, frame, "table", keys=2)}
 
     def figures(self, options, data, runs):
         domains, classes, *_ = data
-        relations, tsne = (options.output / f"{name}.png" for name in ("relations", "tsne"))
-        plot_relations(runs, list(domains), relations)
-        plot_embeddings(options.output, list(domains), classes, tsne)
-        return [path for path in (relations, tsne) if path.exists()]
+        names = ("relations", "classes", "classes_vectors", "tsne")
+        paths = [options.output / f"{name}.png" for name in names]
+        plot_relations(runs, list(domains), paths[0])
+        plot_classes(runs, list(classes), paths[1])
+        plot_embeddings(options.output, list(domains), classes, paths[-1])
+        return [path for path in paths if path.exists()]
 
 
 def _middle(values):

@@ -27,12 +27,17 @@ from dmtrl_keras.dmtrl.strength import (
     sharing_strength,
     sharing_strength_of,
 )
-from dmtrl_keras.ground.plots import plot_heat_map, plot_hinton
+from dmtrl_keras.ground.plots import plot_eigenvectors, plot_heat_map, plot_hinton
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.layers import task_layers
 from dmtrl_keras.mrn.network import relationship_network
 from dmtrl_keras.mrn.regression import RelatedRegressions, relationship_regression
-from dmtrl_keras.mrn.report import task_correlation, task_covariance
+from dmtrl_keras.mrn.report import (
+    mode_correlation,
+    mode_covariance,
+    task_correlation,
+    task_covariance,
+)
 from dmtrl_keras.mtal.merge import (
     KernelSharing,
     kernel_sharing_ratio,
@@ -78,9 +83,12 @@ __all__ = [
     "losses",
     "merge_similar_kernels",
     "metrics",
+    "mode_correlation",
+    "mode_covariance",
     "multitask",
     "optimizers",
     "parameterizations",
+    "plot_eigenvectors",
     "plot_heat_map",
     "plot_hinton",
     "plot_sharing_strength",

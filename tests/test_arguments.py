@@ -231,11 +231,14 @@ def cases():
     ):
         found[f"dmtrl_keras.{name}"] = Case(model=plain)
     for name in ("task_covariance", "task_correlation"):
-        found[f"dmtrl_keras.{name}"] = Case(owners=["task_covariance"], model=trained)
+        found[f"dmtrl_keras.{name}"] = Case(model=trained)
+    for name in ("mode_covariance", "mode_correlation"):
+        found[f"dmtrl_keras.{name}"] = Case(model=trained, mode="task")
     for name in ("merge_similar_kernels", "kernel_sharing_ratio"):
         found[f"dmtrl_keras.{name}"] = Case(model=similar, verbose=False)
     for name in ("plot_hinton", "plot_heat_map"):
         found[f"dmtrl_keras.{name}"] = Case(matrices=np.eye(2), names=["a", "b"])
+    found["dmtrl_keras.plot_eigenvectors"] = Case(matrices=np.eye(2), count=1)
     return found | {
         "layers.TaskDense": built((None, 4), **dense),
         "layers.TensorNormalPrior": built(

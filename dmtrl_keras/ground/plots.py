@@ -11,6 +11,7 @@ from dmtrl_keras.ground.types import PathLike
 from dmtrl_keras.ground.validation import (
     check_path,
     finite_array,
+    is_int,
     is_list,
     is_real,
     refusal,
@@ -19,6 +20,9 @@ from dmtrl_keras.ground.validation import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# The rows of larger matrices, such as those of all features, have no names.
+MOST_NAMED = 60
 
 
 def plot_hinton(
@@ -109,6 +113,61 @@ def plot_heat_map(
     return _panels(draw, by_title, names, path)
 
 
+def plot_eigenvectors(
+    matrices: dict[str, Any] | ArrayLike,
+    names: Sequence[str] | None = None,
+    path: PathLike | None = None,
+    count: int = 3,
+) -> "Figure":
+    """Leading eigenvectors of covariances, as heat maps with a column for each.
+
+    A column is an eigenvector of length 1, the sign chosen so that its largest entry is
+    positive; below it stands its share of the trace. Features or classes of one sign
+    there go together.
+
+    Args:
+        matrices: dict from a title to a symmetric matrix `(d, d)`, such as
+            `mode_covariance(model, "class")`; or one matrix.
+        names: list of d names. None: their numbers.
+        path: where to save the figure; None: don't.
+        count: int, of eigenvectors, at most d.
+
+    Returns:
+        The `matplotlib` figure.
+
+    Raises:
+        ValueError: as `plot_hinton`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> covariance = np.array([[2.0, 1.9, 0.0], [1.9, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> figure = plot_eigenvectors(covariance, ["bike", "bicycle", "mug"], count=2)
+    """
+
+    def draw(figure: "Figure", axes: "Axes", matrix: np.ndarray) -> None:
+        values, vectors = leading_eigenvectors(matrix, count)
+        image = axes.imshow(vectors, cmap="PiYG", vmin=-1, vmax=1, aspect="auto")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+        shares = values / (np.trace(matrix) or 1)
+        ticks = [f"{number}\n{share:.0%}" for number, share in enumerate(shares, 1)]
+        axes.set_xticks(range(len(ticks)), ticks)
+
+    owner = "plot_eigenvectors"
+    by_title = _checked(matrices, names, path, owner)
+    if not is_int(count, 1, min(len(matrix) for matrix in by_title.values())):
+        raise refusal("count", count, owner, "an int from 1 to the size of the matrices")
+    return _panels(draw, by_title, names, path, square=False)
+
+
+def leading_eigenvectors(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest eigenvalues `(count,)`, falling, and their vectors `(d, count)`."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = values[::-1][:count], vectors[:, ::-1][:, :count]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
+    return values, vectors * np.where(largest < 0, -1.0, 1.0)
+
+
 def _checked(matrices: Any, names: Any, path: Any, owner: str) -> dict[str, np.ndarray]:
     """The matrices by title, all arguments checked."""
     check_path("path", path, owner)
@@ -137,19 +196,24 @@ def _panels(
     by_title: dict[str, np.ndarray],
     names: Sequence[str] | None,
     path: PathLike | None,
+    square: bool = True,
 ) -> "Figure":
-    """One panel for each matrix."""
+    """One panel for each matrix; `square`: with the names along both axes."""
     from matplotlib.figure import Figure
 
-    side = max(4.0, 0.25 * max(len(matrix) for matrix in by_title.values()))
+    most = min(MOST_NAMED, max(len(matrix) for matrix in by_title.values()))
+    side = max(4.0, 0.25 * most)
     figure = Figure(figsize=(1.05 * side * len(by_title), side), layout="constrained")
     panels = np.ravel(figure.subplots(1, len(by_title)))
     for axes, (title, matrix) in zip(panels, by_title.items()):
         labels = range(len(matrix)) if names is None else list(names)
         draw(figure, axes, matrix)
-        ticks = range(len(matrix))
-        axes.set_xticks(ticks, map(str, labels), rotation=90 if len(labels) > 6 else 0)
-        axes.set_yticks(ticks, map(str, labels))
+        if len(matrix) <= MOST_NAMED:
+            ticks = range(len(matrix))
+            axes.set_yticks(ticks, map(str, labels))
+            if square:
+                turned = 90 if len(labels) > 6 else 0
+                axes.set_xticks(ticks, map(str, labels), rotation=turned)
         axes.set_title(title)
     if path is not None:
         figure.savefig(path)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import check_number, check_positive
-from dmtrl_keras.mrn.report import task_priors
+from dmtrl_keras.mrn.report import priors_of
 from dmtrl_keras.mrn.tensor_normal import check_covariance
 
 
@@ -94,7 +94,7 @@ class SparseTaskPrecision(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         _require()
-        for name, prior in task_priors(self.model, type(self).__name__).items():
+        for name, prior in priors_of(self.model, type(self).__name__).items():
             if prior.regularizer.update_every is not None:
                 raise ValueError(
                     f"{type(self).__name__}: expected priors with update_every=None, whose "
@@ -105,7 +105,7 @@ class SparseTaskPrecision(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if (epoch + 1) % self.every:
             return
-        priors = task_priors(self.model, type(self).__name__).values()
+        priors = priors_of(self.model, type(self).__name__).values()
         for prior in priors:
             prior.update()
         # After all of them, since some may share a covariance.

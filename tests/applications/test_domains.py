@@ -10,7 +10,9 @@ from applications.domains import (
     load_features,
     load_images,
     with_shifted_labels,
+    without_classes,
 )
+from applications.reading import DataError
 
 CLASSES = ["bike", "mug"]
 
@@ -142,3 +144,20 @@ def test_errors(tmp_path, rng):
     np.savez(folder / "b.npz", features=np.ones((2, 4)), labels=np.arange(2))
     with pytest.raises(ValueError, match="features of one length"):
         load_features(folder)
+
+
+def test_without_classes():
+    """Each domain lacks its own classes in training, and no test example."""
+    labels = np.repeat(np.arange(6), 4)
+    domains = {n: Domain(np.zeros((24, 2)), labels) for n in ("a", "b", "c")}
+    parts = draw(domains, 0.5, 0, stratified=True)
+    found = without_classes(parts, domains, 2, 1)
+    lacking = {}
+    for name, (train, test) in found.items():
+        np.testing.assert_array_equal(test, parts[name][1])
+        lacking[name] = set(range(6)) - set(labels[train])
+        assert len(lacking[name]) == 2
+        assert set(train) == {i for i in parts[name][0] if labels[i] not in lacking[name]}
+    assert set.union(*lacking.values()) == set(range(6))
+    with pytest.raises(DataError, match="--missing-classes 6: domain 'a' has no example"):
+        without_classes(parts, domains, 6, 1)

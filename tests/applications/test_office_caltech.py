@@ -22,29 +22,33 @@ def options_of(folder, *arguments):
 
 
 def test_command(tmp_path, rng, monkeypatch, few_steps):
-    """All methods; the table, the figures, a page; a second call trains nothing."""
+    """The table, the figures, a page; a second call trains nothing."""
     write_features(tmp_path, rng)
+    methods = ("stl", "drn8", "drn-bi", "mrn")
     page = tmp_path / "docs" / "office.md"
     page.parent.mkdir()
     page.write_text("# Title\n<!-- office:begin -->\n<!-- office:end -->\nEnd\n")
     output = tmp_path / "results"
     arguments = [
         *["--features", str(tmp_path), *TINY, "--strengths", "1e-3", "--page"],
-        *[str(page), "--output", str(output)],
+        *[str(page), "--output", str(output), "--methods", *methods],
+        *["--missing-classes", "1"],
     ]
     table = office.main(arguments)["office"]
-    assert table["Method"].tolist() == [office.TITLES[m] for m in office.METHODS]
+    assert table["Method"].tolist() == [office.TITLES[m] for m in methods]
     assert (table["Draws"] == 2).all() and (table["Training"] == "30%").all()
     assert all("±" in cell for cell in table["Average"])
-    for name in ("relations.png", "tsne.png", "table.md"):
+    names = ("relations.png", "classes.png", "classes_vectors.png", "tsne.png", "table.md")
+    for name in names:
         assert (output / name).stat().st_size > 100
     assert (page.parent / "figures" / "results_tsne.png").exists()
     assert page.read_text().endswith("<!-- office:end -->\nEnd\n")
     assert "| MRN |" in page.read_text()
     lines = (output / "runs.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
-    assert len(runs) == 2 * len(office.METHODS)
+    assert len(runs) == 2 * len(methods)
     for run in runs:
+        assert run["settings"]["missing_classes"] == 1
         assert set(run["results"]["accuracy"]) == {"amazon", "dslr"}
         prior = office.METHODS[run["settings"]["method"]]["prior"]
         assert ("task_correlation" in run["results"]) == (prior is not None)

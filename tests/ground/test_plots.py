@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 
-from dmtrl_keras import plot_heat_map, plot_hinton
+from dmtrl_keras import plot_eigenvectors, plot_heat_map, plot_hinton
 
 MATRIX = np.array([[1.0, -0.25, 0.0], [-0.25, 1.0, 0.49], [0.0, 0.49, 0.64]])
 NAMES = ["amazon", "webcam", "dslr"]
@@ -37,7 +38,28 @@ def test_heat_map(tmp_path):
     assert figure.axes[0].images[0].get_clim() == (-1, 1)
 
 
-@pytest.mark.parametrize("plot", [plot_hinton, plot_heat_map])
+def test_eigenvectors(rng, tmp_path):
+    """Those of SciPy, falling, the largest entry positive; names on one axis only."""
+    half = rng.normal(size=(3, 5))
+    covariance = half @ half.T
+    figure = plot_eigenvectors({"fc8": covariance}, NAMES, tmp_path / "vectors.png", 2)
+    assert (tmp_path / "vectors.png").exists()
+    axes = figure.axes[0]
+    drawn = np.asarray(axes.images[0].get_array())
+    values, vectors = scipy.linalg.eigh(covariance, subset_by_index=(1, 2))
+    expected = vectors[:, ::-1]
+    np.testing.assert_allclose(np.abs(drawn), np.abs(expected), atol=1e-6)
+    assert (drawn[np.abs(drawn).argmax(axis=0), range(2)] > 0).all()
+    shares = [f"{n}\n{v / np.trace(covariance):.0%}" for n, v in enumerate(values[::-1], 1)]
+    assert [t.get_text() for t in axes.get_xticklabels()] == shares
+    assert [t.get_text() for t in axes.get_yticklabels()] == NAMES
+    with pytest.raises(ValueError, match=r"`count` must be .*count=4"):
+        plot_eigenvectors(covariance, count=4)
+    unnamed = plot_heat_map(np.eye(100)).axes[0]
+    assert len(unnamed.get_yticklabels()) < 100
+
+
+@pytest.mark.parametrize("plot", [plot_hinton, plot_heat_map, plot_eigenvectors])
 def test_bad_arguments(plot):
     """What is no square matrix, and wrong names."""
     with pytest.raises(ValueError, match=r"square matrices.*\(2, 3\)"):

@@ -13,7 +13,10 @@ from dmtrl_keras import (
     MultiTaskModel,
     TensorNormalRegularizer,
     factorize,
+    mode_correlation,
+    mode_covariance,
     multitask,
+    relationship_network,
     single_task,
     task_correlation,
     task_covariance,
@@ -588,8 +591,35 @@ def test_no_prior():
     """Nothing to ask for."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, TaskDense(3, 2, shared_input=True)(inputs))
-    with pytest.raises(ValueError, match="no layer that learns a task covariance"):
+    with pytest.raises(ValueError, match="no layer that learns a task covariance. See"):
         task_covariance(model)
+    with pytest.raises(ValueError, match="`mode` must be a string"):
+        mode_covariance(model, 2)
+
+
+def test_covariances_of_modes():
+    """Those of each mode by layer; what is not learned is said."""
+    mrn = relationship_network((6,), ["a", "b"], 3, prior="mrn", bottleneck=4)
+    classifier = mrn.get_layer("classifier")
+    rng = np.random.default_rng(0)
+    for variable in classifier.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    prior = classifier.prior
+    prior.update()
+    for mode in MRN:
+        found = mode_covariance(mrn, mode)
+        assert set(found) == {"bottleneck", "classifier"}
+        covariance = found["classifier"]
+        np.testing.assert_allclose(covariance, prior.covariances[mode])
+        assert np.ptp(covariance) > 0.5
+        deviation = np.sqrt(np.diag(covariance))
+        correlation = mode_correlation(mrn, mode)["classifier"]
+        np.testing.assert_allclose(
+            correlation * np.outer(deviation, deviation), covariance, rtol=1e-5, atol=1e-6
+        )
+    drn = relationship_network((6,), ["a", "b"], 3, prior="drn")
+    with pytest.raises(ValueError, match=r"a class covariance. It learns those of \['task'"):
+        mode_correlation(drn, "class")
 
 
 @pytest.mark.parametrize("make", ["task", "composed", "wrapped", "inner", "model"])

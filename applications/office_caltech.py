@@ -445,6 +445,33 @@ def summarize(runs, domains):
     return pd.DataFrame(rows)
 
 
+def relations_table(runs, domains):
+    """What the priors learned: the correlation of each pair of domains.
+
+    Args:
+        runs: data frame with a row for each run.
+        domains: list of names.
+
+    Returns:
+        A data frame of strings, mean ± sample standard deviation over the draws; without
+        rows if no method has a prior.
+    """
+    pairs = list(itertools.combinations(range(len(domains)), 2))
+    rows = []
+    for fraction, method in itertools.product(sorted(runs["fraction"].unique()), METHODS):
+        group = runs[(runs.fraction == fraction) & (runs.method == method)]
+        if group.empty or METHODS[method]["prior"] is None:
+            continue
+        for layer in group.task_correlation.iloc[0]:
+            every = np.array([found[layer] for found in group.task_correlation])
+            row = {"Training": f"{fraction:.0%}", "Method": TITLES[method], "Layer": layer}
+            for a, b in pairs:
+                name = f"{domains[a]}, {domains[b]}"
+                row[name] = mean_and_spread(every[:, a, b], digits=2)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def plot_relations(runs, domains, path):
     """Hinton diagrams of the mean learned task correlations at the smallest fraction."""
     smallest = runs[runs.fraction == runs.fraction.min()]
@@ -603,7 +630,7 @@ class OfficeCaltech(Experiment):
             "--missing-classes",
             type=whole(0),
             default=0,
-            help="of so many classes, other ones in each domain, no example is for training",
+            help="so many, other ones in each domain, have no example for training",
         )
         p.add_argument(
             "--trunk",
@@ -807,7 +834,12 @@ class OfficeCaltech(Experiment):
         if options.missing_classes:
             title += f", {options.missing_classes} classes missing in each"
         frame = summarize(runs, list(domains))
-        return {options.page_block: Table(title, frame, "table", keys=2)}
+        tables = [Table(title, frame, "table", keys=2)]
+        learned = relations_table(runs, list(domains))
+        if len(learned):
+            note = "Learned task correlations, mean ± standard deviation over the draws:"
+            tables.append(Table("Correlations", learned, "relations", keys=3, note=note))
+        return {options.page_block: tables}
 
     def figures(self, options, data, runs):
         domains, classes, *_ = data

@@ -44,6 +44,7 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     assert (page.parent / "figures" / "results_tsne.png").exists()
     assert page.read_text().endswith("<!-- office:end -->\nEnd\n")
     assert "| MRN |" in page.read_text()
+    assert "| Training | Method | Layer | amazon, dslr |" in page.read_text()
     lines = (output / "runs.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     assert len(runs) == 2 * len(methods)

@@ -14,7 +14,8 @@ in what the tasks share, and in the prior over what they do not share:
 
 With `--outlier DOMAIN` the labels of one domain are shifted, so that it contradicts the
 others: what is shared with it does harm, unless the sign of the relation is learned. With
-`--missing-classes N` each domain has no training example of N classes, other ones in each.
+`--missing-classes N` each domain has no training example of N classes, other ones in each;
+nothing is said about those there, so that they are known from other domains, if at all.
 
     python -m applications.office_caltech --features FOLDER
     python -m applications.office_caltech --features FOLDER --outlier amazon
@@ -239,6 +240,8 @@ class Trainer:
         model = self.network(method, strength)
         binary = METHODS[method].get("binary")
         loss = "binary_crossentropy" if binary else "sparse_categorical_crossentropy"
+        if self.options.missing_classes and not binary:
+            loss = known_crossentropy
         terms = self.classes if binary else 1
         model.compile(
             LearningRateMultiplier(
@@ -282,10 +285,12 @@ class Trainer:
         data = {}
         for name, domain in self.domains.items():
             labels = domain.labels[parts[name]]
-            data[name] = (
-                domain.x[parts[name]],
-                np.eye(self.classes, dtype="float32")[labels] if binary else labels,
-            )
+            if binary or o.missing_classes:
+                labels = np.eye(self.classes, dtype="float32")[labels]
+            if o.missing_classes and not binary:
+                known = np.broadcast_to(labels.max(axis=0), labels.shape)
+                labels = np.concatenate([labels, known], axis=1)
+            data[name] = domain.x[parts[name]], labels
         stream = zip_tasks(data, o.batch_size, epoch=o.steps, seed=seed)
         model.fit(stream, shuffle=False, verbose=0)
         self.tick()
@@ -335,6 +340,21 @@ class Trainer:
         return [
             float(np.mean([np.mean(values) for values in own.values()])) for own in right
         ]
+
+
+def known_crossentropy(y_true, y_pred):
+    """The crossentropy among the classes that a domain has examples of.
+
+    A class without examples is unknown there, not absent: nothing is said about it, so
+    that what it is comes from the prior, if from anywhere.
+
+    Args:
+        y_true: tensor `(n, 2 classes)`, one-hot labels, and ones for the known classes.
+        y_pred: tensor `(n, classes)`, probabilities.
+    """
+    own, known = ops.split(ops.cast(y_true, y_pred.dtype), 2, axis=-1)
+    share = ops.sum(own * y_pred, axis=-1) / ops.sum(known * y_pred, axis=-1)
+    return -ops.log(ops.clip(share, 1e-7, 1.0))
 
 
 def _has_layer(model, name):
@@ -733,6 +753,10 @@ class OfficeCaltech(Experiment):
     def check(self, p, options):
         if options.scale is not None and not options.scale[1]:
             p.error("--scale: expected a divisor that is not 0")
+        if options.missing_classes and "drn-bi" in options.methods:
+            if options.methods != list(self.methods):
+                p.error("--missing-classes: drn-bi would take what is missing for absent")
+            options.methods.remove("drn-bi")
 
     def load(self, options, console):
         """As `load_domains`."""

@@ -575,6 +575,7 @@ class MultiTaskModel(ModelOfReplicas):
             )
         check_labels(self, x, y, given.get("sample_weight"))
         self._build_losses(x, y)
+        self._build_optimizer()
         data = given.get("validation_data")
         x, *others = data if isinstance(data, tuple) else (data,)
         pieces = None if data is None else one_set_each(self, x, *others)
@@ -609,6 +610,12 @@ class MultiTaskModel(ModelOfReplicas):
             shapes = [getattr(y[task], "shape", None) for task in expected]
             if all(s is not None and getattr(s, "rank", 1) is not None for s in shapes):
                 build_losses(self, y)
+
+    def _build_optimizer(self) -> None:
+        """Make the optimizer's variables, for the same reason."""
+        optimizer, strategy = self.optimizer, getattr(self, "_distribute_strategy", None)
+        if optimizer is not None and not optimizer.built and strategy is None:
+            optimizer.build(self.trainable_variables)
 
     def evaluate(
         self,

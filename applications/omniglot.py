@@ -7,7 +7,7 @@ share the kernels of their first four layers; the last one is each task's own:
 
 - `stl`: single-task learning, nothing is shared;
 - `ud-mtl`: user-defined sharing, the first N of the four layers are the same for all tasks;
-- `ud-mtl-large`: these are wider, so that the weights are as many as those of DMTRL;
+- `ud-mtl-large`: all four are, and wider, so that the weights are as many as those of DMTRL;
 - `laf`, `tucker`, `tt`: DMTRL, kernels generated from shared factors, of a random start or
   of networks that were trained one by one (`--start`);
 - other families of the library: `similar` (MTAL), `stitch`, `nddr`, `drn`, `mrn`.
@@ -80,8 +80,8 @@ METHODS = {
 # Errors in percent, 10% of the images being test images (Meyerson & Miikkulainen, "Beyond
 # Shared Hierarchies: Deep Multitask Learning through Soft Layer Ordering", ICLR 2018).
 PUBLISHED = {"stl": 34.4, "ud-mtl": 30.0, "laf": 31.1, "tucker": 29.7, "tt": 28.8}
-# Of the options of a method's own.
-START = ("start", "tolerance", "rank", "task_rank", "weights", "layers", "stl_epochs")
+# Options of factorisations.
+FACTORS = ("start", "tolerance", "rank", "ranks", "task_rank", "layers")
 
 
 def make_backbone(options, width=1.0):
@@ -129,14 +129,14 @@ def weights_of(backbone, shared_layers, classes):
     return total
 
 
-def width_of(options, shared_layers, classes):
-    """How much wider shared layers are with `--large` of the weights of STL."""
+def width_of(options, classes):
+    """How much wider four shared layers are with `--large` of the weights of STL."""
     most = options.large * weights_of(make_backbone(options), 0, classes)
     found = 1.0
     # In steps of one filter of the first layer.
     for filters in range(CONVOLUTIONS[0][0] + 1, 1000):
         width = filters / CONVOLUTIONS[0][0]
-        if weights_of(make_backbone(options, width), shared_layers, classes) > most:
+        if weights_of(make_backbone(options, width), len(LAYERS), classes) > most:
             break
         found = width
     return found
@@ -248,6 +248,17 @@ class Trainer:
         )
         return model
 
+    def ranks(self, method):
+        """The options that say which ranks, of `multitask` and `factorize`."""
+        o = self.options
+        given = {"rank": o.ranks or o.rank}
+        if method != "laf":
+            # LAF has no other rank than that of the tasks.
+            given["task_rank"] = o.task_rank
+        if given["rank"] is None and o.weights is None:
+            given["tolerance"] = o.tolerance
+        return given
+
     def train(self, method, shared_layers):
         """Train one method.
 
@@ -260,16 +271,8 @@ class Trainer:
             with warnings.catch_warnings():
                 # A small layer whose factors would be more stays; the results have ranks.
                 warnings.simplefilter("ignore", UserWarning)
-                model = factorize(
-                    source,
-                    method,
-                    o.tolerance,
-                    o.rank,
-                    [layer.name for layer in task_layers(source) if layer.name in o.layers],
-                    task_rank=o.task_rank,
-                    weights=o.weights,
-                    verbose=False,
-                )
+                own = {"layers": o.layers, "weights": o.weights, **self.ranks(method)}
+                model = factorize(source, method, verbose=False, **own)
             return self.fit(model, method, o.epochs - o.stl_epochs)
         return self.fit(self._untrained(method, shared_layers), method, o.epochs)
 
@@ -288,16 +291,15 @@ class Trainer:
         if method in HARD:
             width = 1.0
             if method == "ud-mtl-large":
-                width = width_of(o, shared_layers, list(self.classes.values()))
+                shared_layers, width = len(LAYERS), width_of(o, list(self.classes.values()))
             sharing = dict.fromkeys(LAYERS[:shared_layers], "hard")
             return self.network(sharing, width)
         if method in FACTORIZATIONS:
-            given = {"rank": o.rank, "tolerance": o.tolerance, "task_rank": o.task_rank}
             with warnings.catch_warnings():
                 # How many weights there are, the results say.
                 warnings.simplefilter("ignore", UserWarning)
                 sharing = dict.fromkeys(o.layers, method)
-                return self.network(sharing, start=o.start, **given)
+                return self.network(sharing, start=o.start, **self.ranks(method))
         if method in PRIORS:
             ridges = {**PRIORS[method], "task": o.epsilon}
             prior = TensorNormalRegularizer(
@@ -357,9 +359,11 @@ def mean_error(errors):
 
 
 def strengths(model, of=sharing_strength):
-    """Sharing strength (Eq. 9) of the first four layers, or its chance."""
-    found = of(model)
-    return {name: found[name] for name in LAYERS if name in found}
+    """Eq. 9 for the first four layers, or its chance; one layer for all tasks has 1."""
+    found = dict.fromkeys(LAYERS, 1.0)
+    if task_layers(model):
+        found |= of(model)
+    return found
 
 
 def similarity(model, layer="fc"):
@@ -369,8 +373,8 @@ def similarity(model, layer="fc"):
         A list of floats, the pairs in the order of `itertools.combinations`; None where no
         sharing is learned.
     """
-    (own,) = (one for one in task_layers(model) if one.name == layer)
-    if own.rank is None:
+    (own,) = [one for one in task_layers(model) if one.name == layer] or [None]
+    if own is None or own.rank is None:
         return None
     matrix = np.abs(keras.ops.convert_to_numpy(own.task_matrix).astype("float64"))
     matrix = np.exp(matrix - matrix.max(axis=0))
@@ -417,7 +421,7 @@ def table_of_errors(runs):
     for share, method, own in _groups(runs):
         stl = runs[(runs.training_share == share) & (runs.method == "stl")]
         title = METHODS[method]
-        if method in HARD:
+        if method == "ud-mtl":
             chosen = sorted({int(n) for n in own.shared_layers})
             title += f" (N = {', '.join(map(str, chosen))})"
         row = {
@@ -480,13 +484,10 @@ def table_of_pairs(runs, tasks, count=3):
             return "; ".join(f"{' and '.join(names[n])} ({mean[n]:.2f})" for n in chosen)
 
         agreement = ""
-        if len(values) > 1 and len(names) > 2:
-            # Of every two splits; NaN where all pairs are alike.
-            matrix = np.atleast_2d(stats.spearmanr(values.T).statistic)
-            if len(values) == 2:
-                agreement = f"{matrix[0, 0]:.2f}"
-            else:
-                agreement = f"{matrix[np.triu_indices(len(values), 1)].mean():.2f}"
+        if len(values) > 1 and np.ptp(values, axis=1).min() > 0:
+            # Of every two splits.
+            matrix = np.corrcoef(stats.rankdata(values, axis=1))
+            agreement = f"{matrix[np.triu_indices(len(values), 1)].mean():.2f}"
         rows.append(
             {
                 "Training": f"{share:.0%}",
@@ -625,12 +626,22 @@ class Omniglot(Experiment):
         p.add_argument(
             "--tolerance",
             type=real(above=0, below=1),
-            help="relative error of the factorisations; by default 0.1",
+            default=0.1,
+            help="relative error of the factorisations",
         )
         p.add_argument(
             "--rank",
             type=rank,
             help="instead of the tolerance: an int (a cap), or a fraction of the weights",
+        )
+        p.add_argument(
+            "--ranks",
+            nargs="+",
+            action=ByName,
+            type=rank,
+            default={},
+            metavar="LAYER=RANK",
+            help="likewise, of each of --layers",
         )
         p.add_argument(
             "--weights",
@@ -658,9 +669,12 @@ class Omniglot(Experiment):
         if options.validation and not options.held_back:
             p.error("--validation: expected --held-back of 1 or more")
         check_names("--rates", options.rates, METHODS, p)
-        given = (options.tolerance, options.rank, options.weights)
+        check_names("--ranks", options.ranks, LAYERS, p)
+        if options.ranks and {*options.ranks} != {*options.layers}:
+            p.error(f"--ranks: expected those of {options.layers}, as --layers says")
+        given = (options.rank, options.weights, options.ranks or None)
         if sum(value is not None for value in given) > 1:
-            p.error("--rank: expected one of --rank, --weights and --tolerance")
+            p.error("--rank: expected one of --rank, --ranks and --weights")
         if options.weights is not None and options.start != "stl":
             p.error("--weights: expected --start stl with it")
         if options.stl_epochs is None:
@@ -730,13 +744,14 @@ class Omniglot(Experiment):
     def _own_settings(self, options, method):
         names = ()
         if method in FACTORIZATIONS:
-            names = START if options.start == "stl" else START[:4] + ("layers",)
-        elif method in HARD:
-            names = ("shared_layers",)
-            if method == "ud-mtl-large":
-                names += ("large",)
-            if options.shared_layers == "cv":
-                names += ("folds",)
+            names = FACTORS
+            if options.start == "stl":
+                names += ("weights", "stl_epochs")
+        elif method == "ud-mtl":
+            cross = options.shared_layers == "cv"
+            names = ("shared_layers", "folds") if cross else ("shared_layers",)
+        elif method == "ud-mtl-large":
+            names = ("large",)
         elif method in PRIORS:
             names = ("strength", "epsilon", "update_every")
         own = {name: getattr(options, name) for name in names}
@@ -761,7 +776,7 @@ class Omniglot(Experiment):
         trainer = Trainer(options, *part, seed) if trainer is None else trainer()
         trainer.options, trainer.tick, trainer.watch = options, tick, callbacks
         results, shared_layers = {}, options.shared_layers
-        if method in HARD:
+        if method == "ud-mtl":
             if shared_layers == "cv":
                 errors = trainer.choose_shared_layers(method)
                 shared_layers = min(errors, key=errors.get) if errors else 3
@@ -789,12 +804,12 @@ class Omniglot(Experiment):
         return found["errors"]
 
     def space(self, method, options, space):
-        if method in HARD:
+        if method == "ud-mtl":
             default = 3 if options.shared_layers == "cv" else options.shared_layers
             return {"shared_layers": space.integer("shared_layers", 1, 4, default)}
         if method in FACTORIZATIONS:
-            tolerance, ranks = space.factorization(["all"], options.tolerance or 0.1)
-            return {"tolerance": tolerance} if ranks is None else {"rank": ranks["all"]}
+            tolerance, ranks = space.factorization(LAYERS, options.tolerance)
+            return {"tolerance": tolerance} if ranks is None else {"ranks": ranks}
         return {}
 
     def blocks(self, options):

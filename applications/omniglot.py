@@ -222,7 +222,10 @@ class Trainer:
         o = self.options
         data = [
             {
-                name: (task.images[self.parts[name][side]], task.labels[self.parts[name][side]])
+                name: (
+                    task.images[self.parts[name][side]],
+                    task.labels[self.parts[name][side]],
+                )
                 for name, task in self.tasks.items()
             }
             for side in range(2)
@@ -658,7 +661,10 @@ class Omniglot(Experiment):
             help="those that are factorised; the others stay independent",
         )
         p.add_argument(
-            "--strength", type=real(least=0), default=0.1, help="of the priors of DRN and MRN"
+            "--strength",
+            type=real(least=0),
+            default=0.1,
+            help="of the priors of DRN and MRN",
         )
         p.add_argument("--epsilon", type=real(above=0), default=0.01, help="their ridge")
         p.add_argument("--update-every", type=whole(1), default=10, help="steps, theirs")
@@ -693,7 +699,9 @@ class Omniglot(Experiment):
             chosen = int(chosen[0])
         tasks = load_alphabets(options.data, options.size, chosen)
         if len(tasks) < 2:
-            raise DataError(f"--alphabets: expected 2 alphabets or more, got {list(tasks)}.")
+            raise DataError(
+                f"--alphabets: expected 2 alphabets or more, got {list(tasks)}."
+            )
         characters = sum(len(task.classes) for task in tasks.values())
         console.print(f"{len(tasks)} alphabets with {characters} characters.")
         return tasks
@@ -822,7 +830,11 @@ class Omniglot(Experiment):
         titles = {
             "omniglot": ("Mean error over the alphabets", table_of_errors(runs), 2),
             "omniglot-sharing": ("Sharing strength (chance)", table_of_sharing(runs), 2),
-            "omniglot-alphabets": ("Error by alphabet, %", table_of_alphabets(runs, tasks), 1),
+            "omniglot-alphabets": (
+                "Error by alphabet, %",
+                table_of_alphabets(runs, tasks),
+                1,
+            ),
             "omniglot-pairs": ("Pairs of languages", table_of_pairs(runs, tasks), 2),
         }
         note = (

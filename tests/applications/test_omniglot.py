@@ -113,7 +113,9 @@ def test_malformed(tmp_path, rng):
         part = folder / "images_background"
         (folder / "images_evaluation" / "B").rename(part / "A-")
 
-    refused(lambda folder: (folder / own / "0001_02.png").unlink(), "A", "character01 has a")
+    refused(
+        lambda folder: (folder / own / "0001_02.png").unlink(), "A", "character01 has a"
+    )
     refused(lambda folder: (folder / own / "0001_02.png").write_bytes(b"x"), "0001_02.png")
     refused(deeper, "more/1.png: expected <alphabet>/<character>/<image>")
     refused(cut_zip, "images_evaluation.zip: it can't be read")
@@ -218,7 +220,15 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     blocks = [f"omniglot{kind}" for kind in kinds]
     page.write_text("\n".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->" for n in blocks))
     output = tmp_path / "out"
-    arguments = ["--data", str(folder), *SMALL, "--output", str(output), "--page", str(page)]
+    arguments = [
+        "--data",
+        str(folder),
+        *SMALL,
+        "--output",
+        str(output),
+        "--page",
+        str(page),
+    ]
     arguments += ["--start", "stl", "--weights", "0.5", "--rates", "tt=0.01"]
     arguments += ["--methods", *methods]
     tables = omniglot.main(arguments)
@@ -273,7 +283,9 @@ def test_cross_validation(tmp_path, rng, monkeypatch):
         return shared_layers
 
     monkeypatch.setattr(omniglot.Trainer, "train", train)
-    monkeypatch.setattr(omniglot.Trainer, "errors", lambda self, n: {"a": abs(n - 2), "b": 0})
+    monkeypatch.setattr(
+        omniglot.Trainer, "errors", lambda self, n: {"a": abs(n - 2), "b": 0}
+    )
     options = options_of(folder)
     parts = omniglot.split(tasks, options, 0)
     trainer = omniglot.Trainer(options, tasks, parts, 0)

@@ -33,23 +33,24 @@ def load_alphabets(folder, size, chosen=None):
     """The alphabets of Omniglot, each a data set of its own with its own classes.
 
     Args:
-        folder: path of a folder that has `images_background` and `images_evaluation`, or one
-            of them, each as a folder or as a zip file whose name ends with that and `.zip`.
-            In them are `<alphabet>/<character>/<image>`.
+        folder: path of a folder that has `images_background` and `images_evaluation`, or
+            one of them, each as a folder or as a zip file, whose name ends with that and
+            `.zip`. In them are `<alphabet>/<character>/<image>`.
         size: int; images are scaled to squares of this side.
         chosen: None, all alphabets; an int, so many, the first ones in alphabetical order;
             or their names, as the folders or the tasks are called.
 
     Returns:
-        A dict from the name of a task to `ImageTask`, in alphabetical order. A task is called
-        as the folder, but that what TensorFlow takes in no name is `_`. The images are uint8
-        `(n, size, size, 1)`, those of one character after another, and in the order of their
-        names: in Omniglot number n of each character is by the same person.
+        A dict from the name of a task to `ImageTask`, in alphabetical order. A task is
+        called as the folder, but that what TensorFlow takes in no name is `_`. The images
+        are uint8 `(n, size, size, 1)`, those of one character after another, and in the
+        order of their names.
 
     Raises:
         FileNotFoundError: if there is no such folder, or neither part in it.
         DataError: on files of another layout, on characters with a single image, on
-            alphabets with a single character, on unknown names, on files that can't be read.
+            alphabets with a single character, on unknown names, on files that can't be
+            read.
     """
     drawings = list(_drawings(pathlib.Path(folder)))
     by_alphabet = {}
@@ -72,8 +73,9 @@ def _drawings(folder):
     roots = [root for part in PARTS for root in _roots(folder, part)]
     if not roots:
         raise FileNotFoundError(
-            f"{folder}: expected {' and '.join(PARTS)}, folders or zip files (*{PARTS[0]}.zip)."
-            f" Found: {sorted(path.name for path in folder.iterdir())[:20]}."
+            f"{folder}: expected {' and '.join(PARTS)}, folders or zip files "
+            f"(*{PARTS[0]}.zip). "
+            f"Found: {sorted(path.name for path in folder.iterdir())[:20]}."
         )
     for root, part in roots:
         for names, path in _images(root):
@@ -161,8 +163,8 @@ def _check(folder, alphabet, characters):
     if few or len(characters) < 2:
         what = f"{few[0]} has a single image" if few else f"{list(characters)} alone"
         raise DataError(
-            f"{folder}, alphabet {alphabet}: expected two characters or more, of two images "
-            f"or more each. Received: {what}."
+            f"{folder}, alphabet {alphabet}: expected two characters or more, of two "
+            f"images or more each. Received: {what}."
         )
 
 

@@ -7,13 +7,13 @@ share the kernels of their first four layers; the last one is each task's own:
 
 - `stl`: single-task learning, nothing is shared;
 - `ud-mtl`: user-defined sharing, the first N of the four layers are the same for all tasks;
-- `ud-mtl-large`: all four are, and wider, so that the weights are as many as those of DMTRL;
+- `ud-mtl-large`: all four are, and wider, with as many weights as those of DMTRL;
 - `laf`, `tucker`, `tt`: DMTRL, kernels generated from shared factors, of a random start or
   of networks that were trained one by one (`--start`);
 - other families of the library: `similar` (MTAL), `stitch`, `nddr`, `drn`, `mrn`.
 
     python -m applications.omniglot --data FOLDER
-    python -m applications.omniglot --data FOLDER --training-share 0.1 --size 52 --validation
+    python -m applications.omniglot --data FOLDER --size 52 --validation
 """
 
 import functools
@@ -41,7 +41,7 @@ from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mrn.network import PRIORS
 
 from .alphabets import load_alphabets
-from .arguments import OPTIMIZERS, ByName, check_names, real, whole
+from .arguments import ByName, check_names, real, whole
 from .experiment import (
     Experiment,
     Table,
@@ -143,7 +143,7 @@ def width_of(options, classes):
 
 
 def split(tasks, options, seed):
-    """For each task, `(train, test)`: indices, the same number of each character's drawings.
+    """For each task, `(train, test)`: indices, as many of each character.
 
     The drawings of a character are put in a random order, of which the first are trained
     on, so that a larger training share of the same seed has those of a smaller one. Some
@@ -218,7 +218,7 @@ class Trainer:
         )
 
     def fit(self, model, method, epochs):
-        """Train a network for so many epochs; the learning rate falls along half a cosine."""
+        """Train a network for some epochs; the learning rate falls along half a cosine."""
         o = self.options
         data = [
             {
@@ -587,7 +587,7 @@ class Omniglot(Experiment):
         p.add_argument(
             "--steps",
             type=whole(1),
-            help="of an epoch; by default as many as the alphabet with the most images needs",
+            help="of an epoch; by default as many as the largest alphabet needs",
         )
         p.add_argument(
             "--rates",

@@ -11,7 +11,6 @@ from keras import tree
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.data import arrays_of
 
-
 # Among the labels; no task may have such a name.
 PRESENT = "_dmtrl_keras_present"
 
@@ -23,7 +22,8 @@ class Piece:
     All pieces of one evaluation have the same structure, so that one trace does for all.
 
     Attributes:
-        sizes: dict from each of these tasks to the number of its examples, which come first.
+        sizes: dict from each of these tasks to the number of its examples, which come
+            first.
         x: inputs of the network; of the other tasks something that fits.
         y: dict of labels by task, likewise, and by the name `PRESENT` a dict from each task
             with labels to ones or, if it has no examples here, zeros; or None.
@@ -241,15 +241,13 @@ def _piece(
     if y is None:
         return Piece(sizes, x, None, None)
     labels, weights = (
-        None
-        if given is None
-        else {t: _padded(own, start, stop) for t, own in given.items()}
+        {name: _padded(own, start, stop) for name, own in (given or {}).items()}
         for given in (y, sample_weight)
     )
-    present = {t: np.full(size, t in sizes, dtype="float32") for t in labels}
-    if weights is not None:
+    present = {name: np.full(size, name in sizes, dtype="float32") for name in labels}
+    if weights:
         weights[PRESENT] = present
-    return Piece(sizes, x, {**labels, PRESENT: present}, weights)
+    return Piece(sizes, x, {**labels, PRESENT: present}, weights or None)
 
 
 def _pieces(

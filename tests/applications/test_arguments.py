@@ -113,12 +113,12 @@ NAMES = (*EXPERIMENTS, "benchmark", "search", "own")
 # What has other arguments than numbers, in whatever command.
 WORDS = set(
     (
-        "alphabets attributes backbone benchmark data directory domains estimate experiment "
-        "feature_layer features gradient group initializer kernels layers mean method "
-        "methods mode model network objectives optimizer outlier output padding page "
-        "page_block pairs parts related share_until shared_layers similar_backbone "
-        "start stl_optimizer strategy sweep tasks threshold trunk tune tune_from tuner "
-        "weights"
+        "alphabets attributes backbone benchmark data directory domains estimate "
+        "experiment feature_layer features gradient group initializer kernels layers "
+        "mean method methods mode model network objectives optimizer outlier output "
+        "padding page page_block pairs parts related share_until shared_layers "
+        "similar_backbone start stl_optimizer strategy sweep tasks threshold trunk tune "
+        "tune_from tuner weights"
     ).split()
 )
 

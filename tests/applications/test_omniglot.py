@@ -155,7 +155,7 @@ def options_of(folder, *arguments):
 
 
 def test_split(tmp_path, rng):
-    """As many of each character; larger shares have the smaller; nothing is tested on twice."""
+    """As many of each character; larger shares have the smaller; tests are apart."""
     folder = write_alphabets(tmp_path, rng, drawings=20)
     tasks = alphabets.load_alphabets(folder, 8)
     before = dict.fromkeys(tasks, ())
@@ -234,7 +234,7 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     tables = omniglot.main(arguments)
     errors = tables["omniglot"]
     assert list(errors["Splits"]) == [2] * len(methods)
-    assert list(errors["Method"])[0] == "STL" and (errors["To STL"] == "").sum() == 1
+    assert errors["Method"][0] == "STL" and (errors["To STL"] == "").sum() == 1
     assert set(tables) == set(blocks)
     assert list(tables["omniglot-alphabets"]["Characters"]) == [2, 3, 2]
     sharing = tables["omniglot-sharing"].set_index("Method")

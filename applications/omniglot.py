@@ -532,7 +532,7 @@ def plot_sharing(runs, path):
 class Omniglot(Experiment):
     """Fifty alphabets as fifty tasks."""
 
-    name = "omniglot"
+    name = page_block = "omniglot"
     description = "Omniglot's 50 alphabets as 50 tasks: STL, UD-MTL, DMTRL and others."
     methods = METHODS
     default_methods = tuple(METHODS)[:6]
@@ -821,22 +821,18 @@ class Omniglot(Experiment):
         return {}
 
     def blocks(self, options):
-        kinds = ["omniglot", "omniglot-sharing", "omniglot-alphabets"]
+        kinds = ["", "-sharing", "-alphabets"]
         if {*FACTORIZATIONS} & {*options.methods}:
-            kinds.append("omniglot-pairs")
-        return kinds
+            kinds.append("-pairs")
+        return [options.page_block + kind for kind in kinds]
 
     def tables(self, options, tasks, runs):
-        titles = {
-            "omniglot": ("Mean error over the alphabets", table_of_errors(runs), 2),
-            "omniglot-sharing": ("Sharing strength (chance)", table_of_sharing(runs), 2),
-            "omniglot-alphabets": (
-                "Error by alphabet, %",
-                table_of_alphabets(runs, tasks),
-                1,
-            ),
-            "omniglot-pairs": ("Pairs of languages", table_of_pairs(runs, tasks), 2),
-        }
+        found = [
+            ("Mean error over the alphabets", table_of_errors(runs), 2),
+            ("Sharing strength (chance)", table_of_sharing(runs), 2),
+            ("Error by alphabet, %", table_of_alphabets(runs, tasks), 1),
+            ("Pairs of languages", table_of_pairs(runs, tasks), 2),
+        ]
         note = (
             f"{len(tasks)} alphabets, images of {options.size} x {options.size}, "
             f"{options.epochs} epochs"
@@ -845,11 +841,10 @@ class Omniglot(Experiment):
             + (", tested on the validation drawings" if options.validation else "")
             + "."
         )
-        found = {}
-        for name in self.blocks(options):
-            title, frame, keys = titles[name]
-            found[name] = Table(title, frame, keys=keys, note=note)
-        return found
+        return {
+            name: Table(title, frame, keys=keys, note=note)
+            for name, (title, frame, keys) in zip(self.blocks(options), found)
+        }
 
     def figures(self, options, tasks, runs):
         errors, sharing = (

@@ -478,7 +478,11 @@ def table_of_alphabets(runs, tasks):
 
 
 def table_of_pairs(runs, tasks, count=3):
-    """The languages whose tasks are the most and the least alike in the layer `fc`."""
+    """The languages whose tasks are the most and the least alike in the layer `fc`.
+
+    The agreement of the splits is the mean rank correlation of the similarities of all
+    pairs between two splits; it is empty for one split, and where all pairs are alike.
+    """
     names = list(itertools.combinations(tasks, 2))
     rows = []
     for share, method, own in _groups(runs):
@@ -488,24 +492,16 @@ def table_of_pairs(runs, tasks, count=3):
         values = np.array(list(known))
         mean = values.mean(axis=0)
         order = np.argsort(-mean, kind="stable")
-
-        def said(chosen, mean=mean):
-            return "; ".join(f"{' and '.join(names[n])} ({mean[n]:.2f})" for n in chosen)
-
         agreement = ""
         if len(values) > 1 and np.ptp(values, axis=1).min() > 0:
             # Of every two splits.
             matrix = np.corrcoef(stats.rankdata(values, axis=1))
             agreement = f"{matrix[np.triu_indices(len(values), 1)].mean():.2f}"
-        rows.append(
-            {
-                "Training": f"{share:.0%}",
-                "Method": METHODS[method],
-                "Most alike": said(order[:count]),
-                "Least alike": said(order[::-1][:count]),
-                "Agreement of splits": agreement,
-            }
-        )
+        for most, least in zip(order[:count], order[::-1]):
+            both = (f"{' and '.join(names[n])} ({mean[n]:.2f})" for n in (most, least))
+            row = {"Training": f"{share:.0%}", "Method": METHODS[method]}
+            row |= dict(zip(("Most alike", "Least alike"), both))
+            rows.append(row | {"Agreement of splits": agreement})
     return pd.DataFrame(rows)
 
 

@@ -837,7 +837,7 @@ class Omniglot(Experiment):
             ("Pairs of languages", table_of_pairs(runs, tasks), 2),
         ]
         note = (
-            f"{len(tasks)} alphabets, images of {options.size} x {options.size}, "
+            f"Omniglot, {len(tasks)} alphabets, images of {options.size} x {options.size}, "
             f"{options.epochs} epochs"
             + (f" of {options.steps} steps" if options.steps else "")
             + f" with {options.batch_size} images of each alphabet in a step"

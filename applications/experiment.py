@@ -42,7 +42,7 @@ from .reading import one_line
 from .results import Results, Run, markdown_table, run_all, write_block
 
 # All experiments that a search knows, by the names of their modules.
-EXPERIMENTS = ("mnist", "mtal", "mtfl", "office_caltech", "celeba")
+EXPERIMENTS = ("mnist", "mtal", "mtfl", "office_caltech", "celeba", "omniglot")
 
 
 def experiment_of(name):

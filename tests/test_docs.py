@@ -251,7 +251,9 @@ def test_tables(page, name):
         return
     assert block.count("|") > 20
     # As Markdown, a table wants a line of its own before and behind the marks.
-    assert block.lstrip().startswith(("|", "LeNet", "Res", "Kernel", "Two", "VGG"))
+    assert block.lstrip().startswith(
+        ("|", "LeNet", "Omniglot", "Res", "Kernel", "Two", "VGG")
+    )
 
 
 # Files that a recipe or an example makes.

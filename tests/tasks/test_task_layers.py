@@ -29,6 +29,8 @@ CASES = {
         (7, 4),
     ),
     "conv2d": (TaskConv2D, {"filters": 5, "kernel_size": 3}, (7, 6, 4)),
+    # As many channels as are taken apart one task after the other.
+    "conv2d-wide": (TaskConv2D, {"filters": 40, "kernel_size": 2}, (4, 3, 4)),
     "conv2d-strided": (
         TaskConv2D,
         {"filters": 5, "kernel_size": (3, 2), "strides": (2, 1), "padding": "same"},

@@ -1,4 +1,4 @@
-"""Priors that learn how tasks, classes and features are related; norms of classic methods."""
+"""Priors that learn how tasks, classes and features are related; classic norms."""
 
 from dmtrl_keras.kernels.state import (
     KernelRegularizer,

@@ -81,7 +81,7 @@ def combined_regression(
     >>> from dmtrl_keras import combined_regression
     >>> rng = np.random.default_rng(0)
     >>> x = {task: rng.normal(size=(20, 3)) for task in ["north", "south", "west"]}
-    >>> slopes = {"north": [1.0, 2.0, 3.0], "south": [1.0, 2.0, 3.0], "west": [3.0, 0, -1.0]}
+    >>> slopes = {"north": [1.0, 2, 3], "south": [1.0, 2, 3], "west": [3.0, 0, -1]}
     >>> y = {task: features @ slopes[task] for task, features in x.items()}
     >>> found = combined_regression(x, y, latents=2, sparsity=1e-3, ridge=1e-3)
     >>> found.latent.shape, np.abs(found.kernel[:, 2] - slopes["west"]).max() < 0.1

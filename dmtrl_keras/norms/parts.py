@@ -22,8 +22,9 @@ class Parts(Parameterization):
 
     `min_{L, S} loss(L + S) + alpha |L|_* + beta sum_t |S_t|_2`,
 
-    `Parts([TraceNorm(alpha), GroupLasso(beta, "task")])`. With `GroupLasso(beta, "feature")`
-    and `GroupLasso(gamma, "entry")` it is near the dirty model of Jalali et al. (2010).
+    `Parts([TraceNorm(alpha), GroupLasso(beta, "task")])`. With
+    `GroupLasso(beta, "feature")` and `GroupLasso(gamma, "entry")` it is near the dirty
+    model of Jalali et al. (2010).
 
     Variables: `part_1`, `part_2`, ..., each of the shape of the stacked kernel. The first
     starts from the kernel, the others from zeros.

@@ -44,7 +44,7 @@ def norm_regression(
     y: Mapping[str, Tensor],
     penalty: MatrixNorm | Sequence[MatrixNorm],
     max_steps: int = 5000,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-6,
 ) -> NormRegressions:
     """Linear regressions of T tasks with a norm of all slopes as penalty.
 
@@ -62,8 +62,8 @@ def norm_regression(
     Args:
         x: dict from task to features `(n_t, d)`.
         y: dict from task to targets `(n_t,)` or `(n_t, 1)`.
-        penalty: a norm of `dmtrl_keras.regularizers`, such as `TraceNorm(0.1)`; or a list of
-            them, one for each part. Its `proximal` says nothing here.
+        penalty: a norm of `dmtrl_keras.regularizers`, such as `TraceNorm(0.1)`; or a list
+            of them, one for each part. Its `proximal` says nothing here.
         max_steps: positive int.
         tolerance: float, the relative change of the slopes in a step below which it ends.
 

@@ -112,9 +112,9 @@ class TraceNorm(MatrixNorm):
     whole kernel.
 
     `squared=True` is `strength / 2 |W|_*^2` of one matrix: MTFL, convex multi-task feature
-    learning (Argyriou, Evgeniou & Pontil 2008, theorem 1 and Eq. 19), whose minimum over
-    the features' covariance D with trace one it is; and the same over the tasks' covariance,
-    MTRL (Zhang & Yeung 2010).
+    learning (Argyriou, Evgeniou & Pontil 2008, theorem 1 and Eq. 19), which takes the
+    least over the features' covariance D with trace one; over the tasks' covariance with
+    trace one it is the same, MTRL (Zhang & Yeung 2010).
 
     Each takes an SVD of each matrix in a training step. The proximal step is a formula for
     one matrix only.

@@ -254,6 +254,7 @@ class ProximalOptimizer(_Around):
                 f"multiple of the gradient. Received: {optimizer!r}."
             )
         super().__init__(optimizer, name)
+        self._proximal: list[Any] = []
 
     def _wrap(self, name: str, variables_of: Callable[[Any], Sequence[Any]]) -> None:
         inner: Any = self.inner_optimizer
@@ -263,7 +264,8 @@ class ProximalOptimizer(_Around):
             take_step(gradients, variables, learning_rate)
             eta = learning_rate / (1 - inner.momentum)
             for variable in variables_of(variables):
-                regularizer = _proximal_of(variable)
+                # TensorFlow passes its own variables, of which Keras knows the number.
+                regularizer = self._proximal[variable_index(inner, variable)]
                 if regularizer is not None:
                     value = keras.ops.convert_to_tensor(variable)
                     step = keras.ops.cast(eta, value.dtype)
@@ -277,7 +279,8 @@ class ProximalOptimizer(_Around):
         Args:
             var_list: the trainable variables.
         """
-        if not any(_proximal_of(variable) for variable in var_list):
+        self._proximal = [_proximal_of(variable) for variable in var_list]
+        if not any(self._proximal):
             raise ValueError(
                 f"{type(self).__name__}: expected a trainable variable with a regularizer "
                 f"that has `proximal=True`. Received: {[v.path for v in var_list]}."

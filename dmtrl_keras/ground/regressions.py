@@ -87,9 +87,14 @@ class Moments:
             self._levels.append(level)
         self.gram, self.moment = np.stack(grams), np.stack(moments, axis=-1)
 
+    def applied(self, kernel: np.ndarray) -> np.ndarray:
+        """The products `G_t w_t`, an array `(d, T)`."""
+        # Several times faster than einsum.
+        return (self.gram @ kernel.T[..., None])[..., 0].T
+
     def gradient(self, kernel: np.ndarray) -> np.ndarray:
         """The gradient of the loss at slopes `(d, T)`."""
-        return np.einsum("tij,jt->it", self.gram, kernel, optimize=True) - self.moment
+        return self.applied(kernel) - self.moment
 
     def loss(self, kernel: np.ndarray) -> float:
         """The loss of slopes `(d, T)` with their best intercepts."""

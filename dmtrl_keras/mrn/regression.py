@@ -154,7 +154,7 @@ def _solve(moments: Moments, state: TensorNormalState, start: np.ndarray) -> np.
         moment = moment + strength * left @ state.mean[:, 0].astype("float64") @ right
 
     def applied(w: np.ndarray) -> np.ndarray:
-        return np.einsum("tij,jt->it", gram, w) + strength * left @ w @ right
+        return moments.applied(w) + strength * left @ w @ right
 
     # Each task alone is near the whole: a preconditioner.
     blocks = gram + strength * np.diagonal(right)[:, None, None] * left
@@ -167,7 +167,7 @@ def _solve(moments: Moments, state: TensorNormalState, start: np.ndarray) -> np.
     for _ in range(20 * d * tasks):
         if np.linalg.norm(residual) <= target:
             break
-        z = np.einsum("tij,jt->it", inverse, residual)
+        z = (inverse @ residual.T[..., None])[..., 0].T
         product = float(np.sum(residual * z))
         direction = z + product / last * direction
         image = applied(direction)

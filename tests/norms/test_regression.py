@@ -291,5 +291,5 @@ def test_edges(school):
         assert found.predict(x)["b"] == 4
     with pytest.raises(ValueError, match="norm_regression: `penalty` must be a norm"):
         norm_regression(*school, "trace")
-    with pytest.raises(ValueError, match="NormRegressions.predict: `x` must be a dict by"):
+    with pytest.raises(ValueError, match="predict: `x` must be a dict by"):
         norm_regression(x, y, TraceNorm(0.1)).predict({"c": x["a"]})

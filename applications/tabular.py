@@ -130,8 +130,9 @@ def _read_csv(path, task, target, categorical, separator):
             columns[name] = _numbers(path, name, column)
     if not columns:
         raise DataError(f"{path}: expected a column besides {task!r} and {target!r}.")
-    values = numbers.to_numpy(float)
-    return Tabular(pd.DataFrame(columns), values, names.to_numpy(object))
+    values = numbers.to_numpy(float, copy=True)
+    features = pd.DataFrame(columns).reset_index(drop=True)
+    return Tabular(features, values, names.to_numpy(object))
 
 
 def _frame(path, separator):
@@ -198,8 +199,8 @@ def make_encoder(features):
     Args:
         features: data frame, whose dtypes say what is what.
     """
-    categories = [name for name in features if features[name].dtype == object]
-    numbers = [name for name in features if name not in categories]
+    numbers = list(features.select_dtypes("number"))
+    categories = [name for name in features if name not in numbers]
     median = SimpleImputer(add_indicator=True, strategy="median", keep_empty_features=True)
     known = SimpleImputer(strategy="constant", fill_value="missing", missing_values=np.nan)
     one_hot = OneHotEncoder(

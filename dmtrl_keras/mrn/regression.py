@@ -156,8 +156,13 @@ def _solve(moments: Moments, state: TensorNormalState, start: np.ndarray) -> np.
     def applied(w: np.ndarray) -> np.ndarray:
         return moments.applied(w) + strength * left @ w @ right
 
-    # Each task alone is near the whole: a preconditioner.
-    blocks = gram + strength * np.diagonal(right)[:, None, None] * left
+    # A preconditioner. Where the tasks are hardly related, each task alone is near the
+    # whole; else so are tasks with the mean Gram matrix, in the axes of their covariance.
+    weights, axes = np.diagonal(right), np.eye(tasks)
+    largest, rotation = np.linalg.eigh(right)
+    if largest[-1] > 2 * float(np.mean(weights)):
+        gram, weights, axes = gram.mean(axis=0), np.maximum(largest, 0), rotation
+    blocks = gram + strength * weights[:, None, None] * left
     scale = float(np.trace(blocks, axis1=1, axis2=2).mean()) / d
     inverse = np.linalg.inv(blocks + (1e-9 * scale + 1e-30) * np.eye(d))
     w = start
@@ -167,7 +172,7 @@ def _solve(moments: Moments, state: TensorNormalState, start: np.ndarray) -> np.
     for _ in range(20 * d * tasks):
         if np.linalg.norm(residual) <= target:
             break
-        z = (inverse @ residual.T[..., None])[..., 0].T
+        z = (inverse @ (residual @ axes).T[..., None])[..., 0].T @ axes.T
         product = float(np.sum(residual * z))
         direction = z + product / last * direction
         image = applied(direction)

@@ -152,15 +152,19 @@ def _task_matrix(
     sparsity: float,
     task_ridge: float,
 ) -> np.ndarray:
-    """The best S given L, by coordinates: all tasks at once, one latent after the other."""
-    gram = np.einsum("ik,tij,jl->tkl", latent, moments.gram, latent, optimize=True)
+    """The best S given L; with L1 a few rounds by coordinates, for all tasks at once."""
+    gram = latent.T @ (moments.gram @ latent)
     right = latent.T @ moments.moment
+    if not sparsity:
+        mean = float(np.trace(gram, axis1=1, axis2=2).mean()) / len(right)
+        damped = gram + (task_ridge + 1e-12 * mean + 1e-30) * np.eye(len(right))
+        return np.linalg.solve(damped, right.T[..., None])[..., 0].T
     matrix = matrix.copy()
-    for _ in range(100):
+    for _ in range(10):
         last = matrix.copy()
         for k in range(len(matrix)):
             own = gram[:, k, k]
-            rest = right[k] - np.einsum("tl,lt->t", gram[:, k], matrix) + own * matrix[k]
+            rest = right[k] - np.sum(gram[:, k] * matrix.T, axis=1) + own * matrix[k]
             shrunk = np.sign(rest) * np.maximum(np.abs(rest) - sparsity, 0)
             scale = own + task_ridge
             matrix[k] = shrunk / np.where(scale > 0, scale, 1.0)

@@ -43,6 +43,7 @@ from dmtrl_keras import (
     task_correlation,
     zip_tasks,
 )
+from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.mrn.regularizer import MEANS
@@ -305,6 +306,18 @@ class Trainer:
             for name, output in outputs.items()
         }
 
+    def _tried(self, method, train, valid, seed, learning_rate, strength):
+        """Which examples are right, as `correct`; all NaN where training diverges."""
+        try:
+            model = self.train(method, train, seed, learning_rate, strength)
+        # Of TensorFlow's while it runs the step, a ValueError of the library otherwise.
+        except (ValueError, tensorflow().errors.InvalidArgumentError) as error:
+            if not _diverged(error):
+                raise
+            self.tick()
+            return {name: np.full(len(part), np.nan) for name, part in valid.items()}
+        return self.correct(model, valid)
+
     def cross_validate(self, method, parts, seed, grid):
         """The mean accuracy of each setting over the folds of the training part.
 
@@ -333,13 +346,18 @@ class Trainer:
                     f"{ {name: len(part) for name, part in parts.items()} }: expected 2 at "
                     "least. Give a larger --fractions."
                 )
-            for index, (learning_rate, strength) in enumerate(grid):
-                model = self.train(method, train, seed + fold, learning_rate, strength)
-                for name, values in self.correct(model, valid).items():
+            for index, setting in enumerate(grid):
+                found = self._tried(method, train, valid, seed + fold, *setting)
+                for name, values in found.items():
                     right[index][name].extend(values)
         return [
             float(np.mean([np.mean(values) for values in own.values()])) for own in right
         ]
+
+
+def _diverged(error):
+    """Whether a training ended since the prior's kernel was no number any more."""
+    return "values that are not finite" in str(error)
 
 
 def known_crossentropy(y_true, y_pred):

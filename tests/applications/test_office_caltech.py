@@ -118,6 +118,20 @@ def test_missing_classes(tmp_path, rng):
     assert accuracy["drn8"] > 0.8 > accuracy["stl"] + 0.2
 
 
+def test_a_setting_that_diverges_is_not_chosen(tmp_path, rng):
+    """Its accuracy is NaN, whatever the prior says of a kernel that is no number."""
+    folder = write_features(tmp_path, rng)
+    options = options_of(folder, "--strengths", "1e6", "--update-every", "1")
+    options.steps, options.folds = 30, 2
+    domains, classes = office.load_features(folder)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
+    parts = {name: np.arange(8) for name in domains}
+    grid = [(1e3, 1e6), (1e-3, 1e-3)]
+    with np.errstate(all="ignore"):
+        wrong, fine = trainer.cross_validate("mrn8", parts, 0, grid)
+    assert np.isnan(wrong) and fine > 0
+
+
 def test_same_run_gives_the_same(tmp_path, rng):
     """A network that is used again starts anew; nothing is left of earlier runs."""
     options = options_of(write_features(tmp_path, rng))

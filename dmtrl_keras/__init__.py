@@ -44,6 +44,8 @@ from dmtrl_keras.mtal.merge import (
     merge_similar_kernels,
 )
 from dmtrl_keras.mtal.similarity import aggregate_similar_kernels
+from dmtrl_keras.norms.combination import CombinedRegressions, combined_regression
+from dmtrl_keras.norms.regression import NormRegressions, norm_regression
 from dmtrl_keras.regularizers import ModeCovariance, TensorNormalRegularizer
 from dmtrl_keras.tasks.rewrite_models import factorization_report
 from dmtrl_keras.training.data import zip_tasks
@@ -55,12 +57,14 @@ from dmtrl_keras.trn.term import TaskRelations
 from dmtrl_keras.version import __version__
 
 __all__ = [
+    "CombinedRegressions",
     "Factorization",
     "KernelSharing",
     "LayerSummary",
     "LossTerm",
     "ModeCovariance",
     "MultiTaskModel",
+    "NormRegressions",
     "RelatedRegressions",
     "Relation",
     "TaskRelationModel",
@@ -71,6 +75,7 @@ __all__ = [
     "aggregate_similar_kernels",
     "canonical_correlation",
     "chance_of_sharing",
+    "combined_regression",
     "conversion",
     "decomposition",
     "distribution",
@@ -86,6 +91,7 @@ __all__ = [
     "mode_correlation",
     "mode_covariance",
     "multitask",
+    "norm_regression",
     "optimizers",
     "parameterizations",
     "plot_eigenvectors",

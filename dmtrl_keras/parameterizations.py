@@ -13,6 +13,7 @@ from dmtrl_keras.kernels.independent import Hard, Independent
 from dmtrl_keras.kernels.parameterization import Parameterization, get, names, register
 from dmtrl_keras.mtal.similar_kernels import SimilarKernels
 from dmtrl_keras.mtal.stored_once import StoredOnce
+from dmtrl_keras.norms.parts import Parts
 
 __all__ = [
     "LAF",
@@ -21,6 +22,7 @@ __all__ = [
     "Hard",
     "Independent",
     "Parameterization",
+    "Parts",
     "SimilarKernels",
     "StoredOnce",
     "Tucker",

@@ -32,15 +32,18 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.ground.keras_private import sharing_scope
 from dmtrl_keras.parameterizations import SimilarKernels
+from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
 
 # Arguments that are Keras's own, which it checks itself: tried only where a case has them.
 OF_KERAS = {"dtype", "name", "trainable"}
 # What functions return, and bases whose constructors are not for direct use.
 NOT_CALLED = {
+    "dmtrl_keras.CombinedRegressions",
     "dmtrl_keras.Factorization",
     "dmtrl_keras.KernelSharing",
     "dmtrl_keras.LayerSummary",
     "dmtrl_keras.LossTerm",
+    "dmtrl_keras.NormRegressions",
     "dmtrl_keras.RelatedRegressions",
     "canonical_correlation.CanonicalCorrelation",
     "conversion.Kernels",
@@ -52,7 +55,9 @@ NOT_CALLED = {
     "parameterizations.Hard",
     "parameterizations.Independent",
     "parameterizations.Parameterization",
+    "regularizers.KernelRegularizer",
     "regularizers.KernelState",
+    "regularizers.MatrixNorm",
     "regularizers.StatefulRegularizer",
     "regularizers.TensorNormalState",
     "tensor_normal.TensorNormal",
@@ -196,6 +201,10 @@ def cases():
         for sharing in ("independent", SimilarKernels())
     )
     trained = vectors()
+    regressions = {
+        "x": {"a": samples[:, 0], "b": samples[:, 1]},
+        "y": {"a": samples[:, 0, 0], "b": samples[:, 1, 0]},
+    }
     relations = {"relations": Relation(), "label_similarity": {("a", "b"): 0.5}}
     found = {}
     for kind in ("LAF", "Tucker", "TT"):
@@ -307,11 +316,14 @@ def cases():
             name="other",
         ),
         "dmtrl_keras.relationship_regression": Case(
-            x={"a": samples[:, 0], "b": samples[:, 1]},
-            y={"a": samples[:, 0, 0], "b": samples[:, 1, 0]},
+            **regressions,
             owners=["TensorNormalRegularizer"],
             max_sweeps=2,
         ),
+        "dmtrl_keras.norm_regression": Case(
+            penalty=TraceNorm(0.1), max_steps=2, **regressions
+        ),
+        "dmtrl_keras.combined_regression": Case(latents=1, max_sweeps=2, **regressions),
         "dmtrl_keras.task_similarity_matrix": Case(
             owners=["canonical_correlation"], tasks=[x, y]
         ),
@@ -343,12 +355,20 @@ def cases():
         "optimizers.LearningRateMultiplier": Case(
             optimizer=keras.optimizers.SGD(), multipliers={"fc": 2}
         ),
+        "optimizers.ProximalOptimizer": Case(optimizer=keras.optimizers.SGD()),
         "parameterizations.FactorizedParameterization": Case(**factors),
+        "parameterizations.Parts": Case(),
         "parameterizations.SimilarKernels": Case(),
         "parameterizations.StoredOnce": Case(numbers=[[0, 0], [1, 2]]),
         "parameterizations.get": Case(identifier="tucker", skip=["owner"]),
         "parameterizations.names": Case(),
         "parameterizations.register": Case(last="registered already", cls=SimilarKernels),
+        **{
+            f"regularizers.{kind.__name__}": Case(
+                lambda cls, **given: cls(**given)(np.ones((2, 2, 3)))
+            )
+            for kind in (ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm)
+        },
         "regularizers.mode_names": Case(order=3, task_axis=True),
         "tensor_normal.check_covariance": Case(
             owner="check_covariance", skip=["owner"], matrix=np.eye(2), size=2

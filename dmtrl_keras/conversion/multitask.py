@@ -35,7 +35,7 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization
-from dmtrl_keras.kernels.state import StatefulRegularizer
+from dmtrl_keras.kernels.state import KernelRegularizer
 from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.tasks.conv import TaskConv
 from dmtrl_keras.tasks.forms import Features
@@ -54,7 +54,7 @@ def multitask(
     share_until: str | None = None,
     shared_input: bool = True,
     heads: Any = None,
-    prior: StatefulRegularizer | Mapping[str, StatefulRegularizer] | None = None,
+    prior: KernelRegularizer | Mapping[str, KernelRegularizer] | None = None,
     between: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
     name: str | None = None,
     verbose: bool = True,
@@ -103,10 +103,11 @@ def multitask(
             function of the features that returns the output tensor, or a Keras
             layer; or a dict of these by task name. None: the backbone's output. A head
             without a name of its own is named `<task>_head`.
-        prior: a regularizer of the stacked kernels with state that learns how the tasks are
-            related, such as `TensorNormalRegularizer` (DRN, MRN); or a dict of them by
-            layer name or pattern, as for `sharing`. Each layer has a state of its own.
-            None: the regularizers of the backbone.
+        prior: a regularizer of the stacked kernels: one with state that learns how the
+            tasks are related, `TensorNormalRegularizer` (DRN, MRN), or a norm such as
+            `regularizers.TraceNorm`; or a dict of them by layer name or pattern, as for
+            `sharing`. Each layer has a state of its own. None: the regularizers of the
+            backbone.
         between: layers that let tasks see each other's features: a function of the list of
             task names that returns a layer on grouped features, such as `CrossStitch` or
             `NDDR`, for which every pooling layer is followed by one; or a dict of such
@@ -325,11 +326,11 @@ def _takes_one_argument(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _check_prior(prior: Any) -> StatefulRegularizer | None:
-    if prior is not None and not isinstance(prior, StatefulRegularizer):
+def _check_prior(prior: Any) -> KernelRegularizer | None:
+    if prior is not None and not isinstance(prior, KernelRegularizer):
         raise ValueError(
-            "multitask: `prior` must be a regularizer that learns with a kernel, such as "
-            "TensorNormalRegularizer, or a dict of them by layer name. "
+            "multitask: `prior` must be a regularizer of the tasks' kernels, such as "
+            "TensorNormalRegularizer or TraceNorm, or a dict of them by layer name. "
             f"Received: {prior!r}."
         )
     return prior
@@ -386,7 +387,7 @@ class _Builder:
         names: Sequence[str],
         surveyed: Survey,
         choose: Callable[[str, bool], Parameterization],
-        prior_of: Callable[[str], StatefulRegularizer | None],
+        prior_of: Callable[[str], KernelRegularizer | None],
         fusion_of: Callable[[str], Callable[..., Any] | None],
         inputs: Any,
         start: str | None,

@@ -1,9 +1,10 @@
 """What the parameterizations by shared factors have in common."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeAlias
 
+import keras
 import numpy as np
 
 from dmtrl_keras.dmtrl import decomposition
@@ -14,8 +15,8 @@ from dmtrl_keras.dmtrl.decomposition import (
     TaskRank,
     Threshold,
 )
-from dmtrl_keras.ground.types import FactorShapes
-from dmtrl_keras.ground.validation import check_one_of
+from dmtrl_keras.ground.types import FactorShapes, Regularizer
+from dmtrl_keras.ground.validation import check_one_of, from_keras, refusal
 from dmtrl_keras.kernels.parameterization import Parameterization
 
 Implementation: TypeAlias = Literal["auto", "compose", "contract"]
@@ -47,6 +48,9 @@ class FactorizedParameterization(Parameterization):
             tasks are multiples of each other, of which a layer warns. (A built layer's
             configuration has `"as_saved"`; one without it is of version 0.1, where an int
             or a fraction was for all ranks alike, that of the tasks too.)
+        factor_regularizers: dict from the name of a factor to a Keras regularizer of it, or
+            None. GO-MTL (Kumar & Daume 2012) is LAF with an L1 norm on `"task_matrix"`, so
+            that a task combines few latent kernels, and L2 on `"latent"`.
 
     Raises:
         ValueError: on a malformed argument.
@@ -59,6 +63,7 @@ class FactorizedParameterization(Parameterization):
         implementation: Implementation = "auto",
         threshold: Threshold = "frobenius",
         task_rank: TaskRank = None,
+        factor_regularizers: Mapping[str, Regularizer] | None = None,
     ) -> None:
         owner = type(self).__name__
         decomposition.check_choice(rank, tolerance, threshold, task_rank, owner)
@@ -75,6 +80,7 @@ class FactorizedParameterization(Parameterization):
         self.implementation = implementation
         self.threshold = threshold
         self._task_rank = task_rank
+        self._penalties = _regularizers(factor_regularizers, owner)
 
     short_forms = ("rank", "tolerance", "implementation", "threshold", "task_rank")
     # The ranks that there are. None, of a class of a user's: replicated as any tensor.
@@ -204,7 +210,13 @@ class FactorizedParameterization(Parameterization):
         return f"Received: {', '.join(parts)}."
 
     def with_rank(self, rank: tuple[int, ...]) -> Self:
-        return type(self)(rank, None, self.implementation, self.threshold, AS_SAVED)
+        return type(self)(
+            rank, None, self.implementation, self.threshold, AS_SAVED, self._penalties
+        )
+
+    @property
+    def factor_regularizers(self) -> Mapping[str, Callable[..., Any]]:
+        return self._penalties or {}
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -213,6 +225,8 @@ class FactorizedParameterization(Parameterization):
             "implementation": self.implementation,
             "threshold": self.threshold,
             "task_rank": self._task_rank,
+            "factor_regularizers": self._penalties
+            and {n: keras.regularizers.serialize(r) for n, r in self._penalties.items()},
         }
 
     @classmethod
@@ -235,3 +249,17 @@ class FactorizedParameterization(Parameterization):
             "threshold": self.threshold,
             "task_rank": self._task_rank,
         }
+
+
+def _regularizers(given: Any, owner: str) -> dict[str, Callable[..., Any]] | None:
+    """Keras's regularizers by factor, or None."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping) or not all(isinstance(n, str) for n in given):
+        what = "a dict from a factor's name to a Keras regularizer, or None"
+        raise refusal("factor_regularizers", given, owner, what)
+    made = {
+        name: from_keras(owner, keras.regularizers.get, identifier=value)
+        for name, value in given.items()
+    }
+    return {name: value for name, value in made.items() if value is not None} or None

@@ -4,6 +4,7 @@ Each is a layer of `dense` or `conv` whose kernels are generated from shared fac
 all that differs is the parameterization.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import keras
@@ -13,6 +14,7 @@ from dmtrl_keras.dmtrl.factorized import FactorizedParameterization, Implementat
 from dmtrl_keras.dmtrl.laf import LAF
 from dmtrl_keras.dmtrl.tt import TT
 from dmtrl_keras.dmtrl.tucker import Tucker
+from dmtrl_keras.ground.types import Regularizer
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.rewrite import NamedSharing
@@ -38,6 +40,7 @@ class FactorizedLayer(NamedSharing):
         threshold: `"frobenius"` (what `tolerance` promises) or `"singular_value"` (the
             per-SVD precision of the authors' code).
         task_rank: the rank of the tasks: int or fraction; None: full, or the tolerance's.
+        factor_regularizers: dict from a factor's name to a Keras regularizer, or None.
         **kwargs: of the layer below.
 
     A start kernel is drawn from the kernel initializer, stacked and decomposed, so that
@@ -56,10 +59,11 @@ class FactorizedLayer(NamedSharing):
         implementation: Implementation = "auto",
         threshold: Threshold = "frobenius",
         task_rank: TaskRank = None,
+        factor_regularizers: Mapping[str, Regularizer] | None = None,
         **kwargs: Any,
     ) -> None:
         sharing = self._parameterization(
-            rank, tolerance, implementation, threshold, task_rank
+            rank, tolerance, implementation, threshold, task_rank, factor_regularizers
         )
         # The constructor of the layer below, not of `TaskLayer`.
         super().__init__(*args, sharing=sharing, **kwargs)  # type: ignore[misc]

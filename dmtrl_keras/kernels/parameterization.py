@@ -139,6 +139,11 @@ class Parameterization:
         """
         return self.decompose(np.repeat(kernel[..., None], tasks, axis=-1))
 
+    @property
+    def factor_regularizers(self) -> Mapping[str, Callable[..., Any]]:
+        """Penalties on single factors, a dict by name; most have none."""
+        return {}
+
     def with_names(self, names: Sequence[str]) -> Self:
         """The same parameterization for tasks of given names, where it speaks of tasks."""
         return self

@@ -100,7 +100,19 @@ class StatePenalty(keras.regularizers.Regularizer):
         return self._state.penalty(x)
 
 
-class StatefulRegularizer(keras.regularizers.Regularizer):
+class KernelRegularizer(keras.regularizers.Regularizer):
+    """A penalty on the stacked kernel of T tasks, which says nothing about one alone.
+
+    Attributes:
+        proximal: bool; the penalty has no gradient, and after each step the variable
+            becomes what `proximal_step(value, step size)` returns. It takes a
+            `ProximalOptimizer`, and a kernel that is a variable.
+    """
+
+    proximal = False
+
+
+class StatefulRegularizer(KernelRegularizer):
     """A penalty on a kernel that depends on state which learns with it.
 
     It holds settings, never variables: every kernel that it is given to gets a state of its

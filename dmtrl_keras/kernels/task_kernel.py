@@ -144,9 +144,22 @@ class TaskKernel(keras.layers.Layer):
         direct = self.sharing.is_stacked_kernel
         regularizer = self._penalty()
         if regularizer is not None and not direct:
+            if getattr(regularizer, "proximal", False):
+                raise ValueError(
+                    f"{self.owner}: `proximal=True` needs a kernel that is a variable, not "
+                    f"one composed of factors. Received: {self.regularizer!r} with "
+                    f"sharing={self.sharing.name!r}. Expected: proximal=False, or "
+                    "`factor_regularizers` of the parameterization."
+                )
             # The penalty is of the composed kernel. It hangs on the first factor,
             # so that Keras counts it once, and not while the layer is frozen.
             regularizer = _OfComposed(regularizer, self)
+        own = self.sharing.factor_regularizers
+        if not set(own) <= set(values):
+            raise ValueError(
+                f"{self.owner}: expected regularizers of the factors {list(values)}. "
+                f"Received: {sorted(own)}."
+            )
         constraint = self.constraint if direct else None
         if self.sharing.projects_updates:
             constraint = _Projection(self)
@@ -156,7 +169,7 @@ class TaskKernel(keras.layers.Layer):
                 name=name,
                 shape=value.shape,
                 initializer=_constant(value),
-                regularizer=regularizer,
+                regularizer=_both(own.get(name), regularizer),
                 constraint=constraint,
             )
             regularizer = None
@@ -448,6 +461,36 @@ class _OfComposed(keras.regularizers.Regularizer):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._penalty(self._kernel.value())
+
+
+class _FactorPenalty(keras.regularizers.Regularizer):
+    """The penalty on a factor, and one on the composed kernel that hangs on it.
+
+    Args:
+        own: the factor's regularizer, whose proximal step this has.
+        other: the regularizer of the composed kernel.
+    """
+
+    def __init__(self, own: Callable[..., Any], other: Callable[..., Any]) -> None:
+        self._own = own
+        self._other = other
+        self.proximal = getattr(own, "proximal", False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._own(x) + self._other(x)
+
+    def proximal_step(self, w: Tensor, step: Any) -> Tensor:
+        """The proximal step of the factor's own penalty."""
+        own: Any = self._own
+        return own.proximal_step(w, step)
+
+
+def _both(
+    own: Callable[..., Any] | None, other: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
+    if own is None or other is None:
+        return other if own is None else own
+    return _FactorPenalty(own, other)
 
 
 class _Projection(keras.constraints.Constraint):

@@ -2,19 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from keras import ops
 
+from dmtrl_keras.ground.regressions import Moments, Regressions
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import (
-    check_number,
-    check_positive,
-    check_task_names,
-    finite_array,
-    refusal,
-)
+from dmtrl_keras.ground.validation import check_number, check_positive, refusal
 from dmtrl_keras.kernels.state import mode_names
 from dmtrl_keras.mrn.network import named_prior
 from dmtrl_keras.mrn.regularizer import Mean, TensorNormalRegularizer
@@ -24,7 +19,7 @@ OWNER = "relationship_regression"
 
 
 @dataclasses.dataclass(frozen=True)
-class RelatedRegressions:
+class RelatedRegressions(Regressions):
     """Linear regressions of T tasks that were learned together.
 
     Attributes:
@@ -37,35 +32,10 @@ class RelatedRegressions:
         converged: bool, whether the last sweep changed less than the tolerance.
     """
 
-    tasks: tuple[str, ...]
-    kernel: np.ndarray
-    bias: np.ndarray
     mean: np.ndarray
     covariances: dict[str, np.ndarray]
     sweeps: int
     converged: bool
-
-    def predict(self, x: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """What each task predicts.
-
-        Args:
-            x: dict from task to features `(n, d)`; tasks may be left out.
-
-        Returns:
-            A dict from task to array `(n,)`.
-
-        Raises:
-            ValueError: on unknown tasks and other shapes.
-        """
-        owner = "RelatedRegressions.predict"
-        if not isinstance(x, Mapping) or not set(x) <= set(self.tasks):
-            raise refusal("x", x, owner, f"a dict by task, of {list(self.tasks)}")
-        found = {}
-        for task, features in x.items():
-            values = _features(task, features, owner, len(self.kernel))
-            number = self.tasks.index(task)
-            found[task] = values @ self.kernel[:, number] + self.bias[number]
-        return found
 
 
 def relationship_regression(
@@ -127,20 +97,8 @@ def relationship_regression(
     regularizer = named_prior(prior, check_number("strength", strength, OWNER), mean, OWNER)
     if regularizer is None:
         raise refusal("prior", prior, OWNER, "a prior")
-    tasks = _tasks(x, y)
-    features = {task: _features(task, x[task], OWNER) for task in tasks}
-    d = len(features[tasks[0]].T)
-    n = sum(map(len, features.values()))
-    grams, moments, centres = [], [], []
-    for task in tasks:
-        own = _features(task, features[task], OWNER, d)
-        target = _target(task, y[task], len(own))
-        centre, level = own.mean(axis=0), target.mean()
-        own = own - centre
-        grams.append(2 * len(tasks) / n * own.T @ own)
-        moments.append(2 * len(tasks) / n * own.T @ (target - level))
-        centres.append((centre, level))
-    gram, moment = np.stack(grams), np.stack(moments, axis=-1)
+    moments = Moments(x, y, OWNER)
+    (d, _), tasks = moments.moment.shape, moments.tasks
 
     kernel = np.zeros((d, len(tasks)))
     state = TensorNormalState(
@@ -155,17 +113,16 @@ def relationship_regression(
     learns = regularizer.update_every is not None
     sweeps, converged = 0, False
     while sweeps < max_sweeps and not converged:
-        new = _solve(gram, moment, state, kernel)
+        new = _solve(moments, state, kernel)
         step = np.linalg.norm(new - kernel)
         kernel, sweeps = new, sweeps + 1
         converged = step <= tolerance * np.linalg.norm(kernel) or not learns
         for _ in range(regularizer.update_every or 0):
             state(training=True)
-    bias = [level - centre @ w for (centre, level), w in zip(centres, kernel.T)]
     return RelatedRegressions(
-        tasks=tuple(tasks),
+        tasks=tasks,
         kernel=kernel,
-        bias=np.array(bias),
+        bias=moments.bias(kernel),
         mean=state.mean[:, 0].astype("float64"),
         covariances=state.covariances,
         sweeps=sweeps,
@@ -173,14 +130,13 @@ def relationship_regression(
     )
 
 
-def _solve(
-    gram: np.ndarray, moment: np.ndarray, state: TensorNormalState, start: np.ndarray
-) -> np.ndarray:
+def _solve(moments: Moments, state: TensorNormalState, start: np.ndarray) -> np.ndarray:
     """The slopes given the covariances: where the gradient is zero.
 
     `A_t w_t + strength (S_feature^-1 (W - M) S_task^-1)_t = c_t` for every task, in which
     M is a constant or the generalized least squares mean of W.
     """
+    gram, moment = moments.gram, moments.moment
     d, tasks = moment.shape
     strength = state.regularizer.strength
     precision = {
@@ -198,10 +154,15 @@ def _solve(
         moment = moment + strength * left @ state.mean[:, 0].astype("float64") @ right
 
     def applied(w: np.ndarray) -> np.ndarray:
-        return np.einsum("tij,jt->it", gram, w) + strength * left @ w @ right
+        return moments.applied(w) + strength * left @ w @ right
 
-    # Each task alone is near the whole: a preconditioner.
-    blocks = gram + strength * np.diagonal(right)[:, None, None] * left
+    # A preconditioner. Where the tasks are hardly related, each task alone is near the
+    # whole; else so are tasks with the mean Gram matrix, in the axes of their covariance.
+    weights, axes = np.diagonal(right), np.eye(tasks)
+    largest, rotation = np.linalg.eigh(right)
+    if largest[-1] > 2 * float(np.mean(weights)):
+        gram, weights, axes = gram.mean(axis=0), np.maximum(largest, 0), rotation
+    blocks = gram + strength * weights[:, None, None] * left
     scale = float(np.trace(blocks, axis1=1, axis2=2).mean()) / d
     inverse = np.linalg.inv(blocks + (1e-9 * scale + 1e-30) * np.eye(d))
     w = start
@@ -211,7 +172,7 @@ def _solve(
     for _ in range(20 * d * tasks):
         if np.linalg.norm(residual) <= target:
             break
-        z = np.einsum("tij,jt->it", inverse, residual)
+        z = (inverse @ (residual @ axes).T[..., None])[..., 0].T @ axes.T
         product = float(np.sum(residual * z))
         direction = z + product / last * direction
         image = applied(direction)
@@ -222,34 +183,3 @@ def _solve(
         step = product / curvature
         w, residual, last = w + step * direction, residual - step * image, product
     return w
-
-
-def _tasks(x: Any, y: Any) -> list[str]:
-    """The names of the tasks, of which both dicts have the same."""
-    if not isinstance(x, Mapping) or not x:
-        raise refusal("x", x, OWNER, "a dict from task to features, of one task at least")
-    tasks = list(x)
-    check_task_names(tasks, OWNER)
-    if not isinstance(y, Mapping) or set(y) != set(tasks):
-        raise refusal("y", y, OWNER, f"a dict from task to targets, of {tasks}")
-    return tasks
-
-
-def _features(task: str, x: Any, owner: str, d: int | None = None) -> np.ndarray:
-    values = finite_array(f"x[{task!r}]", x, owner)
-    if values.ndim != 2 or not values.size or d not in (None, values.shape[1]):
-        raise ValueError(
-            f"{owner}: expected features of task {task!r} of shape "
-            f"(n, {'d' if d is None else d}), not empty. Received: {values.shape}."
-        )
-    return values
-
-
-def _target(task: str, y: Any, n: int) -> np.ndarray:
-    values = finite_array(f"y[{task!r}]", y, OWNER)
-    if values.shape not in ((n,), (n, 1)):
-        raise ValueError(
-            f"{OWNER}: expected {n} targets of task {task!r}, as many as it has examples. "
-            f"Received: {values.shape}."
-        )
-    return values.reshape(n)

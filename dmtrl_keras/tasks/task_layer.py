@@ -26,7 +26,7 @@ from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.kernels.parameterization import Parameterization, Sharing
 from dmtrl_keras.kernels.plan import Geometry
-from dmtrl_keras.kernels.state import KernelState, StatefulRegularizer
+from dmtrl_keras.kernels.state import KernelRegularizer, KernelState
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.tasks.column import TaskColumn
 
@@ -107,7 +107,7 @@ class TaskLayer(CheckedLayer):
         # attribute it would be tracked.
         self._output_shape_of_one = lambda shape: twin.compute_output_shape(shape)
         self._twin_arguments = twin.get_config()
-        if isinstance(self.kernel_regularizer, StatefulRegularizer):
+        if isinstance(self.kernel_regularizer, KernelRegularizer):
             # One task alone has no relations; a twin needs nothing of this library.
             self._twin_arguments[f"{prefix}_regularizer"] = None
         self._twin_class = type(twin)

@@ -56,6 +56,7 @@ from dmtrl_keras.training.lengths import (
     one_set_each,
 )
 from dmtrl_keras.training.metrics import TotalLoss
+from dmtrl_keras.training.optimizers import check_proximal
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 from dmtrl_keras.training.weights import (
     MovingWeights,
@@ -225,13 +226,15 @@ class MultiTaskModel(ModelOfReplicas):
         Raises:
             ValueError: on unknown tasks, on weights of tasks without a loss, on weights
                 that are no numbers, on lists of one entry per task; on what Keras can't do
-                with several replicas: `jit_compile=True`, `steps_per_execution` above 1.
+                with several replicas: `jit_compile=True`, `steps_per_execution` above 1; on
+                regularizers with `proximal=True` without a `ProximalOptimizer`.
 
         Warns:
             UserWarning: on metrics of Keras beside a `MaskedLoss`, which take missing
                 labels for labels.
         """
         self._check_replicas(kwargs)
+        check_proximal(optimizer, self.trainable_variables, name_of(self))
         given, (loss, by_task) = loss, self._given_losses(loss)
         weights = {}
         if loss_weights is not None:

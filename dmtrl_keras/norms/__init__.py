@@ -1,0 +1,1 @@
+"""Classic multi-task penalties: norms of the stacked kernel, proximal steps, solvers."""

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from dmtrl_keras import TensorNormalRegularizer, relationship_regression, zip_tasks
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.losses import MaskedLoss
 
 from .. import hypermodels
@@ -103,7 +104,7 @@ class Linear(Candidate):
 
     def train(self, problem, part, hp, options, epochs, seed):
         x, y = problem.rows(part)
-        scaler = StandardScaler().fit(np.concatenate(list(x.values())))
+        scaler = problem.encoder(x)
         x = {t: scaler.transform(values) for t, values in x.items()}
         predict, weights, model = self.fit(problem, x, y, hp.get("strength"))
         return Trained(
@@ -192,8 +193,6 @@ class Pooled(Linear):
         kinds = {(problem.kinds[t], problem.outputs(t)) for t in problem.tasks}
         if len(kinds) > 1:
             return f"the tasks are of different kinds: {sorted(kinds)}"
-        if len({v.shape[1] for v in problem.x.values()}) > 1:
-            return "the tasks have different features"
         return None
 
     def fit(self, problem, x, y, strength):
@@ -275,12 +274,17 @@ class Network(Candidate):
     def lack(self, problem):
         return None if self._lack is None else self._lack(problem)
 
-    def hypermodel(self, problem, scale=None):
-        """The hypermodel of its family."""
+    def hypermodel(self, problem, width=None):
+        """The hypermodel of its family.
+
+        Args:
+            problem: `Problem`.
+            width: int, the columns of a table's rows as they were encoded.
+        """
         family = hypermodels.FAMILIES[self.method]
         return family(
             self.method,
-            functools.partial(backbone_of, problem),
+            functools.partial(backbone_of, problem, width),
             {t: MaskedLoss(LOSSES[problem.kinds[t]]) for t in problem.tasks},
             heads=problem.heads,
             shared_input=problem.shared,
@@ -288,14 +292,16 @@ class Network(Candidate):
         )
 
     def declare(self, hp, problem):
-        self.hypermodel(problem).build(hp)
+        train, _ = problem.rows(problem.everything())
+        width = _scales(problem, train, problem.y).width
+        self.hypermodel(problem, width).build(hp)
 
     def train(self, problem, part, hp, options, epochs, seed):
         keras.backend.clear_session(free_memory=False)
         keras.utils.set_random_seed(seed)
         x, y = problem.rows(part)
         scale = _scales(problem, x, y)
-        model = self.hypermodel(problem).build(hp)
+        model = self.hypermodel(problem, scale.width).build(hp)
         inputs, labels = scale.inputs(x), scale.labels(y)
         size = options.batch_size
         if problem.shared:
@@ -316,11 +322,10 @@ class Network(Candidate):
         return Trained(predict, weights, model)
 
 
-def backbone_of(problem):
+def backbone_of(problem, width=None):
     """A problem's own backbone, or a small network of a table's rows."""
     if problem.backbone is not None:
         return problem.backbone()
-    width = next(iter(problem.x.values())).shape[1]
     return keras.Sequential(
         [
             keras.Input((width,)),
@@ -334,9 +339,11 @@ class _scales:
     """Rows and targets of mean zero and deviation one on the training part."""
 
     def __init__(self, problem, x, y):
-        self.x = None
+        self.x, self.width = None, None
         if problem.tabular:
-            self.x = StandardScaler().fit(np.concatenate(list(x.values())))
+            self.x = problem.encoder(x)
+            first = next(iter(x.values()))
+            self.width = self.x.transform(first[:1]).shape[1]
         self.y = {
             t: StandardScaler().fit(y[t].reshape(len(y[t]), -1))
             for t in problem.tasks
@@ -365,7 +372,7 @@ class _scales:
 
 def _no_convolution(problem):
     kinds = hypermodels._CONVOLUTIONS
-    layers = backbone_of(problem)._flatten_layers()
+    layers = [] if problem.backbone is None else flatten_layers(backbone_of(problem))
     if any(isinstance(layer, kinds) for layer in layers):
         return None
     return "the network has no convolution"

@@ -9,21 +9,24 @@ again with the same arguments it goes on where it was.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
+
+import pandas as pd
 
 from .. import application
 from ..own import checked_data, function_of
 from .candidates import CANDIDATES
 from .compared import compare_on
-from .problem import METRICS, Problem
-from .report import to_json, write_report
+from .problem import BINARY, CLASSES, METRICS, REGRESSION, Problem, from_table
+from .report import methods_rows, to_json, write_report
 from .search import Options
 
 arguments = application("arguments")
 experiment = application("experiment")
 files = application("files")
-tables = application("tabular")
+tabular = application("tabular")
 make_console = experiment.make_console
 
 
@@ -42,6 +45,18 @@ def parser():
     )
     p.add_argument("--task", help="of --csv: the column that says whose example it is")
     p.add_argument("--target", help="of --csv: the column to be predicted")
+    p.add_argument(
+        "--kind",
+        choices=(REGRESSION, BINARY, CLASSES),
+        help="of --csv: what the target is; by default binary if it has two values, else a "
+        "regression",
+    )
+    p.add_argument(
+        "--categorical",
+        nargs="+",
+        default=[],
+        help="of --csv: columns that are categories although they look like numbers",
+    )
     p.add_argument(
         "--model", metavar="MODULE:FUNCTION", help="returns the backbone; for --data"
     )
@@ -63,22 +78,47 @@ def main(given=None):
     """Run the command; returns the `Comparison`."""
     p = parser()
     options = arguments.parse_arguments(p, given)
+    if options.csv is not None and not (options.task and options.target):
+        p.error("--csv needs --task COLUMN and --target COLUMN")
+    if options.data is not None and not options.model:
+        p.error("--data needs --model MODULE:FUNCTION")
     console = make_console()
-    with experiment.working_in(options.output):
-        problem = _problem(p, options)
-        own = Options(**{name: getattr(options, name) for name in _own()})
+    with files.working_in(options.output), options.strategy.scope():
+        problem = problem_of(p, options)
+        names = [field.name for field in dataclasses.fields(Options)]
+        own = Options(**{n: getattr(options, n) for n in names if hasattr(options, n)})
         found = compare_on(problem, own, options.output, console.print)
         experiment.Table("Methods", shown(found)).print(console)
-        console.print(found.sentence)
+        console.print(found.sentence, highlight=False)
         files.write(options.output / "results.json", json.dumps(to_json(found), indent=1))
         write_report(found, options.output / "report.html")
         console.print(f"The report is {options.output / 'report.html'}.")
     return found
 
 
-def _own():
-    return ("methods", "trials", "repeats", "epochs", "batch_size") + (
-        "validation",
-        "test",
-        "seed",
+def problem_of(p, options):
+    """The problem that the arguments name."""
+    if options.csv is not None:
+        table = tabular.read_tabular(
+            options.csv, options.task, options.target, options.categorical
+        )
+        return from_table(table, options.kind, options.metric)
+    try:
+        make, data = function_of(options.model), function_of(options.data)
+    except ValueError as error:
+        p.error(str(error))
+    data = checked_data(data(), options.data)
+    x, y = data["train"]
+    return Problem(x, y, data["test"], backbone=make, metric=options.metric)
+
+
+def shown(found):
+    """The table of the terminal, a data frame of strings."""
+    header, rows = methods_rows(found)
+    return pd.DataFrame(
+        [[text for text, _ in row] for row in rows.values()], columns=header
     )
+
+
+if __name__ == "__main__":
+    main()

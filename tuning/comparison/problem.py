@@ -3,14 +3,19 @@
 import typing
 
 import numpy as np
+import pandas as pd
 from sklearn import metrics as scores
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 
 from .. import application
 
 DataError = application("reading").DataError
 digest_of = application("experiment").digest_of
+make_encoder = application("tabular").make_encoder
 
+# Fewer examples of a task can't be split for training, validation and testing.
+LEAST = 4
 REGRESSION, BINARY, CLASSES = "regression", "binary", "classes"
 
 
@@ -69,11 +74,12 @@ class Problem:
     """Tasks with their examples.
 
     Args:
-        x: dict from task to array of examples; or one array, the same examples for all.
+        x: dict from task to array of examples, or to a data frame with columns of numbers
+            and of categories; or one array, the same examples for all.
         y: dict from task to labels: `(n,)` or `(n, outputs)`; NaN (or -1 of classes) where
             they are missing.
-        test: `(x, y)` of the same form, on which finished methods are tested; None: every
-            draw splits a share of the examples off.
+        test_data: `(x, y)` of the same form, on which finished methods are tested; None:
+            every draw splits a share of the examples off.
         kinds: dict from task to `"regression"`, `"binary"` or `"classes"`; by default
             floats are regressions, ints and bools classes.
         backbone: function without arguments that returns a Keras model, what each task's
@@ -81,22 +87,31 @@ class Problem:
             on tables.
         metric: a key of `METRICS`, or None: the error rate of classes, and the
             unexplained variance of regressions.
+        classes: int, of all tasks of classes; None: by task, as many as its labels have.
 
     Raises:
         DataError: on data in another form.
     """
 
-    def __init__(self, x, y, test=None, kinds=None, backbone=None, metric=None):
+    def __init__(
+        self, x, y, test_data=None, kinds=None, backbone=None, metric=None, classes=None
+    ):
         self.tasks = list(y)
         self.shared = not isinstance(x, dict)
-        self.x = {t: x for t in y} if self.shared else {t: np.asarray(x[t]) for t in y}
+        self.x = {t: _examples(x if self.shared else x[t]) for t in y}
         self.y = {t: np.asarray(values) for t, values in y.items()}
-        self.test = test
+        self.test = None
+        if test_data is not None:
+            own, labels = test_data
+            self.test = (
+                {t: _examples(own if self.shared else own[t]) for t in y},
+                {t: np.asarray(labels[t]) for t in y},
+            )
         self.backbone = backbone
         self._check()
         self.kinds = dict(kinds or {t: _kind(values) for t, values in self.y.items()})
         self.classes = {
-            t: 1 + int(self.y[t].max()) for t in y if self.kinds[t] == CLASSES
+            t: classes or 1 + int(self.y[t].max()) for t in y if self.kinds[t] == CLASSES
         }
         self.metrics = {t: METRICS[metric or _default(self.kinds[t])] for t in y}
         for task in self.tasks:
@@ -110,9 +125,9 @@ class Problem:
         if len(self.tasks) < 2:
             raise DataError(f"Expected two tasks at least. Received: {self.tasks}.")
         lengths = {t: (len(self.x[t]), len(self.y[t])) for t in self.tasks}
-        if any(one != other or one < 4 for one, other in lengths.values()):
+        if any(one != other or one < LEAST for one, other in lengths.values()):
             raise DataError(
-                "Expected as many labels as examples, and 4 at least of each task. "
+                f"Expected as many labels as examples, and {LEAST} at least of each task. "
                 f"Received (examples, labels): {lengths}."
             )
 
@@ -120,6 +135,25 @@ class Problem:
     def tabular(self):
         """Whether the examples are rows of numbers."""
         return all(x.ndim == 2 for x in self.x.values())
+
+    def encoder(self, x):
+        """What scales rows to mean zero and deviation one, fitted on a training part.
+
+        Args:
+            x: dict from task to rows.
+
+        Returns:
+            An object with `transform`, as scikit-learn's.
+        """
+        if self.frames:
+            every = pd.concat(list(x.values()), ignore_index=True)
+            return make_encoder(every).fit(every)
+        return StandardScaler().fit(np.concatenate(list(x.values())))
+
+    @property
+    def frames(self):
+        """Whether the examples are data frames."""
+        return all(isinstance(x, pd.DataFrame) for x in self.x.values())
 
     @property
     def regression(self):
@@ -158,7 +192,9 @@ class Problem:
                 continue
             labels = self.y[task][own] if self.kinds[task] != REGRESSION else None
             held = max(1, round(share * len(own)))
-            enough = labels is not None and min(np.unique(labels, return_counts=True)[1]) > 1
+            enough = (
+                labels is not None and min(np.unique(labels, return_counts=True)[1]) > 1
+            )
             enough = enough and min(held, len(own) - held) >= len(np.unique(labels))
             common = train_test_split(
                 own,
@@ -176,7 +212,8 @@ class Problem:
 
     def rows(self, part):
         """`(x, y)` of a part, dicts by task."""
-        x = {t: self.x[t][part[t]] for t in self.tasks}
+        take = (lambda x, i: x.iloc[i]) if self.frames else (lambda x, i: x[i])
+        x = {t: take(self.x[t], part[t]) for t in self.tasks}
         return x, {t: self.y[t][part[t]] for t in self.tasks}
 
     def score(self, part, y, outputs):
@@ -203,12 +240,51 @@ class Problem:
 
     def digest(self):
         """A str that names the data."""
-        pieces = [np.ascontiguousarray(v) for t in self.tasks for v in (self.x[t], self.y[t])]
-        return digest_of([repr(self.tasks).encode(), *pieces])
+        pieces = [repr(self.tasks).encode()]
+        for task in self.tasks:
+            x = self.x[task]
+            pieces.append(x.to_csv().encode() if self.frames else x)
+            pieces.append(self.y[task])
+        return digest_of(pieces)
 
     def errors(self, y, outputs):
         """The error of each task, a dict."""
         return {t: self.metrics[t].error(y[t], outputs[t]) for t in self.tasks}
+
+
+def from_table(table, kind=None, metric=None):
+    """The problem of a table whose rows belong to tasks.
+
+    Args:
+        table: `applications.tabular.Tabular`.
+        kind: `"regression"`, `"binary"` or `"classes"`; None: binary if the target has two
+            values, else a regression.
+        metric: a key of `METRICS`, or None.
+
+    Returns:
+        A `Problem`, of the tasks with four rows at least.
+    """
+    values, target = np.unique(table.target, return_inverse=True)
+    if kind is None:
+        kind = BINARY if len(values) == 2 else REGRESSION
+    if kind == BINARY and len(values) != 2:
+        raise DataError(f"--kind binary: the target has {len(values)} values.")
+    rows = {t: own for t, own in table.rows().items() if len(own) >= LEAST}
+    y = table.target if kind == REGRESSION else target
+    return Problem(
+        {
+            str(t): table.features.iloc[own].reset_index(drop=True)
+            for t, own in rows.items()
+        },
+        {str(t): y[own] for t, own in rows.items()},
+        kinds={str(t): kind for t in rows},
+        metric=metric,
+        classes=len(values),
+    )
+
+
+def _examples(x):
+    return x if isinstance(x, pd.DataFrame) else np.asarray(x)
 
 
 def _kind(values):

@@ -7,6 +7,11 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.offline
 
+from .. import application
+from ..oracles import pareto_front
+
+files = application("files")
+
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem;
@@ -80,14 +85,18 @@ def write_report(comparison, path):
 {"".join(parts)}
 <script>{_SCRIPT}</script></body></html>
 """
-    from .. import application
-
-    application("files").write(path, text)
+    files.write(path, text)
 
 
 def methods_rows(c):
     """`(header, rows)` of the table of methods; a cell is `(text, value)`."""
-    header = ["Method", "Mean error", "Against " + c.table.loc[c.baseline].title, "95%", "p"]
+    header = [
+        "Method",
+        "Mean error",
+        "Against " + c.table.loc[c.baseline].title,
+        "95%",
+        "p",
+    ]
     header += ["Weights", "Seconds"]
     rows = {}
     for name, row in c.table.iterrows():
@@ -97,7 +106,10 @@ def methods_rows(c):
             (row.title, row.title),
             (f"{row.error:.4f}{spread}", row.error),
             ("-" if base else f"{row.delta:+.1f}%", None if base else row.delta),
-            ("-" if base else f"{row.low:+.1f} to {row.high:+.1f}", None if base else row.low),
+            (
+                "-" if base else f"{row.low:+.1f} to {row.high:+.1f}",
+                None if base else row.low,
+            ),
             ("-" if base else f"{row.p:.3f}", None if base else row.p),
             (f"{int(row.weights):,}", int(row.weights)),
             (f"{row.seconds:.1f}", row.seconds),
@@ -152,8 +164,6 @@ def _figure(figure, identity):
 
 def size_figure(c):
     """Mean error against the number of weights, with the Pareto front."""
-    from ..oracles import pareto_front
-
     values = np.array([c.table.weights, c.table.error], float).T
     front = pareto_front(values)
     figure = go.Figure()

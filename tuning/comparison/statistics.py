@@ -144,8 +144,8 @@ def recommend(errors, baseline, order=None, least=0.02, level=0.05, seed=0):
 
     The best one has the smallest mean error. Another is worse if its mean error is higher
     by more than a share `least` of the best's, and by more than chance: the interval of the
-    paired differences, at a level divided by the number of methods, does not have zero. So a
-    method that shares is recommended only where it is better than what shares nothing.
+    paired differences, at a level divided by the number of methods, does not have zero. So
+    a method that shares is recommended only where it is better than what shares nothing.
 
     Args:
         errors: dict from method to array `(draws, tasks)`.
@@ -161,7 +161,9 @@ def recommend(errors, baseline, order=None, least=0.02, level=0.05, seed=0):
     order = list(errors) if order is None else list(order)
     # Errors of different scales count alike: in units of the baseline's.
     scale = np.asarray(errors[baseline], float).mean(axis=0)
-    scaled = {m: np.asarray(errors[m], float) / np.where(scale > 0, scale, 1) for m in order}
+    scaled = {
+        m: np.asarray(errors[m], float) / np.where(scale > 0, scale, 1) for m in order
+    }
     finite = [m for m in order if np.isfinite(scaled[m]).all()]
     best = min(finite, key=lambda m: scaled[m].mean())
     confidence = 1 - level / max(1, len(finite) - 1)

@@ -1,12 +1,13 @@
 """Comparisons of methods: fair, resumed, and right about planted tasks."""
 
+import html
 import json
 
 import keras
 import numpy as np
 import pytest
 
-from tuning.comparison import CANDIDATES, Problem, compare, problem
+from tuning.comparison import CANDIDATES, Problem, command, compare, problem
 from tuning.comparison.search import Options, draw, methods_of
 
 
@@ -39,8 +40,10 @@ LINEAR = {"methods": ["ridge", "pooled", "related"], "test": 0.5, "trials": 5}
     ],
 )
 def test_planted(kind, expected):
-    """All-shared for copies, single tasks for independent ones, relations for the others:
-    in nine of ten seeds."""
+    """All-shared for copies, single tasks for independent ones, relations for the others.
+
+    In nine of ten seeds.
+    """
     found = [
         compare(*planted(kind, seed), repeats=4, seed=seed, **LINEAR).recommendation.method
         for seed in range(10)
@@ -116,7 +119,7 @@ def test_errors(rng):
         Problem({"a": x["a"]}, {"a": np.zeros(8)})
     with pytest.raises(problem.DataError, match=r"'b': \(8, 7\)"):
         Problem(x, {"a": np.zeros(8), "b": np.zeros(7)})
-    with pytest.raises(problem.DataError, match="auc: it is of .*'a' is of kind 'regr"):
+    with pytest.raises(problem.DataError, match=r"auc: it is of .*'a' is of kind 'regr"):
         Problem(x, {"a": np.zeros(8), "b": np.zeros(8)}, metric="auc")
 
 
@@ -133,3 +136,64 @@ def test_metrics(rng):
     assert metrics["error"].error(labels, logits) == 0.25
     pairs = [logits[i] > logits[j] for i in (2, 3) for j in (0, 1)]
     assert metrics["auc"].error(labels, logits) == pytest.approx(1 - np.mean(pairs))
+
+
+def write_csv(path, rng):
+    """Four schools, two of which teach the same; a column of categories, missing values."""
+    lines = ["school,age,sex,score"]
+    for number, school in enumerate(["north", "south", "west", "east"]):
+        for _ in range(24):
+            age, sex = rng.normal(), rng.choice(["m", "f"])
+            score = 3 * age * (1 if number < 2 else -1) + (sex == "m") + rng.normal() / 5
+            shown = "" if rng.random() < 0.1 else f"{age:.3f}"
+            lines.append(f"{school},{shown},{sex},{score:.3f}")
+    path.write_text("\n".join(lines))
+
+
+def test_command(tmp_path, rng, capsys):
+    """A CSV file: the table, the sentence, a report with the numbers of results.json."""
+    write_csv(tmp_path / "schools.csv", rng)
+    arguments = [
+        *["--csv", str(tmp_path / "schools.csv"), "--task", "school", "--target", "score"],
+        *["--methods", "ridge", "pooled", "related", "stl", "--trials", "2"],
+        *["--repeats", "2", "--epochs", "3", "--output", str(tmp_path / "out")],
+    ]
+    found = command.main(arguments)
+    assert found.baseline == "stl" and list(found.tasks) == [
+        "north",
+        "south",
+        "west",
+        "east",
+    ]
+    assert found.by_task.loc["ridge"].mean() < found.by_task.loc["pooled"].mean()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert results["sentence"] == found.sentence and html.escape(found.sentence) in page
+    for row in results["methods"].values():
+        assert f'data-value="{row["error"]}"' in page or f"{row['error']:.4f}" in page
+    assert "Plotly.newPlot" in page and "http-equiv" not in page
+    text = capsys.readouterr().out
+    assert "linear, DRN" in text and "report.html" in text
+    with pytest.raises(SystemExit):
+        command.main(["--csv", "x.csv", "--task", "school"])
+
+
+def test_own_data(tmp_path, monkeypatch, rng):
+    """A user's functions, with a test part of their own; missing labels are left out."""
+    images = rng.normal(size=(24, 6, 6, 1)).astype("float32")
+    y = {"a": (images.mean(axis=(1, 2, 3)) > 0).astype(int), "b": rng.integers(3, size=24)}
+    data = {"train": (images, y), "test": (images[:8], {t: v[:8] for t, v in y.items()})}
+    data["losses"] = {"a": "binary_crossentropy", "b": "sparse_categorical_crossentropy"}
+
+    def backbone():
+        conv = keras.layers.Conv2D(2, 3, activation="relu", name="conv")
+        pool = keras.layers.GlobalAveragePooling2D()
+        return keras.Sequential([keras.Input((6, 6, 1)), conv, pool])
+
+    functions = {"m:f": backbone, "d:f": lambda: data}
+    monkeypatch.setattr(command, "function_of", functions.__getitem__)
+    arguments = ["--model", "m:f", "--data", "d:f", "--methods", "stl", "similar", "ridge"]
+    arguments += ["--trials", "1", "--repeats", "1", "--epochs", "2"]
+    found = command.main([*arguments, "--output", str(tmp_path)])
+    assert list(found.table.index) == ["stl", "similar"]
+    assert "rows of numbers" in found.left_out["ridge"]

@@ -147,15 +147,16 @@ def _stacked(name, images, size):
     for image in images:
         if as_they_are and kept and image.size != kept[0].size:
             as_they_are = False
-            kept = [_fitted(one, size) for one in kept]
-        kept.append(image if as_they_are else _fitted(image, size))
+            kept = [fitted(one, size) for one in kept]
+        kept.append(image if as_they_are else fitted(image, size))
         check_size(name, 3 * math.prod(kept[0].size) * len(kept), MOST_IMAGES)
     mode = "L" if all(image.mode == "L" for image in kept) else "RGB"
     arrays = np.stack([np.asarray(image.convert(mode)) for image in kept])
     return arrays.reshape(*arrays.shape[:3], -1)
 
 
-def _fitted(image, size):
+def fitted(image, size):
+    """An image of Pillow, scaled and cut to a square of this side."""
     return ImageOps.fit(image, (size, size), Image.BICUBIC)
 
 

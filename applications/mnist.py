@@ -700,6 +700,11 @@ class Mnist(Experiment):
             "parts of that number and no rounds; but every image once",
         )
         p.add_argument(
+            "--once-from",
+            type=real(above=0, most=1),
+            help="fractions from this one on have one repeat",
+        )
+        p.add_argument(
             "--validation-images",
             type=whole(1),
             help="test on so many other training images, to choose settings by",
@@ -743,6 +748,8 @@ class Mnist(Experiment):
 
         draws = self.by_seed(options, options.fraction, options.methods)
         for repeat, seed, fraction, method in draws:
+            if repeat and options.once_from is not None and fraction >= options.once_from:
+                continue
             size = size_of(digits, fraction)
             yield self.planned(
                 f"{size} images, repeat {repeat + 1}",

@@ -14,7 +14,8 @@ in what the tasks share, and in the prior over what they do not share:
 
 With `--outlier DOMAIN` the labels of one domain are shifted, so that it contradicts the
 others: what is shared with it does harm, unless the sign of the relation is learned. With
-`--missing-classes N` each domain has no training example of N classes, other ones in each.
+`--missing-classes N` each domain has no training example of N classes, other ones in each;
+nothing is said about those there, so that they are known from other domains, if at all.
 
     python -m applications.office_caltech --features FOLDER
     python -m applications.office_caltech --features FOLDER --outlier amazon
@@ -42,6 +43,7 @@ from dmtrl_keras import (
     task_correlation,
     zip_tasks,
 )
+from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS
 from dmtrl_keras.mrn.regularizer import MEANS
@@ -239,6 +241,8 @@ class Trainer:
         model = self.network(method, strength)
         binary = METHODS[method].get("binary")
         loss = "binary_crossentropy" if binary else "sparse_categorical_crossentropy"
+        if self.options.missing_classes and not binary:
+            loss = known_crossentropy
         terms = self.classes if binary else 1
         model.compile(
             LearningRateMultiplier(
@@ -282,10 +286,12 @@ class Trainer:
         data = {}
         for name, domain in self.domains.items():
             labels = domain.labels[parts[name]]
-            data[name] = (
-                domain.x[parts[name]],
-                np.eye(self.classes, dtype="float32")[labels] if binary else labels,
-            )
+            if binary or o.missing_classes:
+                labels = np.eye(self.classes, dtype="float32")[labels]
+            if o.missing_classes and not binary:
+                known = np.broadcast_to(labels.max(axis=0), labels.shape)
+                labels = np.concatenate([labels, known], axis=1)
+            data[name] = domain.x[parts[name]], labels
         stream = zip_tasks(data, o.batch_size, epoch=o.steps, seed=seed)
         model.fit(stream, shuffle=False, verbose=0)
         self.tick()
@@ -299,6 +305,18 @@ class Trainer:
             name: hits(output, self.domains[name].labels[parts[name]])
             for name, output in outputs.items()
         }
+
+    def _tried(self, method, train, valid, seed, learning_rate, strength):
+        """Which examples are right, as `correct`; all NaN where training diverges."""
+        try:
+            model = self.train(method, train, seed, learning_rate, strength)
+        # Of TensorFlow's while it runs the step, a ValueError of the library otherwise.
+        except (ValueError, tensorflow().errors.InvalidArgumentError) as error:
+            if not _diverged(error):
+                raise
+            self.tick()
+            return {name: np.full(len(part), np.nan) for name, part in valid.items()}
+        return self.correct(model, valid)
 
     def cross_validate(self, method, parts, seed, grid):
         """The mean accuracy of each setting over the folds of the training part.
@@ -328,13 +346,33 @@ class Trainer:
                     f"{ {name: len(part) for name, part in parts.items()} }: expected 2 at "
                     "least. Give a larger --fractions."
                 )
-            for index, (learning_rate, strength) in enumerate(grid):
-                model = self.train(method, train, seed + fold, learning_rate, strength)
-                for name, values in self.correct(model, valid).items():
+            for index, setting in enumerate(grid):
+                found = self._tried(method, train, valid, seed + fold, *setting)
+                for name, values in found.items():
                     right[index][name].extend(values)
         return [
             float(np.mean([np.mean(values) for values in own.values()])) for own in right
         ]
+
+
+def _diverged(error):
+    """Whether a training ended since the prior's kernel was no number any more."""
+    return "values that are not finite" in str(error)
+
+
+def known_crossentropy(y_true, y_pred):
+    """The crossentropy among the classes that a domain has examples of.
+
+    A class without examples is unknown there, not absent: nothing is said about it, so
+    that what it is comes from the prior, if from anywhere.
+
+    Args:
+        y_true: tensor `(n, 2 classes)`, one-hot labels, and ones for the known classes.
+        y_pred: tensor `(n, classes)`, probabilities.
+    """
+    own, known = ops.split(ops.cast(y_true, y_pred.dtype), 2, axis=-1)
+    share = ops.sum(own * y_pred, axis=-1) / ops.sum(known * y_pred, axis=-1)
+    return -ops.log(ops.clip(share, 1e-7, 1.0))
 
 
 def _has_layer(model, name):
@@ -442,6 +480,33 @@ def summarize(runs, domains):
         row["Draws"] = len(group)
         row["Seconds"] = mean_and_spread(group.seconds, digits=0)
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def relations_table(runs, domains):
+    """What the priors learned: the correlation of each pair of domains.
+
+    Args:
+        runs: data frame with a row for each run.
+        domains: list of names.
+
+    Returns:
+        A data frame of strings, mean ± sample standard deviation over the draws; without
+        rows if no method has a prior.
+    """
+    pairs = list(itertools.combinations(range(len(domains)), 2))
+    rows = []
+    for fraction, method in itertools.product(sorted(runs["fraction"].unique()), METHODS):
+        group = runs[(runs.fraction == fraction) & (runs.method == method)]
+        if group.empty or METHODS[method]["prior"] is None:
+            continue
+        for layer in group.task_correlation.iloc[0]:
+            every = np.array([found[layer] for found in group.task_correlation])
+            row = {"Training": f"{fraction:.0%}", "Method": TITLES[method], "Layer": layer}
+            for a, b in pairs:
+                name = f"{domains[a]}, {domains[b]}"
+                row[name] = mean_and_spread(every[:, a, b], digits=2)
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -603,7 +668,7 @@ class OfficeCaltech(Experiment):
             "--missing-classes",
             type=whole(0),
             default=0,
-            help="of so many classes, other ones in each domain, no example is for training",
+            help="so many, other ones in each domain, have no example for training",
         )
         p.add_argument(
             "--trunk",
@@ -706,6 +771,10 @@ class OfficeCaltech(Experiment):
     def check(self, p, options):
         if options.scale is not None and not options.scale[1]:
             p.error("--scale: expected a divisor that is not 0")
+        if options.missing_classes and "drn-bi" in options.methods:
+            if options.methods != list(self.methods):
+                p.error("--missing-classes: drn-bi would take what is missing for absent")
+            options.methods.remove("drn-bi")
 
     def load(self, options, console):
         """As `load_domains`."""
@@ -807,7 +876,12 @@ class OfficeCaltech(Experiment):
         if options.missing_classes:
             title += f", {options.missing_classes} classes missing in each"
         frame = summarize(runs, list(domains))
-        return {options.page_block: Table(title, frame, "table", keys=2)}
+        tables = [Table(title, frame, "table", keys=2)]
+        learned = relations_table(runs, list(domains))
+        if len(learned):
+            note = "Learned task correlations, mean ± standard deviation over the draws:"
+            tables.append(Table("Correlations", learned, "relations", keys=3, note=note))
+        return {options.page_block: tables}
 
     def figures(self, options, data, runs):
         domains, classes, *_ = data

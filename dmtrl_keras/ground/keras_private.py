@@ -257,7 +257,11 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
 
 
 def losses_by_output(
-    model: keras.Model, y: Mapping[str, Any], y_pred: Mapping[str, Any], sample_weight: Any
+    model: keras.Model,
+    y: Mapping[str, Any],
+    y_pred: Mapping[str, Any],
+    sample_weight: Any,
+    present: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
     """The loss of each output, and its weight, before they are added.
 
@@ -270,6 +274,8 @@ def losses_by_output(
         y: dict of labels; outputs without have no loss.
         y_pred: dict of predictions.
         sample_weight: None, a tensor, or a dict of them.
+        present: dict of boolean scalars; an output for which it is false has the loss 0,
+            of no example. Outputs that it lacks have examples.
 
     Returns:
         `(losses, weights, counted)`: dicts by output, of scalars, and of numbers; an
@@ -304,6 +310,9 @@ def losses_by_output(
             # of one example would count as much as a full one.
             size = keras.ops.shape(y_pred[name])[0]
         value = keras.ops.cast(value, compiled.dtype)
+        if name in present:
+            value = keras.ops.where(present[name], value, keras.ops.zeros_like(value))
+            size = keras.ops.where(present[name], size, keras.ops.zeros_like(size))
         if metric is not None:
             metric.update_state(unscaled_loss(value), sample_weight=size)
         weight = 1.0 if weight is None else weight

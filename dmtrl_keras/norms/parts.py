@@ -17,7 +17,7 @@ from dmtrl_keras.norms.regularizers import GroupLasso, TraceNorm
 class Parts(Parameterization):
     """Kernels that are a sum of parts: `W = P_1 + P_2 + ...`, each with its own penalty.
 
-    RMTL, robust multi-task learning (Chen, Zhou & Ye 2011, Eq. 2): a part of low rank that
+    RMTL, robust multi-task learning (Chen, Zhou & Ye, KDD 2011): a part of low rank that
     the tasks share, and a part that is zero but for a few tasks, which share nothing:
 
     `min_{L, S} loss(L + S) + alpha |L|_* + beta sum_t |S_t|_2`,
@@ -44,8 +44,8 @@ class Parts(Parameterization):
     >>> from dmtrl_keras.regularizers import GroupLasso, TraceNorm
     >>> sharing = Parts([TraceNorm(0.01), GroupLasso(0.01, "task")])
     >>> layer = TaskDense(4, tasks=3, sharing=sharing)
-    >>> layer(np.zeros((2, 12), "float32")).shape, sorted(layer.factors)
-    (TensorShape([2, 12]), ['part_1', 'part_2'])
+    >>> tuple(layer(np.zeros((2, 12), "float32")).shape), sorted(layer.factors)
+    ((2, 12), ['part_1', 'part_2'])
     """
 
     name = "parts"

@@ -112,7 +112,7 @@ class TraceNorm(MatrixNorm):
     whole kernel.
 
     `squared=True` is `strength / 2 |W|_*^2` of one matrix: MTFL, convex multi-task feature
-    learning (Argyriou, Evgeniou & Pontil 2008, theorem 1 and Eq. 19), which takes the
+    learning (Argyriou, Evgeniou & Pontil 2008), which takes the
     least over the features' covariance D with trace one; over the tasks' covariance with
     trace one it is the same, MTRL (Zhang & Yeung 2010).
 
@@ -282,8 +282,8 @@ class MeanDeviation(_SmoothNorm):
     `strength / 2 (sum_t |W_t - mean W|^2 + common T |mean W|^2)`.
 
     Regularized multi-task learning writes `W_t = W_0 + V_t` with the penalty
-    `strength / 2 (sum_t |V_t|^2 + c |W_0|^2)` (Eq. 5); with the best W_0 for given kernels
-    that is the formula above with `common = c / (T + c)` (their Lemma 2.2). With
+    `strength / 2 (sum_t |V_t|^2 + c |W_0|^2)`; with the best W_0 for given kernels
+    that is the formula above with `common = c / (T + c)`. With
     `common=0` it is `TensorNormalRegularizer(mean="shared", update_every=None)`, whose
     covariances stay identities, and with `common=1` weight decay of each task by itself.
 
@@ -325,12 +325,12 @@ class ClusteredTasks(_SmoothNorm):
 
     With known clusters the penalty is `strength / 2` times `mean` on the mean of all
     kernels, `between` on the deviations of the clusters' means from it, and `within` on
-    those of the kernels from the means of their clusters (Eq. 3):
+    those of the kernels from the means of their clusters:
 
     `mean T |mean W|^2 + between sum_c T_c |mean_c W - mean W|^2
     + within sum_c sum_{t in c} |W_t - mean_c W|^2`.
 
-    Of all assignments that would be a hard problem. The relaxation (Eq. 5, 7) takes the
+    Of all assignments that would be a hard problem. The relaxation takes the
     least over all covariances S of the tasks with the eigenvalues and the trace that those
     of r clusters have:
 

@@ -11,19 +11,27 @@ from keras import tree
 from dmtrl_keras.ground.validation import name_of
 from dmtrl_keras.training.data import arrays_of
 
+# Among the labels; no task may have such a name.
+PRESENT = "_dmtrl_keras_present"
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """A part of the data, in which some tasks have examples of their own.
 
+    All pieces of one evaluation have the same structure, so that one trace does for all.
+
     Attributes:
-        tasks: those tasks.
+        sizes: dict from each of these tasks to the number of its examples, which come
+            first.
         x: inputs of the network; of the other tasks something that fits.
-        y: dict of labels by task, or None.
-        sample_weight: dict of weights by task, or None.
+        y: dict of labels by task, likewise, and by the name `PRESENT` a dict from each task
+            with labels to ones or, if it has no examples here, zeros; or None.
+        sample_weight: dict of weights by task, likewise, in the structure of `y`, as Keras
+            wants it; or None.
     """
 
-    tasks: tuple[str, ...]
+    sizes: dict[str, int]
     x: Any
     y: dict[str, Any] | None
     sample_weight: dict[str, Any] | None
@@ -49,7 +57,8 @@ def one_set_each(
         None if the data is what Keras takes: the same examples for all tasks, or an input
         of one length for each. With an input for each task the pieces end where a task's
         data ends, and the batches of the others go on with its first example, whose output
-        is not used. With one input for all tasks, there is a piece for each.
+        is not used; without labels there is one piece, since outputs need not be parted.
+        With one input for all tasks, there is a piece for each.
 
     Raises:
         ValueError: if the data of a task have different lengths, if tasks are missing, if
@@ -85,6 +94,11 @@ def one_set_each(
         return [_piece([task], x[task], y, sample_weight, 0, sizes[task]) for task in x]
     if len(set(sizes.values())) > 1:
         _check_independent(model, x)
+    if not labelled:
+        longest = max(sizes.values())
+        return [
+            Piece(sizes, {t: _padded(own, 0, longest) for t, own in x.items()}, None, None)
+        ]
     return list(_pieces(x, y, sample_weight, sizes))
 
 
@@ -133,11 +147,6 @@ def different_lengths(model: keras.Model, x: Any) -> dict[str, int] | None:
         return None
     sizes = {task: int(own[0].shape[0]) for task, own in leaves.items()}
     return sizes if len(set(sizes.values())) > 1 else None
-
-
-def concatenated(parts: Sequence[Any]) -> Any:
-    """Outputs of the pieces, one after the other."""
-    return tree.map_structure(lambda *own: np.concatenate(own), *parts)
 
 
 class TaskValidation(keras.callbacks.Callback):
@@ -209,20 +218,36 @@ def _length(leaf: Any) -> int:
     return int(shape[0] or 0) if shape else 0
 
 
-def _rows(data: Any, start: int, stop: int) -> Any:
-    return tree.map_structure(lambda own: own[start:stop], data)
+def _padded(data: Any, start: int, stop: int) -> Any:
+    """Rows of arrays, which go on with their first one where they end before."""
+
+    def pad(own: Any) -> Any:
+        rows = own[start:stop]
+        missing = stop - start - _length(rows)
+        if not missing:
+            return rows
+        first = np.asarray(own[:1])
+        rest = np.broadcast_to(first, (missing, *first.shape[1:]))
+        return np.concatenate([rows, rest]) if missing < stop - start else rest
+
+    return tree.map_structure(pad, data)
 
 
 def _piece(
     tasks: Sequence[str], x: Any, y: Any, sample_weight: Any, start: int, stop: int
 ) -> Piece:
+    size = stop - start
+    sizes = dict.fromkeys(tasks, size)
+    if y is None:
+        return Piece(sizes, x, None, None)
     labels, weights = (
-        None
-        if own is None
-        else {task: _rows(own[task], start, stop) for task in tasks if task in own}
-        for own in (y, sample_weight)
+        {name: _padded(own, start, stop) for name, own in (given or {}).items()}
+        for given in (y, sample_weight)
     )
-    return Piece(tuple(tasks), x, labels, weights or None)
+    present = {name: np.full(size, name in sizes, dtype="float32") for name in labels}
+    if weights:
+        weights[PRESENT] = present
+    return Piece(sizes, x, {**labels, PRESENT: present}, weights or None)
 
 
 def _pieces(
@@ -231,13 +256,7 @@ def _pieces(
     """Of inputs for each task: first those of all, at last those of the longest."""
     start = 0
     for stop in sorted(set(sizes.values())):
-        inputs = {}
-        for task, own in x.items():
-            if sizes[task] >= stop:
-                inputs[task] = own[start:stop]
-            else:
-                first = np.asarray(own[:1])
-                inputs[task] = np.broadcast_to(first, (stop - start, *first.shape[1:]))
+        inputs = {task: _padded(own, start, stop) for task, own in x.items()}
         tasks = [task for task in x if sizes[task] >= stop]
         yield _piece(tasks, inputs, y, sample_weight, start, stop)
         start = stop

@@ -47,11 +47,11 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.lengths import (
+    PRESENT,
     Piece,
     TaskValidation,
     are_data_sets,
     check_labels,
-    concatenated,
     different_lengths,
     one_set_each,
 )
@@ -111,8 +111,7 @@ class MultiTaskModel(ModelOfReplicas):
     _moving_weights: Sequence[MovingWeights] = ()
     _terms: Sequence[LossTerm] = ()
     _network: "_Untracked | None" = None
-    # The tasks of a piece of an evaluation, and whether it goes on with what it measured.
-    _present: frozenset[str] | None = None
+    # Whether an evaluation goes on with what it measured.
     _going_on: bool = False
     _losses_given: tuple[tuple[str, Any], ...] = ()
 
@@ -465,8 +464,9 @@ class MultiTaskModel(ModelOfReplicas):
         """As `task_losses`, and the weighted losses of counted labels with the counts."""
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
+        y, sample_weight, present = _parted(y, sample_weight)
         y = self._labels(y, sample_weight, self._tasks_with_loss, "a loss")
-        return losses_by_output(self, y, y_pred, sample_weight)
+        return losses_by_output(self, y, y_pred, sample_weight, present)
 
     def _labels(
         self, y: Any, sample_weight: Any, expected: frozenset[str], what: str
@@ -482,8 +482,6 @@ class MultiTaskModel(ModelOfReplicas):
         if not isinstance(y, Mapping):
             y = {self.task_names[0]: y}
         y = {task: own for task, own in y.items() if own is not None}
-        if self._present is not None:
-            expected = expected & self._present
         absent = sorted(expected - set(y))
         if absent:
             raise ValueError(
@@ -521,8 +519,6 @@ class MultiTaskModel(ModelOfReplicas):
             parts += [losses[task] * weights[task] for task in losses]
         parts += [aggregated_loss(self, loss) for loss in self.losses]
         parts += self._values_of_terms(y, y_pred, sample_weight, features)
-        if not parts and self._present is not None:
-            return keras.ops.zeros(())
         if not parts:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         return functools.reduce(keras.ops.add, parts)
@@ -537,6 +533,7 @@ class MultiTaskModel(ModelOfReplicas):
                 metric that needs a label for each output.
         """
         if self._tasks_with_metrics:
+            y, sample_weight, present = _parted(y, sample_weight)
             y = self._labels(y, sample_weight, self._tasks_with_metrics, "metrics")
             for task, metric, weighted in compiled_metrics(self, y, y_pred):
                 if task not in y:
@@ -545,7 +542,11 @@ class MultiTaskModel(ModelOfReplicas):
                 weight = sample_weight if weighted else None
                 if isinstance(weight, Mapping):
                     weight = weight.get(task)
+                before = [keras.ops.copy(v) for v in metric.variables if task in present]
                 metric.update_state(y[task], y_pred[task], sample_weight=weight)
+                # Whatever the metric makes of weights: of an absent task it learns nothing.
+                for variable, value in zip(metric.variables, before):
+                    variable.assign(keras.ops.where(present[task], variable, value))
         return self.get_metrics_result()
 
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
@@ -578,6 +579,7 @@ class MultiTaskModel(ModelOfReplicas):
             )
         check_labels(self, x, y, given.get("sample_weight"))
         self._build_losses(x, y)
+        self._build_optimizer()
         data = given.get("validation_data")
         x, *others = data if isinstance(data, tuple) else (data,)
         pieces = None if data is None else one_set_each(self, x, *others)
@@ -612,6 +614,12 @@ class MultiTaskModel(ModelOfReplicas):
             shapes = [getattr(y[task], "shape", None) for task in expected]
             if all(s is not None and getattr(s, "rank", 1) is not None for s in shapes):
                 build_losses(self, y)
+
+    def _build_optimizer(self) -> None:
+        """Make the optimizer's variables, for the same reason."""
+        optimizer, strategy = self.optimizer, getattr(self, "_distribute_strategy", None)
+        if optimizer is not None and not optimizer.built and strategy is None:
+            optimizer.build(self.trainable_variables)
 
     def evaluate(
         self,
@@ -679,16 +687,15 @@ class MultiTaskModel(ModelOfReplicas):
         """What `evaluate` returns as a dict, of one data set for each task."""
         labels: dict[str, Any] = {}
         for piece in pieces:
-            labels = {**(piece.y or {}), **labels}
+            labels = {**_parted(piece.y or {}, None)[0], **labels}
         expected = self._tasks_with_loss | self._tasks_with_metrics
         self._labels(labels, None, expected, "a loss or metrics")
         build_losses(self, labels)
         # One loss is logged as the total alone: of the pieces that have it, the first.
-        pieces = sorted(pieces, key=lambda p: not self._tasks_with_loss & set(p.tasks))
+        pieces = sorted(pieces, key=lambda p: not self._tasks_with_loss & set(p.sizes))
         total, rest = None, 0.0
         try:
             for piece in pieces:
-                self._present = frozenset(piece.tasks)
                 logs = super().evaluate(
                     x=piece.x,
                     y=piece.y,
@@ -702,11 +709,11 @@ class MultiTaskModel(ModelOfReplicas):
                     rest = logs["loss"] - losses
                 if losses is not None:
                     total = losses + rest
-                elif total is None or self._tasks_with_loss & self._present:
+                elif total is None or self._tasks_with_loss & set(piece.sizes):
                     total = logs["loss"]
                 self._going_on = True
         finally:
-            self._present, self._going_on = None, False
+            self._going_on = False
         return {**logs, "loss": total}
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -724,12 +731,12 @@ class MultiTaskModel(ModelOfReplicas):
         pieces = one_set_each(self, x, labelled=False)
         if pieces is None:
             return super().predict(x, *args, **kwargs)
-        parts: dict[str, list[Any]] = {task: [] for task in self.task_names}
+        found: dict[str, Any] = {}
         for piece in pieces:
             outputs = super().predict(piece.x, *args, **kwargs)
-            for task in piece.tasks:
-                parts[task].append(outputs[task])
-        return {task: concatenated(own) for task, own in parts.items() if own}
+            for task, size in piece.sizes.items():
+                found[task] = outputs[task][:size]
+        return {task: found[task] for task in self.task_names if task in found}
 
     def reset_metrics(self) -> None:
         """As in Keras; not within an evaluation of one data set for each task."""
@@ -753,6 +760,7 @@ class MultiTaskModel(ModelOfReplicas):
         self, y: Any, y_pred: Any, sample_weight: Any, features: list[Any] | None
     ) -> list[Tensor]:
         """The terms; without features, those of inference."""
+        y, sample_weight, _ = _parted(y, sample_weight)
         labels = y if isinstance(y, Mapping) else {}
         losses = dict(self._losses_given)
         training = features is not None
@@ -795,6 +803,22 @@ class MultiTaskModel(ModelOfReplicas):
         # Keras exports no model that was never called.
         model(inputs)
         return keras.Model.export(model, filepath, format=format, **kwargs)
+
+
+def _parted(y: Any, sample_weight: Any) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Labels, weights, and by task whether the batch has examples of it.
+
+    The latter are boolean scalars, for the pieces of an evaluation; else an empty dict.
+    """
+    if not isinstance(y, Mapping) or PRESENT not in y:
+        return y, sample_weight, {}
+    # A replica may have no example.
+    present = {task: keras.ops.any(own > 0) for task, own in y[PRESENT].items()}
+    y, sample_weight = (
+        None if given is None else {n: own for n, own in given.items() if n != PRESENT}
+        for given in (y, sample_weight)
+    )
+    return y, sample_weight, present
 
 
 class _Untracked:

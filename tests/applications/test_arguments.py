@@ -113,12 +113,12 @@ NAMES = (*EXPERIMENTS, "benchmark", "search", "own")
 # What has other arguments than numbers, in whatever command.
 WORDS = set(
     (
-        "attributes backbone benchmark data directory domains estimate experiment "
-        "feature_layer features gradient group initializer kernels layers mean method "
-        "methods mode model network objectives optimizer outlier output padding page "
-        "page_block pairs parts related share_until shared_layers similar_backbone "
-        "start stl_optimizer strategy sweep tasks threshold trunk tune tune_from tuner "
-        "weights"
+        "alphabets attributes backbone benchmark data directory domains estimate "
+        "experiment feature_layer features gradient group initializer kernels layers "
+        "mean method methods mode model network objectives optimizer outlier output "
+        "padding page page_block pairs parts related share_until shared_layers "
+        "similar_backbone start stl_optimizer strategy sweep tasks threshold trunk tune "
+        "tune_from tuner weights"
     ).split()
 )
 
@@ -274,6 +274,7 @@ def test_what_a_search_writes_is_taken(tmp_path):
             "mtfl": ["--data", "x"],
             "celeba": ["--classification", "--data", "x"],
             "office_caltech": ["--data", "x", "--scale", "-127", "128"],
+            "omniglot": ["--data", "x"],
         }
         experiment = experiment_of(name)
         options = parse_arguments(experiment.parser(), needed.get(name, []))

@@ -229,6 +229,9 @@ def test_whole_command(tmp_path, rng, capsys, few_steps):
     again = mnist.main(command)["mnist"]
     assert (output / "runs.jsonl").read_text() == before
     assert again.equals(table)
+    fewer = mnist.main([*command, "--once-from", table["Fraction"].max()])["mnist"]
+    assert fewer["Runs"].tolist() == [2, 2, 1, 1]
+    assert (output / "runs.jsonl").read_text() == before
 
 
 def test_cross_validated_sharing(tmp_path, rng, few_steps):

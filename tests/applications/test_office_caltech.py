@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from keras import ops
 from searching import NUMBERS, Case, replace
 from test_domains import write_features, write_images
 
@@ -24,7 +25,7 @@ def options_of(folder, *arguments):
 def test_command(tmp_path, rng, monkeypatch, few_steps):
     """The table, the figures, a page; a second call trains nothing."""
     write_features(tmp_path, rng)
-    methods = ("stl", "drn8", "drn-bi", "mrn")
+    methods = ("stl", "drn8", "mrn")
     page = tmp_path / "docs" / "office.md"
     page.parent.mkdir()
     page.write_text("# Title\n<!-- office:begin -->\n<!-- office:end -->\nEnd\n")
@@ -44,6 +45,7 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     assert (page.parent / "figures" / "results_tsne.png").exists()
     assert page.read_text().endswith("<!-- office:end -->\nEnd\n")
     assert "| MRN |" in page.read_text()
+    assert "| Training | Method | Layer | amazon, dslr |" in page.read_text()
     lines = (output / "runs.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     assert len(runs) == 2 * len(methods)
@@ -67,6 +69,67 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     pd.testing.assert_frame_equal(
         again.drop(columns="Seconds"), table.drop(columns="Seconds")
     )
+
+
+def test_known_crossentropy(rng):
+    """Keras's crossentropy of probabilities among the known classes alone."""
+    p = rng.dirichlet(np.ones(4), size=3)
+    labels, known = np.array([0, 2, 2]), np.array([1.0, 0, 1, 0])
+    y = np.concatenate([np.eye(4)[labels], np.tile(known, (3, 1))], axis=1)
+    found = office.known_crossentropy(y, ops.convert_to_tensor(p))
+    part = p[:, [0, 2]] / p[:, [0, 2]].sum(axis=1, keepdims=True)
+    expected = keras.losses.sparse_categorical_crossentropy(labels // 2, part)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_missing_classes(tmp_path, rng):
+    """A class that a domain has no example of is known from the related ones."""
+    centres = 3 * rng.normal(size=(4, 8))
+    for name in ("a", "b", "c", "d"):
+        labels = np.arange(80) % 4
+        x = centres[labels] + rng.normal(size=(80, 8))
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, features=x.astype("float32"), labels=labels, classes=list("wxyz"))
+    arguments = [
+        "--features",
+        str(tmp_path),
+        "--missing-classes",
+        "1",
+        "--bottleneck",
+        "16",
+    ]
+    options = office.parse([*arguments, "--steps", "60", "--update-every", "5"])
+    assert "drn-bi" not in options.methods
+    data = office.EXPERIMENT.load(options, None)
+    _, parts = office.EXPERIMENT.draw(options, data, 0, 0.3)
+    domains, classes, new_backbone, _ = data
+    trainer = office.Trainer(options, domains, len(classes), new_backbone)
+    accuracy = {}
+    for method in ("stl", "drn8"):
+        train, test = ({n: part[k] for n, part in parts.items()} for k in (0, 1))
+        model = trainer.train(method, train, 0, 3e-3, 0.3)
+        lacking = {n: set(range(4)) - set(domains[n].labels[i]) for n, i in train.items()}
+        assert [len(classes) for classes in lacking.values()] == [1] * 4
+        only = {
+            n: i[np.isin(domains[n].labels[i], list(lacking[n]))] for n, i in test.items()
+        }
+        right = trainer.correct(model, only)
+        accuracy[method] = np.mean([np.mean(values) for values in right.values()])
+    assert accuracy["drn8"] > 0.8 > accuracy["stl"] + 0.2
+
+
+def test_a_setting_that_diverges_is_not_chosen(tmp_path, rng):
+    """Its accuracy is NaN, whatever the prior says of a kernel that is no number."""
+    folder = write_features(tmp_path, rng)
+    options = options_of(folder, "--strengths", "1e6", "--update-every", "1")
+    options.steps, options.folds = 30, 2
+    domains, classes = office.load_features(folder)
+    trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
+    parts = {name: np.arange(8) for name in domains}
+    grid = [(1e3, 1e6), (1e-3, 1e-3)]
+    with np.errstate(all="ignore"):
+        wrong, fine = trainer.cross_validate("mrn8", parts, 0, grid)
+    assert np.isnan(wrong) and fine > 0
 
 
 def test_same_run_gives_the_same(tmp_path, rng):
@@ -243,6 +306,10 @@ def test_embeddings(tmp_path, rng):
         ([], "one of the arguments --data --features is required"),
         (["--features", "x", "--fractions", "1"], "above 0 and below 1"),
         (["--features", "x", "--methods", "best"], "invalid choice: 'best'"),
+        (
+            ["--features", "x", "--missing-classes", "1", "--methods", "drn-bi"],
+            "drn-bi would take what is missing for absent",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -591,7 +591,7 @@ def test_no_prior():
     """Nothing to ask for."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, TaskDense(3, 2, shared_input=True)(inputs))
-    with pytest.raises(ValueError, match="no layer that learns a task covariance. See"):
+    with pytest.raises(ValueError, match=r"no layer that learns a task covariance"):
         task_covariance(model)
     with pytest.raises(ValueError, match="`mode` must be a string"):
         mode_covariance(model, 2)
@@ -618,7 +618,7 @@ def test_covariances_of_modes():
             correlation * np.outer(deviation, deviation), covariance, rtol=1e-5, atol=1e-6
         )
     drn = relationship_network((6,), ["a", "b"], 3, prior="drn")
-    with pytest.raises(ValueError, match=r"a class covariance. It learns those of \['task'"):
+    with pytest.raises(ValueError, match=r"a class covariance.*those of .*task"):
         mode_correlation(drn, "class")
 
 

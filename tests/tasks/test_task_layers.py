@@ -29,6 +29,8 @@ CASES = {
         (7, 4),
     ),
     "conv2d": (TaskConv2D, {"filters": 5, "kernel_size": 3}, (7, 6, 4)),
+    # As many channels as are taken apart one task after the other.
+    "conv2d-wide": (TaskConv2D, {"filters": 40, "kernel_size": 2}, (4, 3, 4)),
     "conv2d-strided": (
         TaskConv2D,
         {"filters": 5, "kernel_size": (3, 2), "strides": (2, 1), "padding": "same"},
@@ -329,8 +331,11 @@ def test_regularizer_of_the_stacked_kernel(name):
     )
     layer.build((None, 12))
     kernel = ops.convert_to_numpy(layer.kernel)
-    (loss,) = layer.losses
-    np.testing.assert_allclose(float(loss), 0.5 * np.sum(kernel**2), rtol=1e-5)
+    penalties = layer.sharing.factor_regularizers
+    own = sum(float(penalties[part](layer.factors[part])) for part in penalties)
+    loss = float(sum(layer.losses)) - own
+    assert len(layer.losses) == max(len(penalties), 1)
+    np.testing.assert_allclose(loss, 0.5 * np.sum(kernel**2), rtol=1e-5)
     layer.trainable = False
     assert not layer.losses
 

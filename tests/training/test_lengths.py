@@ -87,6 +87,56 @@ def test_each_example_once(shared, batch_size, data):
     assert logs["loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="others trace nothing")
+def test_one_trace_for_all_lengths(rng):
+    """However many lengths there are; what is evaluated changes nothing else."""
+    tasks = [f"task_{number}" for number in range(6)]
+    x = {t: rng.normal(size=(2 + n, 4)).astype("float32") for n, t in enumerate(tasks)}
+    y = {t: rng.integers(2, size=len(own)) for t, own in x.items()}
+    backbone = keras.Sequential([keras.Input((4,), name="x"), kl.Dense(3, name="fc")])
+    model = multitask(backbone, tasks, heads=2, shared_input=False)
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    traced = []
+    for name in ("test_step", "predict_step"):
+        step = getattr(model, name)
+        setattr(model, name, lambda batch, s=step, n=name: (traced.append(n), s(batch))[1])
+    weights = model.get_weights()
+    logs = model.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+    assert traced == ["test_step"]
+    found = model.predict(x, batch_size=8, verbose=0)
+    assert traced == ["test_step", "predict_step"]
+    for task, own in y.items():
+        assert found[task].shape == (len(own), 2)
+        right = np.mean(found[task].argmax(-1) == own)
+        assert logs[f"{task}_accuracy"] == pytest.approx(right)
+    for before, after in zip(weights, model.get_weights()):
+        np.testing.assert_array_equal(before, after)
+
+
+class Count(keras.metrics.Metric):
+    """Of batches, whatever their weights."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.number = self.add_weight(name="number", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.number.assign(self.number + 1)
+
+    def result(self):
+        return self.number
+
+
+def test_metrics_that_know_no_weights(data):
+    """Absent tasks leave them as they are."""
+    x, y, _ = data
+    model = network(False)
+    model.compile(metrics={task: [Count(name="count")] for task in SIZES})
+    logs = model.evaluate(x, y, batch_size=3, verbose=0, return_dict=True)
+    # Pieces of 5, 3 and 3 examples.
+    assert {task: logs[f"{task}_count"] for task in SIZES} == {"a": 2, "b": 4, "c": 3}
+
+
 def test_forms_of_data(data):
     """As `zip_tasks` takes them, tuples and data sets; the list is Keras's."""
     x, y, _ = data

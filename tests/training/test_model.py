@@ -69,6 +69,24 @@ def test_trains(arguments, data):
     assert model.evaluate(*data, verbose=0, return_dict=True)["loss"] > 0
 
 
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="others trace nothing")
+def test_steps_are_traced_once(data):
+    """What is made in a trace would have it done again: here nothing is."""
+    model = network()
+    model.compile("adam", LOSS, metrics=["accuracy"])
+    step, traced = model.train_step, []
+
+    def counted(batch):
+        traced.append(1)
+        return step(batch)
+
+    model.train_step = counted
+    model.fit(*data, epochs=2, verbose=0)
+    assert len(traced) == 1
+    # The optimizer has what it needs of the variables that are trained.
+    assert model.optimizer.iterations == 2
+
+
 def test_loss_weights(data):
     """Weights reach the task that they name; tasks left out have 1."""
     x, y = data

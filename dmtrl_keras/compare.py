@@ -20,11 +20,10 @@ def _room(name: str) -> Any:
 def compare(x: Any, y: Any, folder: Any = None, **arguments: Any) -> Any:
     """Train all methods that fit on the same examples, and say which one to use.
 
-    Settings are chosen on a part of the training examples, with equally many
-    trials for every method (Keras Tuner's Hyperband); then each method is trained on the
-    same random draws, and tested. The recommendation is the simplest method that is not worse
-    than the best by more than chance and 2%, so that sharing is recommended only where it
-    pays.
+    Settings are chosen on a part of the training examples, with equally many trials for
+    every method (Keras Tuner's Hyperband); then each method is trained on the same random
+    draws, and tested. The recommendation is the simplest method that is not worse than the
+    best by more than chance and 2%, so that sharing is recommended only where it pays.
 
     Args:
         x: dict from task to its examples, arrays or data frames; or an array, the same

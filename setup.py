@@ -34,7 +34,11 @@ if __name__ == "__main__":
     # moved since among them.
     shutil.rmtree(root / "build" / "lib", ignore_errors=True)
     # One name in a wheel, while `python -m applications.mnist` runs from a checkout.
-    beside = {"dmtrl_keras.applications": "applications", "dmtrl_keras.tuning": "tuning"}
+    beside = {
+        "dmtrl_keras.applications": "applications",
+        "dmtrl_keras.tuning": "tuning",
+        "dmtrl_keras.tuning.comparison": "tuning/comparison",
+    }
     setup(
         packages=[*find_packages(include=["dmtrl_keras", "dmtrl_keras.*"]), *beside],
         package_dir=beside,

@@ -7,16 +7,18 @@ OURS = ("dmtrl_keras", "applications", "tuning")
 
 
 def __getattr__(name):
-    """A function for each experiment, and `search`, that runs its command.
+    """A function for each experiment, `search` and `compare`, that runs its command.
 
     A console script ends with what its function returns as its exit status, so that the
     tables that `main` returns are left out.
     """
     if name.startswith("_"):
         raise AttributeError(name)
-    package = "tuning" if name == "search" else "applications"
+    package = {"search": "tuning", "compare": "compare"}.get(name, "applications")
+    path = {"search": "tuning.search", "compare": "tuning.comparison.command"}
     # The installed package, or the checkout.
-    module = f"{__name__.removesuffix('applications.commands')}{package}.{name}"
+    own = path.get(name, f"applications.{name}")
+    module = f"{__name__.removesuffix('applications.commands')}{own}"
 
     def command():
         try:

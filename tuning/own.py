@@ -58,7 +58,7 @@ class Own(Study):
         self.given["model"] = model
         self._declared = False
         try:
-            make, data = _function(model), _function(self.options.data)
+            make, data = function_of(model), function_of(self.options.data)
         except ValueError as error:
             parser.error(str(error))
         try:
@@ -69,7 +69,7 @@ class Own(Study):
             parser.error(str(error))
         if not isinstance(make, keras.Model):
             make = _making_models(make, model, parser)
-        self._data = _checked(data(), self.options.data)
+        self._data = checked_data(data(), self.options.data)
         kind = FAMILIES.get(family, Whole)
         self.hypermodel = kind(
             family,
@@ -223,7 +223,7 @@ class Own(Study):
         return path
 
 
-def _function(name):
+def function_of(name):
     """What `module:function` stands for."""
     module, colon, function = name.partition(":")
     if not (module and colon and function):
@@ -271,7 +271,7 @@ def _making_models(function, name, parser):
     return make
 
 
-def _checked(data, owner):
+def checked_data(data, owner):
     """The data of a user's function.
 
     Args:

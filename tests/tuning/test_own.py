@@ -31,7 +31,7 @@ def backbone():
 
 def own(monkeypatch, found, method="independent", *arguments):
     functions = {"m:backbone": backbone, "m:data": lambda: found}
-    monkeypatch.setattr(users, "_function", lambda name: functions[name])
+    monkeypatch.setattr(users, "function_of", lambda name: functions[name])
     arguments = ["--data", "m:data", "--epochs", "1", "--batch-size", "4", *arguments]
     return users.Own(method, arguments, TUNABLE, False, 0.25, "m:backbone")
 
@@ -67,7 +67,7 @@ def test_own_data(monkeypatch, per_task, few_steps):
 def test_model_that_is_none(monkeypatch, capsys):
     """A function that returns something else ends the program, in a line."""
     functions = {"m:backbone": dict, "m:data": data}
-    monkeypatch.setattr(users, "_function", lambda name: functions[name])
+    monkeypatch.setattr(users, "function_of", lambda name: functions[name])
     for method in ("independent", "own"):
         if method == "own":
             functions["m:backbone"] = lambda hp: {}
@@ -88,7 +88,7 @@ def test_functions_that_need_more(monkeypatch, capsys):
         "m:two": lambda hp, x: None,
         "m:number": 3,
     }
-    monkeypatch.setattr(users, "_function", lambda name: functions[name])
+    monkeypatch.setattr(users, "function_of", lambda name: functions[name])
     for method, model, source, message in (
         ("laf", "json:dumps", "m:data", "--model json:dumps: expected .* no arguments"),
         ("own", "m:two", "m:data", "--model m:two: expected .*HyperParameters.*: 'x'"),

@@ -1,0 +1,199 @@
+"""Comparisons of methods: fair, resumed, and right about planted tasks."""
+
+import html
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from tuning.comparison import CANDIDATES, Problem, command, compare, problem
+from tuning.comparison.search import Options, draw, methods_of
+
+
+def planted(kind, seed, tasks=8, count=40, features=12):
+    """Linear regressions whose relations are known."""
+    rng = np.random.default_rng(seed)
+    first, second = 1.5 * rng.normal(size=(2, features)) / np.sqrt(features)
+    slopes = {
+        "copies": [first] * tasks,
+        "independent": 1.5 * rng.normal(size=(tasks, features)) / np.sqrt(features),
+        "outlier": [first] * (tasks - 1) + [-first],
+        "groups": [first] * (tasks // 2) + [second] * (tasks - tasks // 2),
+    }[kind]
+    x = {f"task_{k}": rng.normal(size=(count, features)) for k in range(tasks)}
+    y = {t: x[t] @ w + rng.normal(size=count) for (t, w) in zip(x, slopes)}
+    return x, y
+
+
+LINEAR = {"methods": ["ridge", "pooled", "related"], "test": 0.5, "trials": 5}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("copies", "pooled"),
+        ("independent", "ridge"),
+        ("outlier", "related"),
+        ("groups", "related"),
+    ],
+)
+def test_planted(kind, expected):
+    """All-shared for copies, single tasks for independent ones, relations for the others.
+
+    In nine of ten seeds.
+    """
+    found = [
+        compare(*planted(kind, seed), repeats=4, seed=seed, **LINEAR).recommendation.method
+        for seed in range(10)
+    ]
+    assert found.count(expected) >= 9, found
+
+
+def test_resumed(tmp_path, monkeypatch):
+    """A second call trains nothing, and finds the same."""
+    data = planted("copies", 0, tasks=3, count=20)
+    arguments = {**LINEAR, "methods": ["ridge", "pooled"], "repeats": 2, "trials": 2}
+    first = compare(*data, tmp_path, **arguments)
+    assert first.recommendation.method in ("ridge", "pooled")
+    assert list(first.table.index) == ["ridge", "pooled"]
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * (2 + 2)
+    monkeypatch.setattr(CANDIDATES["ridge"], "train", None)
+    again = compare(*data, tmp_path, **arguments)
+    assert again.sentence == first.sentence
+    np.testing.assert_array_equal(again.errors["pooled"], first.errors["pooled"])
+    assert all("settings" in json.loads(line) for line in lines)
+
+
+def test_draws_are_paired_and_apart(rng):
+    """All methods see the same examples; test examples are for testing only."""
+    x = {"a": rng.normal(size=(20, 2)), "b": rng.normal(size=(30, 2))}
+    y = {"a": rng.integers(2, size=20), "b": rng.integers(3, size=30)}
+    own = Problem(x, y)
+    assert own.kinds == {"a": "binary", "b": "classes"} and own.heads == {"a": 1, "b": 3}
+    for number in range(3):
+        train, test = draw(own, Options(test=0.25), number)
+        for task, count in {"a": 5, "b": 8}.items():
+            assert len(test[task]) == count
+            assert sorted([*train[task], *test[task]]) == list(range(len(y[task])))
+        again = draw(own, Options(test=0.25), number)
+        np.testing.assert_array_equal(again[1]["b"], test["b"])
+    shared = Problem(rng.normal(size=(20, 2)), {"a": y["a"], "b": y["b"][:20]})
+    train, test = draw(shared, Options(), 0)
+    np.testing.assert_array_equal(test["a"], test["b"])
+
+
+def test_what_does_not_fit(rng):
+    """Left out, with the reason."""
+    images = rng.normal(size=(12, 4, 4, 1))
+    labels = {"a": rng.integers(2, size=12), "b": rng.integers(2, size=12)}
+    flat = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
+    methods, lacks = methods_of(Problem(images, labels, backbone=lambda: flat), Options())
+    assert {"ridge", "pooled", "related", "similar"} == set(lacks)
+    assert "rows of numbers" in lacks["ridge"] and "convolution" in lacks["similar"]
+    assert {"stl", "hard", "tucker", "drn", "trn"} <= set(methods)
+    own = Problem({t: rng.normal(size=(12, 3)) for t in labels}, labels)
+    lacks = methods_of(own, Options())[1]
+    assert "not the same" in lacks["trn"] and "regressions" in lacks["related"]
+
+
+def test_networks(rng):
+    """Networks of each family on a table, classes and regressions side by side."""
+    x = {"a": rng.normal(size=(24, 3)), "b": rng.normal(size=(16, 3))}
+    y = {"a": (x["a"][:, 0] > 0).astype(int), "b": 5 + 10 * x["b"] @ [1.0, 2.0, 3.0]}
+    methods = ["ridge", "stl", "hard", "tucker", "drn"]
+    found = compare(x, y, methods=methods, repeats=2, trials=1, epochs=2, batch_size=8)
+    assert list(found.table.index) == methods and found.baseline == "stl"
+    assert np.isfinite(found.table[["error", "delta", "weights", "seconds"]]).all(axis=None)
+    assert found.table.weights["hard"] < found.table.weights["stl"]
+    assert found.by_task.shape == (5, 2)
+    assert found.by_task.b["ridge"] < 0.5
+
+
+def test_errors(rng):
+    """Malformed data."""
+    x = {"a": rng.normal(size=(8, 2)), "b": rng.normal(size=(8, 2))}
+    with pytest.raises(problem.DataError, match="two tasks at least"):
+        Problem({"a": x["a"]}, {"a": np.zeros(8)})
+    with pytest.raises(problem.DataError, match=r"'b': \(8, 7\)"):
+        Problem(x, {"a": np.zeros(8), "b": np.zeros(7)})
+    with pytest.raises(problem.DataError, match=r"auc: it is of .*'a' is of kind 'regr"):
+        Problem(x, {"a": np.zeros(8), "b": np.zeros(8)}, metric="auc")
+
+
+def test_metrics(rng):
+    """Errors against their definitions."""
+    y, outputs = rng.normal(size=10), rng.normal(size=(10, 1))
+    residual = y - outputs[:, 0]
+    metrics = problem.METRICS
+    assert metrics["rmse"].error(y, outputs) == pytest.approx(np.sqrt(np.mean(residual**2)))
+    share = residual.var() / y.var()
+    assert metrics["unexplained"].error(y, outputs) == pytest.approx(share)
+    labels = np.array([0, 0, 1, 1])
+    logits = np.array([-1.0, 2.0, 1.0, 3.0])
+    assert metrics["error"].error(labels, logits) == 0.25
+    pairs = [logits[i] > logits[j] for i in (2, 3) for j in (0, 1)]
+    assert metrics["auc"].error(labels, logits) == pytest.approx(1 - np.mean(pairs))
+
+
+def write_csv(path, rng):
+    """Four schools, two of which teach the same; a column of categories, missing values."""
+    lines = ["school,age,sex,score"]
+    for number, school in enumerate(["north", "south", "west", "east"]):
+        for _ in range(24):
+            age, sex = rng.normal(), rng.choice(["m", "f"])
+            score = 3 * age * (1 if number < 2 else -1) + (sex == "m") + rng.normal() / 5
+            shown = "" if rng.random() < 0.1 else f"{age:.3f}"
+            lines.append(f"{school},{shown},{sex},{score:.3f}")
+    path.write_text("\n".join(lines))
+
+
+def test_command(tmp_path, rng, capsys):
+    """A CSV file: the table, the sentence, a report with the numbers of results.json."""
+    write_csv(tmp_path / "schools.csv", rng)
+    arguments = [
+        *["--csv", str(tmp_path / "schools.csv"), "--task", "school", "--target", "score"],
+        *["--methods", "ridge", "pooled", "related", "stl", "--trials", "2"],
+        *["--repeats", "2", "--epochs", "3", "--output", str(tmp_path / "out")],
+    ]
+    found = command.main(arguments)
+    assert found.baseline == "stl" and list(found.tasks) == [
+        "north",
+        "south",
+        "west",
+        "east",
+    ]
+    assert found.by_task.loc["ridge"].mean() < found.by_task.loc["pooled"].mean()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert results["sentence"] == found.sentence and html.escape(found.sentence) in page
+    for row in results["methods"].values():
+        assert f'data-value="{row["error"]}"' in page or f"{row['error']:.4f}" in page
+    assert "Plotly.newPlot" in page and "http-equiv" not in page
+    text = capsys.readouterr().out
+    assert "linear, DRN" in text and "report.html" in text
+    with pytest.raises(SystemExit):
+        command.main(["--csv", "x.csv", "--task", "school"])
+
+
+def test_own_data(tmp_path, monkeypatch, rng):
+    """A user's functions, with a test part of their own; missing labels are left out."""
+    images = rng.normal(size=(24, 6, 6, 1)).astype("float32")
+    y = {"a": (images.mean(axis=(1, 2, 3)) > 0).astype(int), "b": rng.integers(3, size=24)}
+    data = {"train": (images, y), "test": (images[:8], {t: v[:8] for t, v in y.items()})}
+    data["losses"] = {"a": "binary_crossentropy", "b": "sparse_categorical_crossentropy"}
+
+    def backbone():
+        conv = keras.layers.Conv2D(2, 3, activation="relu", name="conv")
+        pool = keras.layers.GlobalAveragePooling2D()
+        return keras.Sequential([keras.Input((6, 6, 1)), conv, pool])
+
+    functions = {"m:f": backbone, "d:f": lambda: data}
+    monkeypatch.setattr(command, "function_of", functions.__getitem__)
+    arguments = ["--model", "m:f", "--data", "d:f", "--methods", "stl", "similar", "ridge"]
+    arguments += ["--trials", "1", "--repeats", "1", "--epochs", "2"]
+    found = command.main([*arguments, "--output", str(tmp_path)])
+    assert list(found.table.index) == ["stl", "similar"]
+    assert "rows of numbers" in found.left_out["ridge"]

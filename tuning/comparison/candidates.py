@@ -1,0 +1,399 @@
+"""The methods that are compared, each with what it can't be used on."""
+
+import functools
+import typing
+
+import keras
+import numpy as np
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from dmtrl_keras import TensorNormalRegularizer, relationship_regression, zip_tasks
+from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.losses import MaskedLoss
+
+from .. import hypermodels
+from .problem import BINARY, CLASSES, REGRESSION
+
+LOSSES = {
+    REGRESSION: "mse",
+    BINARY: keras.losses.BinaryCrossentropy(from_logits=True),
+    CLASSES: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+}
+
+
+class Trained(typing.NamedTuple):
+    """A method that was trained.
+
+    Attributes:
+        predict: function from a dict of examples by task to a dict of outputs (logits of
+            classes).
+        weights: int, how many numbers were learned.
+        model: the Keras model, or what else was trained.
+    """
+
+    predict: typing.Callable
+    weights: int
+    model: object
+
+
+class Candidate:
+    """A method.
+
+    Attributes:
+        name: str.
+        title: str, for tables.
+        relates: bool, whether it learns how the tasks are related.
+        has_epochs: bool, whether it trains for a number of epochs.
+    """
+
+    name = None
+    title = None
+    relates = False
+    has_epochs = False
+
+    def lack(self, problem):
+        """Why it can't be used on a problem, a str; None if it can."""
+
+    def declare(self, hp, problem):
+        """Declare its hyperparameters, with `keras_tuner.HyperParameters`."""
+
+    def train(self, problem, part, hp, options, epochs, seed):
+        """Train on a part of the examples.
+
+        Args:
+            problem: `Problem`.
+            part: dict from task to indices.
+            hp: `keras_tuner.HyperParameters` with values.
+            options: has `batch_size`.
+            epochs: int.
+            seed: int.
+
+        Returns:
+            A `Trained`.
+        """
+        raise NotImplementedError
+
+
+CANDIDATES = {}
+
+
+def register(candidate):
+    """Make a candidate known to `compare`, by its name; returns it.
+
+    Args:
+        candidate: a `Candidate`.
+    """
+    CANDIDATES[candidate.name] = candidate
+    return candidate
+
+
+# --- linear models ------------------------------------------------------------------
+
+
+class Linear(Candidate):
+    """Linear models of rows of numbers, scaled by the training part."""
+
+    def lack(self, problem):
+        if not problem.tabular:
+            return "it is for rows of numbers"
+        return None
+
+    def declare(self, hp, problem):
+        hp.Float("strength", 1e-3, 1e3, sampling="log", default=1.0)
+
+    def train(self, problem, part, hp, options, epochs, seed):
+        x, y = problem.rows(part)
+        scaler = problem.encoder(x)
+        x = {t: scaler.transform(values) for t, values in x.items()}
+        predict, weights, model = self.fit(problem, x, y, hp.get("strength"))
+        return Trained(
+            lambda new: predict({t: scaler.transform(v) for t, v in new.items()}),
+            weights,
+            model,
+        )
+
+    def fit(self, problem, x, y, strength):
+        """`(predict, weights, model)` for scaled examples."""
+        raise NotImplementedError
+
+
+def _linear(kind, strength):
+    if kind == REGRESSION:
+        return Ridge(alpha=strength)
+    return LogisticRegression(C=1 / strength, max_iter=500)
+
+
+def _outputs(model, x, outputs):
+    """Logits or predictions `(n, outputs)`; classes that were not seen have none."""
+    if isinstance(model, Ridge):
+        return model.predict(x).reshape(len(x), -1)
+    logits = model.decision_function(x).reshape(len(x), -1)
+    if outputs == 1:
+        return logits
+    if logits.shape[1] == 1:
+        logits = np.concatenate([-logits, logits], axis=1)
+    found = np.full((len(x), outputs), -np.inf)
+    found[:, model.classes_] = logits
+    return found
+
+
+class _Constant:
+    """The only class that a task's training part has."""
+
+    def __init__(self, label):
+        self.label = int(label)
+
+    def outputs(self, x, outputs):
+        if outputs == 1:
+            return np.full((len(x), 1), 1.0 if self.label else -1.0)
+        return np.tile(np.eye(outputs)[self.label], (len(x), 1))
+
+
+class RidgeByTask(Linear):
+    """A linear model for each task, by itself: the honest baseline."""
+
+    name = "ridge"
+    title = "linear, by task"
+
+    def fit(self, problem, x, y, strength):
+        models = {}
+        for task in problem.tasks:
+            kind, labels = problem.kinds[task], y[task]
+            if kind != REGRESSION and len(np.unique(labels)) < 2:
+                models[task] = _Constant(labels[0])
+            else:
+                labels = labels if labels.ndim == 2 else labels.ravel()
+                models[task] = _linear(kind, strength).fit(x[task], labels)
+
+        def predict(new):
+            return {
+                t: models[t].outputs(v, problem.outputs(t))
+                if isinstance(models[t], _Constant)
+                else _outputs(models[t], v, problem.outputs(t))
+                for t, v in new.items()
+            }
+
+        width = next(iter(x.values())).shape[1]
+        weights = sum((width + 1) * problem.outputs(t) for t in problem.tasks)
+        return predict, weights, models
+
+
+class Pooled(Linear):
+    """One linear model for all tasks, with an intercept for each."""
+
+    name = "pooled"
+    title = "linear, all shared"
+
+    def lack(self, problem):
+        if super().lack(problem):
+            return super().lack(problem)
+        if problem.shared:
+            return "the tasks have the same examples, so that one model has one answer"
+        kinds = {(problem.kinds[t], problem.outputs(t)) for t in problem.tasks}
+        if len(kinds) > 1:
+            return f"the tasks are of different kinds: {sorted(kinds)}"
+        return None
+
+    def fit(self, problem, x, y, strength):
+        tasks = problem.tasks
+        kind, outputs = problem.kinds[tasks[0]], problem.outputs(tasks[0])
+        # Of a scale with which the ridge hardly holds the intercepts.
+        own = 10 * np.eye(len(tasks))
+
+        def rows(values, task):
+            return np.hstack([values, np.tile(own[tasks.index(task)], (len(values), 1))])
+
+        every = np.concatenate([rows(x[t], t) for t in tasks])
+        labels = np.concatenate([y[t].reshape(len(y[t]), -1).squeeze(-1) for t in tasks])
+        model = _linear(kind, strength).fit(every, labels)
+        width = x[tasks[0]].shape[1]
+        return (
+            lambda new: {t: _outputs(model, rows(v, t), outputs) for t, v in new.items()},
+            (width + len(tasks)) * outputs,
+            model,
+        )
+
+
+class RelatedRegressions(Linear):
+    """Linear regressions with a tensor-normal prior: related tasks, of either sign."""
+
+    name = "related"
+    title = "linear, DRN"
+    relates = True
+
+    def lack(self, problem):
+        if super().lack(problem):
+            return super().lack(problem)
+        return None if problem.regression else "it is for regressions of one number"
+
+    def declare(self, hp, problem):
+        hp.Float("strength", 1e-2, 10, sampling="log", default=0.3)
+        hp.Choice("epsilon", [0.01, 0.1, 1.0], default=0.1)
+
+    def train(self, problem, part, hp, options, epochs, seed):
+        self._epsilon = hp.get("epsilon")
+        return super().train(problem, part, hp, options, epochs, seed)
+
+    def fit(self, problem, x, y, strength):
+        prior = TensorNormalRegularizer(strength, epsilon=self._epsilon, mean="zero")
+        spread = np.std(np.concatenate([np.ravel(v) for v in y.values()])) or 1.0
+        scaled = {t: np.ravel(values) / spread for t, values in y.items()}
+        model = relationship_regression(x, scaled, prior)
+
+        def predict(new):
+            return {t: v[:, None] * spread for t, v in model.predict(new).items()}
+
+        return predict, model.kernel.size + model.bias.size, model
+
+
+# --- networks -----------------------------------------------------------------------
+
+
+class Network(Candidate):
+    """A network of one of the families of `tuning.hypermodels`.
+
+    Args:
+        name: str.
+        title: str.
+        method: str, of `hypermodels.FAMILIES`.
+        relates: bool.
+        lack: function of a problem, or None.
+        fixed: dict of the family's `defaults`.
+        arguments: function of a problem that gives further arguments of `multitask`.
+    """
+
+    has_epochs = True
+
+    def __init__(self, name, title, method, relates=False, lack=None, fixed=None):
+        self.name, self.title, self.method = name, title, method
+        self.relates = relates
+        self._lack = lack
+        self._fixed = fixed or {}
+
+    def lack(self, problem):
+        return None if self._lack is None else self._lack(problem)
+
+    def hypermodel(self, problem, width=None):
+        """The hypermodel of its family.
+
+        Args:
+            problem: `Problem`.
+            width: int, the columns of a table's rows as they were encoded.
+        """
+        family = hypermodels.FAMILIES[self.method]
+        return family(
+            self.method,
+            functools.partial(backbone_of, problem, width),
+            {t: MaskedLoss(LOSSES[problem.kinds[t]]) for t in problem.tasks},
+            heads=problem.heads,
+            shared_input=problem.shared,
+            defaults=self._fixed,
+        )
+
+    def declare(self, hp, problem):
+        train, _ = problem.rows(problem.everything())
+        width = _scales(problem, train, problem.y).width
+        self.hypermodel(problem, width).build(hp)
+
+    def train(self, problem, part, hp, options, epochs, seed):
+        keras.backend.clear_session(free_memory=False)
+        keras.utils.set_random_seed(seed)
+        x, y = problem.rows(part)
+        scale = _scales(problem, x, y)
+        model = self.hypermodel(problem, scale.width).build(hp)
+        inputs, labels = scale.inputs(x), scale.labels(y)
+        size = options.batch_size
+        if problem.shared:
+            model.fit(next(iter(inputs.values())), labels, size, epochs, verbose=0)
+        else:
+            data = {t: (inputs[t], labels[t]) for t in problem.tasks}
+            # Every method sees as many examples of a task, short ones repeatedly.
+            model.fit(zip_tasks(data, size, seed=seed), epochs=epochs, verbose=0)
+
+        def predict(new):
+            inputs = scale.inputs(new)
+            if problem.shared:
+                inputs = next(iter(inputs.values()))
+            outputs = model.predict(inputs, 256, verbose=0)
+            return scale.outputs(outputs)
+
+        weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+        return Trained(predict, weights, model)
+
+
+def backbone_of(problem, width=None):
+    """A problem's own backbone, or a small network of a table's rows."""
+    if problem.backbone is not None:
+        return problem.backbone()
+    return keras.Sequential(
+        [
+            keras.Input((width,)),
+            keras.layers.Dense(64, "relu", name="hidden1"),
+            keras.layers.Dense(32, "relu", name="hidden2"),
+        ]
+    )
+
+
+class _scales:
+    """Rows and targets of mean zero and deviation one on the training part."""
+
+    def __init__(self, problem, x, y):
+        self.x, self.width = None, None
+        if problem.tabular:
+            self.x = problem.encoder(x)
+            first = next(iter(x.values()))
+            self.width = self.x.transform(first[:1]).shape[1]
+        self.y = {
+            t: StandardScaler().fit(y[t].reshape(len(y[t]), -1))
+            for t in problem.tasks
+            if problem.kinds[t] == REGRESSION
+        }
+
+    def inputs(self, x):
+        if self.x is None:
+            return x
+        return {t: self.x.transform(v).astype("float32") for t, v in x.items()}
+
+    def labels(self, y):
+        found = {}
+        for task, values in y.items():
+            values = values.reshape(len(values), -1)
+            scaled = task in self.y
+            found[task] = self.y[task].transform(values) if scaled else values
+        return {t: v.astype("float32") for t, v in found.items()}
+
+    def outputs(self, outputs):
+        return {
+            t: self.y[t].inverse_transform(v) if t in self.y else v
+            for t, v in outputs.items()
+        }
+
+
+def _no_convolution(problem):
+    kinds = hypermodels._CONVOLUTIONS
+    layers = [] if problem.backbone is None else flatten_layers(backbone_of(problem))
+    if any(isinstance(layer, kinds) for layer in layers):
+        return None
+    return "the network has no convolution"
+
+
+def _no_own_examples(problem):
+    return None if problem.shared else "the tasks' examples are not the same"
+
+
+for _one in (
+    RidgeByTask(),
+    Pooled(),
+    RelatedRegressions(),
+    Network("stl", "STL", "independent"),
+    Network("hard", "hard sharing", "hard"),
+    Network("laf", "DMTRL-LAF", "laf", fixed={"tolerance": 0.3}),
+    Network("tucker", "DMTRL-Tucker", "tucker", fixed={"tolerance": 0.3}),
+    Network("tt", "DMTRL-TT", "tt", fixed={"tolerance": 0.3}),
+    Network("similar", "similar kernels (MTAL)", "similar", lack=_no_convolution),
+    Network("drn", "DRN", "drn", relates=True),
+    Network("mrn", "MRN", "mrn", relates=True),
+    Network("trn", "TRN", "trn", relates=True, lack=_no_own_examples),
+):
+    register(_one)

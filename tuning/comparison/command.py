@@ -1,0 +1,124 @@
+"""Which method for my tasks: all that fit, compared fairly.
+
+    python -m dmtrl_keras.compare --csv FILE --task COLUMN --target COLUMN
+    python -m dmtrl_keras.compare --model module:backbone --data module:data
+
+Settings are chosen on a part of the training examples, with equal trials for all methods;
+then each is trained on the same draws, and tested. Results are written as they come: called
+again with the same arguments it goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import pandas as pd
+
+from .. import application
+from ..own import checked_data, function_of
+from .candidates import CANDIDATES
+from .compared import compare_on
+from .problem import BINARY, CLASSES, METRICS, REGRESSION, Problem, from_table
+from .report import methods_rows, to_json, write_report
+from .search import Options
+
+arguments = application("arguments")
+experiment = application("experiment")
+files = application("files")
+tabular = application("tabular")
+make_console = experiment.make_console
+
+
+def parser():
+    """The arguments."""
+    own = Options()
+    p = argparse.ArgumentParser(
+        prog="python -m dmtrl_keras.compare",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--csv", type=pathlib.Path, help="a table with a row per example")
+    source.add_argument(
+        "--data", metavar="MODULE:FUNCTION", help="returns a dict, as for searches"
+    )
+    p.add_argument("--task", help="of --csv: the column that says whose example it is")
+    p.add_argument("--target", help="of --csv: the column to be predicted")
+    p.add_argument(
+        "--kind",
+        choices=(REGRESSION, BINARY, CLASSES),
+        help="of --csv: what the target is; by default binary if it has two values, else a "
+        "regression",
+    )
+    p.add_argument(
+        "--categorical",
+        nargs="+",
+        default=[],
+        help="of --csv: columns that are categories although they look like numbers",
+    )
+    p.add_argument(
+        "--model", metavar="MODULE:FUNCTION", help="returns the backbone; for --data"
+    )
+    p.add_argument("--methods", nargs="+", choices=list(CANDIDATES), help="all that fit")
+    p.add_argument("--metric", choices=list(METRICS), help="by the kind of the tasks")
+    p.add_argument("--trials", type=arguments.whole(1), default=own.trials)
+    p.add_argument("--repeats", type=arguments.REPEATS, default=own.repeats)
+    p.add_argument("--epochs", type=arguments.whole(1), default=own.epochs)
+    p.add_argument("--batch-size", type=arguments.whole(1), default=own.batch_size)
+    share = arguments.real(above=0, below=1)
+    p.add_argument("--validation", type=share, default=own.validation)
+    p.add_argument("--test", type=share, default=own.test)
+    p.add_argument("--seed", type=arguments.SEED, default=own.seed)
+    p.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/compare"))
+    return p
+
+
+def main(given=None):
+    """Run the command; returns the `Comparison`."""
+    p = parser()
+    options = arguments.parse_arguments(p, given)
+    if options.csv is not None and not (options.task and options.target):
+        p.error("--csv needs --task COLUMN and --target COLUMN")
+    if options.data is not None and not options.model:
+        p.error("--data needs --model MODULE:FUNCTION")
+    console = make_console()
+    with files.working_in(options.output), options.strategy.scope():
+        problem = problem_of(p, options)
+        names = [field.name for field in dataclasses.fields(Options)]
+        own = Options(**{n: getattr(options, n) for n in names if hasattr(options, n)})
+        found = compare_on(problem, own, options.output, console.print)
+        experiment.Table("Methods", shown(found)).print(console)
+        console.print(found.sentence, highlight=False)
+        files.write(options.output / "results.json", json.dumps(to_json(found), indent=1))
+        write_report(found, options.output / "report.html")
+        console.print(f"The report is {options.output / 'report.html'}.")
+    return found
+
+
+def problem_of(p, options):
+    """The problem that the arguments name."""
+    if options.csv is not None:
+        table = tabular.read_tabular(
+            options.csv, options.task, options.target, options.categorical
+        )
+        return from_table(table, options.kind, options.metric)
+    try:
+        make, data = function_of(options.model), function_of(options.data)
+    except ValueError as error:
+        p.error(str(error))
+    data = checked_data(data(), options.data)
+    x, y = data["train"]
+    return Problem(x, y, data["test"], backbone=make, metric=options.metric)
+
+
+def shown(found):
+    """The table of the terminal, a data frame of strings."""
+    header, rows = methods_rows(found)
+    return pd.DataFrame(
+        [[text for text, _ in row] for row in rows.values()], columns=header
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What methods are compared on: tasks, their data, and how errors are measured."""
+
+import typing
+
+import numpy as np
+import pandas as pd
+from sklearn import metrics as scores
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+
+from .. import application
+
+DataError = application("reading").DataError
+digest_of = application("experiment").digest_of
+make_encoder = application("tabular").make_encoder
+
+# Fewer examples of a task can't be split for training, validation and testing.
+LEAST = 4
+REGRESSION, BINARY, CLASSES = "regression", "binary", "classes"
+
+
+class Metric(typing.NamedTuple):
+    """An error of one task's predictions, to be minimized.
+
+    Attributes:
+        title: str, for tables.
+        error: function of the labels and outputs of a task.
+        kinds: the kinds of tasks that it is for.
+        per_cent: bool, whether tables show it times 100.
+    """
+
+    title: str
+    error: typing.Callable
+    kinds: tuple
+    per_cent: bool = True
+
+
+def classes_of(outputs):
+    """The predicted classes of logits `(n,)`, `(n, 1)` or `(n, classes)`."""
+    outputs = np.asarray(outputs)
+    if outputs.ndim == 1 or outputs.shape[-1] == 1:
+        return (outputs.reshape(len(outputs)) > 0).astype(int)
+    return outputs.argmax(axis=-1)
+
+
+def _error_rate(y, outputs):
+    return float(np.mean(classes_of(outputs) != np.ravel(y)))
+
+
+def _rmse(y, outputs):
+    return float(scores.root_mean_squared_error(np.ravel(y), np.ravel(outputs)))
+
+
+def _unexplained(y, outputs):
+    return 1 - float(scores.explained_variance_score(np.ravel(y), np.ravel(outputs)))
+
+
+def _auc(y, outputs):
+    y, outputs = np.ravel(y), np.asarray(outputs)
+    if len(np.unique(y)) < 2:
+        return np.nan
+    return 1 - float(scores.roc_auc_score(y, outputs.reshape(len(outputs))))
+
+
+METRICS = {
+    "error": Metric("Error %", _error_rate, (BINARY, CLASSES)),
+    "auc": Metric("1 - AUC %", _auc, (BINARY,)),
+    "rmse": Metric("RMSE", _rmse, (REGRESSION,), per_cent=False),
+    "unexplained": Metric("1 - explained variance %", _unexplained, (REGRESSION,)),
+}
+
+
+class Problem:
+    """Tasks with their examples.
+
+    Args:
+        x: dict from task to array of examples, or to a data frame with columns of numbers
+            and of categories; or one array, the same examples for all.
+        y: dict from task to labels: `(n,)` or `(n, outputs)`; NaN (or -1 of classes) where
+            they are missing.
+        test_data: `(x, y)` of the same form, on which finished methods are tested; None:
+            every draw splits a share of the examples off.
+        kinds: dict from task to `"regression"`, `"binary"` or `"classes"`; by default
+            floats are regressions, ints and bools classes.
+        backbone: function without arguments that returns a Keras model, what each task's
+            network is without its head; None: linear models only, and a small network
+            on tables.
+        metric: a key of `METRICS`, or None: the error rate of classes, and the
+            unexplained variance of regressions.
+        classes: int, of all tasks of classes; None: by task, as many as its labels have.
+
+    Raises:
+        DataError: on data in another form.
+    """
+
+    def __init__(
+        self, x, y, test_data=None, kinds=None, backbone=None, metric=None, classes=None
+    ):
+        self.tasks = list(y)
+        self.shared = not isinstance(x, dict)
+        self.x = {t: _examples(x if self.shared else x[t]) for t in y}
+        self.y = {t: np.asarray(values) for t, values in y.items()}
+        self.test = None
+        if test_data is not None:
+            own, labels = test_data
+            self.test = (
+                {t: _examples(own if self.shared else own[t]) for t in y},
+                {t: np.asarray(labels[t]) for t in y},
+            )
+        self.backbone = backbone
+        self._check()
+        self.kinds = dict(kinds or {t: _kind(values) for t, values in self.y.items()})
+        self.classes = {
+            t: classes or 1 + int(self.y[t].max()) for t in y if self.kinds[t] == CLASSES
+        }
+        self.metrics = {t: METRICS[metric or _default(self.kinds[t])] for t in y}
+        for task in self.tasks:
+            if self.kinds[task] not in self.metrics[task].kinds:
+                raise DataError(
+                    f"--metric {metric}: it is of {self.metrics[task].kinds}. Task "
+                    f"{task!r} is of kind {self.kinds[task]!r}."
+                )
+
+    def _check(self):
+        if len(self.tasks) < 2:
+            raise DataError(f"Expected two tasks at least. Received: {self.tasks}.")
+        lengths = {t: (len(self.x[t]), len(self.y[t])) for t in self.tasks}
+        if any(one != other or one < LEAST for one, other in lengths.values()):
+            raise DataError(
+                f"Expected as many labels as examples, and {LEAST} at least of each task. "
+                f"Received (examples, labels): {lengths}."
+            )
+
+    @property
+    def tabular(self):
+        """Whether the examples are rows of numbers."""
+        return all(x.ndim == 2 for x in self.x.values())
+
+    def encoder(self, x):
+        """What scales rows to mean zero and deviation one, fitted on a training part.
+
+        Args:
+            x: dict from task to rows.
+
+        Returns:
+            An object with `transform`, as scikit-learn's.
+        """
+        if self.frames:
+            every = pd.concat(list(x.values()), ignore_index=True)
+            return make_encoder(every).fit(every)
+        return StandardScaler().fit(np.concatenate(list(x.values())))
+
+    @property
+    def frames(self):
+        """Whether the examples are data frames."""
+        return all(isinstance(x, pd.DataFrame) for x in self.x.values())
+
+    @property
+    def regression(self):
+        """Whether all tasks are regressions of one number."""
+        return all(kind == REGRESSION for kind in self.kinds.values()) and all(
+            values.ndim == 1 or values.shape[-1] == 1 for values in self.y.values()
+        )
+
+    @property
+    def heads(self):
+        """The number of outputs of each task."""
+        return {t: self.outputs(t) for t in self.tasks}
+
+    def outputs(self, task):
+        """How many outputs a task has."""
+        if self.kinds[task] == CLASSES:
+            return self.classes[task]
+        return 1 if self.y[task].ndim == 1 else self.y[task].shape[-1]
+
+    def split(self, part, share, seed):
+        """Two parts of some examples, by task, where possible with the same classes.
+
+        Args:
+            part: dict from task to indices.
+            share: float, of the second.
+            seed: int.
+
+        Returns:
+            `(first, second)`, dicts of indices.
+        """
+        first, second, common = {}, {}, None
+        for number, task in enumerate(self.tasks):
+            own = part[task]
+            if self.shared and common is not None:
+                first[task], second[task] = common
+                continue
+            labels = self.y[task][own] if self.kinds[task] != REGRESSION else None
+            held = max(1, round(share * len(own)))
+            enough = (
+                labels is not None and min(np.unique(labels, return_counts=True)[1]) > 1
+            )
+            enough = enough and min(held, len(own) - held) >= len(np.unique(labels))
+            common = train_test_split(
+                own,
+                test_size=held,
+                # Tasks that share their examples are split alike, others each by itself.
+                random_state=(seed + 1000003 * number) % 2**32,
+                stratify=labels if enough else None,
+            )
+            first[task], second[task] = common
+        return first, second
+
+    def everything(self):
+        """All examples, a dict of indices."""
+        return {t: np.arange(len(self.y[t])) for t in self.tasks}
+
+    def rows(self, part):
+        """`(x, y)` of a part, dicts by task."""
+        take = (lambda x, i: x.iloc[i]) if self.frames else (lambda x, i: x[i])
+        x = {t: take(self.x[t], part[t]) for t in self.tasks}
+        return x, {t: self.y[t][part[t]] for t in self.tasks}
+
+    def score(self, part, y, outputs):
+        """What settings are chosen by, on few examples: the mean over the tasks.
+
+        The error rate of classes; the squared error of regressions, in units of the
+        variance of a task's own training part. (The explained variance of a handful of
+        examples has their variance below the fraction bar, and may be anything.)
+
+        Args:
+            part: dict from task to indices, of the whole training part.
+            y: dict of labels.
+            outputs: dict of outputs.
+        """
+        found = []
+        for task in self.tasks:
+            if self.kinds[task] == REGRESSION:
+                variance = np.var(self.y[task][part[task]]) or 1.0
+                error = np.mean((y[task] - outputs[task].reshape(y[task].shape)) ** 2)
+                found.append(error / variance)
+            else:
+                found.append(self.metrics[task].error(y[task], outputs[task]))
+        return float(np.mean(found))
+
+    def digest(self):
+        """A str that names the data."""
+        pieces = [repr(self.tasks).encode()]
+        for task in self.tasks:
+            x = self.x[task]
+            pieces.append(x.to_csv().encode() if self.frames else x)
+            pieces.append(self.y[task])
+        return digest_of(pieces)
+
+    def errors(self, y, outputs):
+        """The error of each task, a dict."""
+        return {t: self.metrics[t].error(y[t], outputs[t]) for t in self.tasks}
+
+
+def from_table(table, kind=None, metric=None):
+    """The problem of a table whose rows belong to tasks.
+
+    Args:
+        table: `applications.tabular.Tabular`.
+        kind: `"regression"`, `"binary"` or `"classes"`; None: binary if the target has two
+            values, else a regression.
+        metric: a key of `METRICS`, or None.
+
+    Returns:
+        A `Problem`, of the tasks with four rows at least.
+    """
+    values, target = np.unique(table.target, return_inverse=True)
+    if kind is None:
+        kind = BINARY if len(values) == 2 else REGRESSION
+    if kind == BINARY and len(values) != 2:
+        raise DataError(f"--kind binary: the target has {len(values)} values.")
+    rows = {t: own for t, own in table.rows().items() if len(own) >= LEAST}
+    y = table.target if kind == REGRESSION else target
+    return Problem(
+        {
+            str(t): table.features.iloc[own].reset_index(drop=True)
+            for t, own in rows.items()
+        },
+        {str(t): y[own] for t, own in rows.items()},
+        kinds={str(t): kind for t in rows},
+        metric=metric,
+        classes=len(values),
+    )
+
+
+def _examples(x):
+    return x if isinstance(x, pd.DataFrame) else np.asarray(x)
+
+
+def _kind(values):
+    if np.issubdtype(values.dtype, np.floating):
+        return REGRESSION
+    return BINARY if values.ndim == 1 and values.max() <= 1 else CLASSES
+
+
+def _default(kind):
+    return "unexplained" if kind == REGRESSION else "error"

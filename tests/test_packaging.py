@@ -23,7 +23,7 @@ COMMANDS = [
     for path in sorted((ROOT / "applications").glob("*.py"))
     if 'if __name__ == "__main__":' in path.read_text()
 ]
-COMMANDS.append("search")
+COMMANDS += ["compare", "search"]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,10 @@ from tuning.comparison.search import Options, draw, methods_of
 def planted(kind, seed, tasks=8, count=40, features=12):
     """Linear regressions whose relations are known."""
     rng = np.random.default_rng(seed)
-    first, second = 1.5 * rng.normal(size=(2, features)) / np.sqrt(features)
+    first, second = rng.normal(size=(2, features))
+    # Groups that have nothing in common; by chance they would, and be one.
+    second -= first * (first @ second) / (first @ first)
+    first, second = (1.5 * w / np.linalg.norm(w) for w in (first, second))
     slopes = {
         "copies": [first] * tasks,
         "independent": 1.5 * rng.normal(size=(tasks, features)) / np.sqrt(features),

@@ -417,8 +417,7 @@ def summarize(runs):
     return pd.DataFrame(rows)
 
 
-EXPERIMENT = School()
-parse, main = EXPERIMENT.parse, EXPERIMENT.main
+parse, main = School().parse, School().main
 
 if __name__ == "__main__":
     main()

@@ -57,6 +57,7 @@ def test_two_datasets(run):
     assert names["results"]["scanned_accuracy"] > 0.85
 
 
+@pytest.mark.long
 def test_any_backbone(run, capsys):
     """The task's own model is saved, and gives what the network of both gives."""
     names = run("any_backbone")
@@ -76,6 +77,7 @@ def test_factorise_and_export(run):
         np.testing.assert_allclose(names["served"][task], values, atol=1e-4)
 
 
+@pytest.mark.long
 def test_search(run):
     """Three trials with scores, and the best one's network."""
     names = run("search")
@@ -85,6 +87,7 @@ def test_search(run):
     assert max(trial.score for trial in trials) > 0.6
 
 
+@pytest.mark.long
 def test_several_devices(tmp_path):
     """Two replicas, which learn that the first two tasks are related."""
     # In a process of its own: devices are divided before TensorFlow starts.

@@ -120,6 +120,7 @@ def test_variants_are_one_function(method, rng):
         np.testing.assert_allclose(other, outputs[0], atol=1e-4)
 
 
+@pytest.mark.long
 def test_command(tmp_path, monkeypatch, few_steps):
     """A small run writes all tables, also into a page."""
 

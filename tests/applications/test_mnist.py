@@ -257,6 +257,7 @@ def test_draws_are_the_same_for_all_methods():
         mnist.draw(digits, 0.5, 0)
 
 
+@pytest.mark.long
 def test_learns_real_digits():
     """DMTRL on 600 real digits is far better than chance within a minute."""
     arguments = ["--padding", "valid", "--fc", "32", "--epochs", "4"]

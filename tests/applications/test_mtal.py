@@ -42,6 +42,7 @@ def tasks(tmp_path, rng):
     return ["--group", "own", "--tasks", *sources]
 
 
+@pytest.mark.long
 def test_command(tasks, tmp_path, monkeypatch, few_steps):
     """Tables and figures, also in a page; finished runs are not run again."""
     methods = ["single", "nddr", "mtda", "mtal", "mtal_r"]
@@ -76,6 +77,7 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
     assert all(again[name].equals(tables[name]) for name in blocks)
 
 
+@pytest.mark.long
 def test_sweep(tasks, tmp_path, few_steps):
     """Figure 9: one run for each threshold; fewer kernels are shared as it grows."""
     arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--sweep"]
@@ -118,6 +120,7 @@ def test_mean_square_error(rng):
         np.testing.assert_allclose(drawn.loc[place, columns].tolist(), expected, rtol=5e-3)
 
 
+@pytest.mark.long
 def test_model_takes_original_images(tasks, tmp_path):
     """An exported network resizes and colours by itself, and takes bytes."""
     options = mtal.parse([*tasks, *SMALL])

@@ -242,6 +242,7 @@ def test_weights_are_chosen(tmp_path, rng, monkeypatch):
     assert len(seen) == 14
 
 
+@pytest.mark.long
 def test_convergence_command(tmp_path, rng, monkeypatch):
     """Curves, figure and table; the features are those of a network at its start."""
     monkeypatch.setattr(
@@ -278,6 +279,7 @@ def test_online_estimates_converge(rng):
         assert found[steps // 2 :].mean() == pytest.approx(offline, abs=0.03)
 
 
+@pytest.mark.long
 def test_real_faces(data_dir):
     """MTFL at 64 x 64: sizes, and how similar landmarks and pose are."""
     training, testing = load_mtfl(data_dir / "mtfl_64.zip", 64)
@@ -300,7 +302,7 @@ def test_real_faces(data_dir):
 @pytest.mark.parametrize(
     ("momentum", "sizes"),
     [
-        (0.9, (32, 128)),
+        pytest.param(0.9, (32, 128), marks=pytest.mark.long),
         (0.99, (128,)),
         pytest.param(0.99, (32,), marks=pytest.mark.long),
         pytest.param(0.999, (128,), marks=pytest.mark.long),

@@ -26,6 +26,7 @@ def test_balanced_error():
     assert found == pytest.approx(1 / 6)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*of independent kernels")
 @pytest.mark.usefixtures("few_steps")
 def test_command(tmp_path):

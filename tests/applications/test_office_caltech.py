@@ -118,6 +118,7 @@ def test_missing_classes(tmp_path, rng):
     assert accuracy["drn8"] > 0.8 > accuracy["stl"] + 0.2
 
 
+@pytest.mark.long
 def test_a_setting_that_diverges_is_not_chosen(tmp_path, rng):
     """Its accuracy is NaN, whatever the prior says of a kernel that is no number."""
     folder = write_features(tmp_path, rng)
@@ -149,6 +150,7 @@ def test_same_run_gives_the_same(tmp_path, rng):
     assert any(not np.allclose(a, b, atol=1e-4) for a, b in zip(slow, first))
 
 
+@pytest.mark.long
 def test_learns(tmp_path, rng):
     """Far above chance where the classes are apart, and the same metric by hand."""
     options = options_of(write_features(tmp_path, rng), "--steps", "40")
@@ -175,6 +177,7 @@ def accuracies(trainer, domains, methods):
     return found, task_correlation(model)["classifier"]
 
 
+@pytest.mark.long
 def test_real_features(data_dir):
     """DRN above MTCNN above STL with 5% of the examples, as the paper has it."""
     folder = data_dir / "office_caltech10_features"

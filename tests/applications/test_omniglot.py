@@ -210,6 +210,7 @@ def test_counts(tmp_path):
     assert width > 1 and wider[0] <= 0.6 * stl < wider[1]
 
 
+@pytest.mark.long
 def test_command(tmp_path, rng, monkeypatch, few_steps):
     """Tables and figures, also in a page; finished runs are not run again."""
     folder = write_alphabets(tmp_path / "data", rng)

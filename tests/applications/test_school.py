@@ -89,7 +89,7 @@ def test_strengths_are_chosen_on_training_data(table):
     options = school.parse(
         ["--data", str(table), "--task", "clinic", "--target", "days", "--repeats", "1"]
     )
-    part = school.EXPERIMENT.draw(options, data, 0)
+    part = school.School().draw(options, data, 0)
     method = school.METHODS["slope"]
     chosen = part.choose(method, 3, 0)
     held = {name: set(map(float, y)) for name, y in part.test_y.items()}
@@ -98,7 +98,7 @@ def test_strengths_are_chosen_on_training_data(table):
         assert len(rows) == len(own)
         data.target[rows] = 1e6
         data.features.loc[rows, "x"] = -1e6
-    again = school.EXPERIMENT.draw(options, data, 0)
+    again = school.School().draw(options, data, 0)
     assert again.choose(method, 3, 0) == chosen
     for name in part.x:
         np.testing.assert_array_equal(part.x[name], again.x[name])

@@ -33,8 +33,12 @@ SIZES = {
 
 
 # The others take minutes, and are of the same kinds of layers.
-QUICK = ("VGG16", "MobileNet", "MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny")
-TRIED = SIZES if os.environ.get("DMTRL_ALL_BACKBONES") else QUICK
+LONG = ("EfficientNetB0", "ConvNeXtTiny")
+QUICK = ("VGG16", "MobileNet", "MobileNetV3Small", *LONG)
+TRIED = [
+    pytest.param(name, marks=[pytest.mark.long] * (name in LONG))
+    for name in (SIZES if os.environ.get("DMTRL_ALL_BACKBONES") else QUICK)
+]
 
 
 def backbone_of(name, rng):

@@ -369,7 +369,7 @@ def test_task_matrices():
         layer.build((None, 12))
         matrix = ops.convert_to_numpy(layer.task_matrix)
         assert matrix.shape[1] == T
-        if name == "independent":
+        if name in ("independent", "parts"):
             np.testing.assert_array_equal(matrix, np.eye(T))
         elif name == "hard":
             np.testing.assert_array_equal(matrix, np.ones((1, T)))

@@ -265,12 +265,14 @@ for masked, plain in zip(moved["full"], moved["plain"]):
 """
 
 
+@pytest.mark.long
 @tensorflow_only
 def test_missing_labels_on_two_devices(on_two_devices):
     """The mean over the labels of the global batch, beside a task that has them all."""
     on_two_devices(TWO + MISSING)
 
 
+@pytest.mark.long
 @tensorflow_only
 def test_families_on_two_devices(on_two_devices):
     """Losses, weights and state of one device, and equal replicas."""
@@ -305,18 +307,21 @@ for layer, matrix in found[0].items():
 """
 
 
+@pytest.mark.long
 @tensorflow_only
 def test_input_per_task_on_two_devices(on_two_devices):
     """MRN: two devices learn what one learns, and hold equal covariances."""
     on_two_devices(TWO + REPLICAS)
 
 
+@pytest.mark.long
 @tensorflow_only
 def test_saved_on_two_devices(on_two_devices):
     """Resumed by `BackupAndRestore`, saved, exported."""
     on_two_devices(NETWORKS + TWO + SAVED)
 
 
+@pytest.mark.long
 @tensorflow_only
 def test_batches_that_do_not_divide(on_two_devices):
     on_two_devices(NETWORKS + TWO + UNEVEN)
@@ -411,6 +416,7 @@ for name in NAMES:
 """
 
 
+@pytest.mark.long
 @tensorflow_only
 def test_two_machines():
     """Two processes learn what one does."""

@@ -156,7 +156,7 @@ def test_command(users, tmp_path, monkeypatch, capsys, few_steps):
         assert files and b"_hparams_" in files[0].read_bytes()
     # The model that was trained on all training data, and tested.
     model = keras.saving.load_model(folder / "best.keras")
-    x, y = own._function("users_own:data")()["test"]
+    x, y = own.function_of("users_own:data")()["test"]
     again = model.evaluate(x, y, batch_size=20, verbose=0, return_dict=True)
     assert again["a_loss"] == pytest.approx(found["test"]["val_a_loss"], rel=1e-4)
     assert "used here for the first time" in " ".join(capsys.readouterr().out.split())
@@ -490,6 +490,7 @@ def test_killed_and_resumed(users, tmp_path, monkeypatch, few_steps):
     assert len(after) == 4 and after[1] == begun[2][1] != after[2]
 
 
+@pytest.mark.long
 def test_chief_and_workers(users, tmp_path):
     """Three processes: each trial runs once, and a killed worker's is not lost."""
     with socket.socket() as free:
@@ -541,6 +542,7 @@ assert tf.config.list_logical_devices("CPU")[1:], "one device"
 """
 
 
+@pytest.mark.long
 def test_replicas(users, tmp_path):
     """An experiment and a search on two devices; 66 and 30 examples, uneven batches."""
     given = {"ARGUMENTS": [*TUCKER, *users], "OUTPUT": str(tmp_path / "mnist")}

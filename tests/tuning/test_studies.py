@@ -93,6 +93,7 @@ def test_budget():
     assert study.options.epochs == 20
 
 
+@pytest.mark.long
 def test_early_stopping_sees_the_validation_part(tmp_path, rng):
     """One experiment in earnest: a network that gets worse and worse is stopped."""
     for label in range(2):

@@ -102,6 +102,7 @@ def test_what_does_not_fit(rng):
     assert "not the same" in lacks["trn"] and "regressions" in lacks["related"]
 
 
+@pytest.mark.long
 def test_networks(rng):
     """Networks of each family on a table, classes and regressions side by side."""
     x = {"a": rng.normal(size=(24, 3)), "b": rng.normal(size=(16, 3))}

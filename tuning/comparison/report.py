@@ -25,7 +25,7 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884
 th:first-child, td:first-child { text-align: left; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
 tr.chosen { font-weight: 600; }
-figure { margin: 1rem 0; }
+figure { margin: 1rem 0; overflow-x: auto; }
 @media print { th button::after { content: ""; } body { max-width: none; } }
 """
 
@@ -156,7 +156,12 @@ def _table(identity, header, rows, chosen=None):
 
 
 def _figure(figure, identity):
-    figure.update_layout(margin={"l": 10, "r": 10, "t": 30, "b": 10}, autosize=True)
+    figure.update_layout(
+        margin={"l": 10, "r": 10, "t": 30, "b": 10},
+        autosize=True,
+        # Beside the figure there is no room for it on a phone.
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    )
     options = {"include_plotlyjs": False, "full_html": False, "div_id": identity}
     own = figure.to_html(config={"responsive": True, "displaylogo": False}, **options)
     return f"<figure>{own}</figure>"
@@ -182,6 +187,7 @@ def size_figure(c):
         text=c.table.title,
         textposition="top center",
         name="methods",
+        cliponaxis=False,
         error_y={"array": c.table.spread.fillna(0)},
     )
     figure.update_xaxes(type="log", title="weights")

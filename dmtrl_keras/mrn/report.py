@@ -117,10 +117,11 @@ def priors_of(
         if fresh and mode in prior.modes:
             found[layer.name] = prior
     if not found:
-        learned = f"It learns those of {sorted(map(str, modes))}" if modes else "See"
+        known = sorted(map(str, modes))
+        expected = f"Expected: one of {known}" if known else "See TensorNormalRegularizer"
         raise ValueError(
             f"{owner}: model {model.name!r} has no layer that learns a {mode} covariance. "
-            f"{learned}{'; see' if modes else ''} TensorNormalRegularizer."
+            f"{expected}. Received: mode={mode!r}."
         )
     return found
 

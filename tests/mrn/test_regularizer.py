@@ -618,7 +618,7 @@ def test_covariances_of_modes():
             correlation * np.outer(deviation, deviation), covariance, rtol=1e-5, atol=1e-6
         )
     drn = relationship_network((6,), ["a", "b"], 3, prior="drn")
-    with pytest.raises(ValueError, match=r"a class covariance.*those of .*task"):
+    with pytest.raises(ValueError, match=r"a class covariance.*one of .*task"):
         mode_correlation(drn, "class")
 
 

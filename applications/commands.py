@@ -14,11 +14,14 @@ def __getattr__(name):
     """
     if name.startswith("_"):
         raise AttributeError(name)
-    package = {"search": "tuning", "compare": "compare"}.get(name, "applications")
-    path = {"search": "tuning.search", "compare": "tuning.comparison.command"}
+    # What to install for it, and where it is.
+    elsewhere = {
+        "search": ("tuning", "tuning.search"),
+        "compare": ("compare", "tuning.comparison.command"),
+    }
+    package, path = elsewhere.get(name, ("applications", f"applications.{name}"))
     # The installed package, or the checkout.
-    own = path.get(name, f"applications.{name}")
-    module = f"{__name__.removesuffix('applications.commands')}{own}"
+    module = f"{__name__.removesuffix('applications.commands')}{path}"
 
     def command():
         try:

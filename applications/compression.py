@@ -25,9 +25,9 @@ from dmtrl_keras.parameterizations import LAF, TT, Tucker
 
 from .arguments import real, whole
 from .digits import load_digits
-from .experiment import Experiment, Table, timed
+from .experiment import Experiment, Table, make_optimizer, timed
 from .mnist import EXPERIMENT as MNIST
-from .mnist import TASKS, draw_part, evaluate, lenet, make_optimizer
+from .mnist import TASKS, draw_part, evaluate, lenet
 from .results import mean_and_spread
 
 KINDS = {"LAF": LAF, "Tucker": Tucker, "TT": TT}

@@ -224,15 +224,32 @@ def hits(outputs, labels):
     return np.where(np.isnan(outputs).any(axis=-1), np.nan, found)
 
 
-def decaying(options, steps):
+def make_optimizer(optimizer, learning_rate, weight_decay=0.0):
+    """An optimizer.
+
+    Args:
+        optimizer: a key of `OPTIMIZERS`.
+        learning_rate: float, or a schedule.
+        weight_decay: float; in each step all weights but biases shrink by it, times the
+            learning rate. 0: what the optimizer has by default.
+    """
+    made = OPTIMIZERS[optimizer](learning_rate)
+    if weight_decay:
+        made.weight_decay = weight_decay
+        made.exclude_from_weight_decay(var_names=["bias"])
+    return made
+
+
+def decaying(options, steps, weight_decay=0.0):
     """The optimizer whose learning rate falls along half a cosine.
 
     Args:
         options: parsed arguments: `optimizer`, `learning_rate`.
         steps: int, of the whole training.
+        weight_decay: as for `make_optimizer`.
     """
     rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
-    return OPTIMIZERS[options.optimizer](rate)
+    return make_optimizer(options.optimizer, rate, weight_decay)
 
 
 def ticking(tick, callbacks):

@@ -44,7 +44,15 @@ from dmtrl_keras.metrics import MeanBinaryError, MulticlassError
 
 from .arguments import OPTIMIZERS, ByName, check_names, real, whole, whole_batches
 from .digits import FULL_SIZE, load_digits
-from .experiment import Experiment, Table, figure_of, held_out, ticking, timed
+from .experiment import (
+    Experiment,
+    Table,
+    figure_of,
+    held_out,
+    make_optimizer,
+    ticking,
+    timed,
+)
 from .reading import DataError, shortened
 from .results import mean_and_spread
 
@@ -140,22 +148,6 @@ def lenet(
         1, tasks, use_bias=use_bias, shared_input=shared_layers >= 3, name="output"
     )(x)
     return keras.Model(inputs, outputs, name="lenet")
-
-
-def make_optimizer(optimizer, learning_rate, weight_decay=0.0):
-    """An optimizer.
-
-    Args:
-        optimizer: a key of `OPTIMIZERS`.
-        learning_rate: float.
-        weight_decay: float; in each step all weights but biases shrink by it, times the
-            learning rate. 0: what the optimizer has by default.
-    """
-    made = OPTIMIZERS[optimizer](learning_rate)
-    if weight_decay:
-        made.weight_decay = weight_decay
-        made.exclude_from_weight_decay(var_names=["bias"])
-    return made
 
 
 def kernel_parameters(model):
@@ -467,12 +459,12 @@ def size_of(digits, fraction):
     return size
 
 
-def _strengths(model, of=sharing_strength):
-    """Eq. 9 for all four layers, or its chance; those before the split are shared."""
-    strengths = dict.fromkeys(LAYERS, 1.0)
+def strengths(model, layers, of=sharing_strength):
+    """Eq. 9 for some layers, or its chance; one layer for all tasks has 1."""
+    found = dict.fromkeys(layers, 1.0)
     if task_layers(model):
-        strengths |= of(model)
-    return strengths
+        found |= of(model)
+    return found
 
 
 def summarize(runs):
@@ -827,8 +819,8 @@ class Mnist(Experiment):
             "binary_error": binary,
             "multiclass_error": multiclass,
             "seconds": seconds,
-            "sharing_strength": _strengths(model),
-            "chance_of_sharing": _strengths(model, chance_of_sharing),
+            "sharing_strength": strengths(model, LAYERS),
+            "chance_of_sharing": strengths(model, LAYERS, chance_of_sharing),
             "ranks": {entry.layer: entry.rank for entry in factorization_report(model)},
         }
 

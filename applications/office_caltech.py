@@ -33,7 +33,6 @@ import pandas as pd
 from keras import ops
 
 from dmtrl_keras import (
-    TensorNormalRegularizer,
     mode_correlation,
     mode_covariance,
     plot_eigenvectors,
@@ -45,7 +44,7 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.mrn.network import PRIORS
+from dmtrl_keras.mrn.network import prior_by_name
 from dmtrl_keras.mrn.regularizer import MEANS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
@@ -214,14 +213,8 @@ class Trainer:
         o, arguments = self.options, dict(METHODS[method])
         prior = arguments.pop("prior")
         if prior is not None:
-            epsilon = {**PRIORS[prior], "task": o.epsilon}
-            prior = TensorNormalRegularizer(
-                strength,
-                list(epsilon),
-                o.update_every,
-                epsilon=epsilon,
-                relative=not o.absolute,
-                mean=o.mean,
+            prior = prior_by_name(
+                prior, strength, o.epsilon, o.update_every, o.mean, not o.absolute
             )
             if o.initializer is not None:
                 arguments["kernel_initializer"] = {"classifier": o.initializer}

@@ -18,7 +18,6 @@ share the kernels of their first four layers; the last one is each task's own:
 
 import functools
 import itertools
-import math
 import pathlib
 import warnings
 
@@ -28,17 +27,15 @@ import pandas as pd
 from scipy import stats
 
 from dmtrl_keras import (
-    TensorNormalRegularizer,
     chance_of_sharing,
     factorize,
     multitask,
     plot_sharing_strength,
-    sharing_strength,
     task_layers,
     zip_tasks,
 )
 from dmtrl_keras.layers import NDDR, CrossStitch
-from dmtrl_keras.mrn.network import PRIORS
+from dmtrl_keras.mrn.network import PRIORS, prior_by_name
 
 from .alphabets import load_alphabets
 from .arguments import ByName, check_names, real, whole
@@ -55,9 +52,9 @@ from .experiment import (
     timed,
     trainable_parameters,
 )
-from .mnist import rank
+from .mnist import rank, strengths
 from .reading import DataError
-from .results import mean_and_spread
+from .results import half_interval, mean_and_spread
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 # Filters and side of the kernels; the units of the fully connected layer.
@@ -239,10 +236,8 @@ class Trainer:
         watched = None
         if self.watch is not None:
             watched = zip_tasks(data[1], o.batch_size, shuffle=False)
-        optimizer = decaying(_with_rate(o, method), len(stream) * epochs)
-        if o.weight_decay:
-            optimizer.weight_decay = o.weight_decay
-            optimizer.exclude_from_weight_decay(var_names=["bias"])
+        own = _with_rate(o, method)
+        optimizer = decaying(own, len(stream) * epochs, o.weight_decay)
         weights = o.loss_weights or None
         model.compile(optimizer, "sparse_categorical_crossentropy", loss_weights=weights)
         model.fit(
@@ -310,10 +305,7 @@ class Trainer:
                 sharing = dict.fromkeys(o.layers, method)
                 return self.network(sharing, start=o.start, **self.ranks(method))
         if method in PRIORS:
-            ridges = {**PRIORS[method], "task": o.epsilon}
-            prior = TensorNormalRegularizer(
-                o.strength, list(ridges), o.update_every, epsilon=ridges, mean="start"
-            )
+            prior = prior_by_name(method, o.strength, o.epsilon, o.update_every)
             return self.network(prior=dict.fromkeys(LAYERS, prior))
         if method in ("stitch", "nddr"):
             return self.network(between=CrossStitch if method == "stitch" else NDDR)
@@ -367,14 +359,6 @@ def mean_error(errors):
     return float(np.mean(list(errors.values())))
 
 
-def strengths(model, of=sharing_strength):
-    """Eq. 9 for the first four layers, or its chance; one layer for all tasks has 1."""
-    found = dict.fromkeys(LAYERS, 1.0)
-    if task_layers(model):
-        found |= of(model)
-    return found
-
-
 def similarity(model, layer="fc"):
     """The cosine of every two tasks' columns of S in a layer, after Eq. 9's normalisation.
 
@@ -411,8 +395,7 @@ def paired(own, baseline):
         return ""
     if len(both) < 2:
         return f"{both.mean():+.1f}"
-    half = stats.t.ppf(0.975, len(both) - 1) * both.std() / math.sqrt(len(both))
-    return f"{both.mean():+.1f} ± {half:.1f}"
+    return f"{both.mean():+.1f} ± {half_interval(both):.1f}"
 
 
 def _groups(runs):
@@ -802,8 +785,8 @@ class Omniglot(Experiment):
             "error": mean_error(errors),
             "parameters": trainable_parameters(model),
             "seconds": took.seconds + trainer.spared,
-            "sharing_strength": strengths(model),
-            "chance": strengths(model, chance_of_sharing),
+            "sharing_strength": strengths(model, LAYERS),
+            "chance": strengths(model, LAYERS, chance_of_sharing),
             "similarity": similarity(model),
             "ranks": {layer.name: layer.rank for layer in task_layers(model)},
         }

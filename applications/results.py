@@ -7,6 +7,7 @@ import typing
 
 import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy import stats
 
 from .files import UnusableFileError, locked, write
 
@@ -90,6 +91,18 @@ def mean_and_spread(values, digits=2):
     if len(values) < 2:
         return f"{values.mean():.{digits}f}"
     return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+
+
+def half_interval(differences):
+    """Half of the 95% interval of the mean of paired differences, by Student's t.
+
+    Args:
+        differences: sequence of floats; of fewer than two there is none, NaN.
+    """
+    count = len(differences)
+    if count < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, count - 1) * stats.sem(differences))
 
 
 def progress_bars(console):

@@ -18,7 +18,6 @@ import typing
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from dmtrl_keras import (
     TensorNormalRegularizer,
@@ -30,7 +29,7 @@ from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, 
 
 from .arguments import real, whole
 from .experiment import Experiment, Table, digest_of, timed
-from .results import mean_and_spread
+from .results import half_interval, mean_and_spread
 from .tabular import fold_numbers, make_encoder, read_tabular, split_rows
 
 BASELINE = "stl"
@@ -367,15 +366,6 @@ class School(Experiment):
         return {options.page_block: Table(title, summarize(runs), "table", keys=2)}
 
 
-def interval(differences):
-    """Half of the 95% interval of a mean of paired differences, by Student's t."""
-    count = len(differences)
-    if count < 2:
-        return np.nan
-    quantile = stats.t.ppf(0.975, count - 1)
-    return float(quantile * np.std(differences, ddof=1) / np.sqrt(count))
-
-
 def _in_words(chosen):
     """The settings that were chosen, the most frequent value of each."""
     values = pd.DataFrame(list(chosen))
@@ -406,7 +396,7 @@ def summarize(runs):
             if method != BASELINE and len(common):
                 difference = explained[common]
                 difference -= 100 * own.explained_variance[common].astype(float)
-                half = interval(difference)
+                half = half_interval(difference)
                 mean = difference.mean()
                 row["To STL"] = f"{mean:+.1f}"
                 row["95% interval"] = (

@@ -12,12 +12,11 @@ import keras_tuner as kt
 from dmtrl_keras import (
     Relation,
     TaskRelationModel,
-    TensorNormalRegularizer,
     multitask,
     parameterizations,
 )
 from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.mrn.network import PRIORS
+from dmtrl_keras.mrn.network import prior_by_name
 from dmtrl_keras.parameterizations import SimilarKernels
 
 from . import application
@@ -244,14 +243,8 @@ class Prior(MultiTask):
         strength, epsilon = self.defaults["strength"], self.defaults["epsilon"]
         if "sharing" in self.tune:
             strength, epsilon = self.space(hp).prior(strength, epsilon)
-        ridges = {**PRIORS[self.method], "task": epsilon}
-        prior = TensorNormalRegularizer(
-            strength,
-            list(ridges),
-            self.defaults["update_every"],
-            epsilon=ridges,
-            mean="start",
-        )
+        every = self.defaults["update_every"]
+        prior = prior_by_name(self.method, strength, epsilon, every)
         return super().network(hp, prior=prior)
 
 

@@ -357,6 +357,26 @@ def named_prior(
     return prior
 
 
+def prior_by_name(
+    name: str,
+    strength: float,
+    task_epsilon: float,
+    update_every: int | None,
+    mean: Mean = "start",
+    relative: bool = True,
+) -> TensorNormalRegularizer:
+    """The regularizer of a name, with another ridge of the tasks' covariance."""
+    epsilon = {**PRIORS[name], "task": task_epsilon}
+    return TensorNormalRegularizer(
+        strength,
+        list(epsilon),
+        update_every,
+        epsilon=epsilon,
+        relative=relative,
+        mean=mean,
+    )
+
+
 def _prior(
     prior: str | TensorNormalRegularizer | None, strength: float, each: str | None
 ) -> TensorNormalRegularizer | None:

@@ -12,8 +12,10 @@ from dmtrl_keras import TensorNormalRegularizer, relationship_regression, zip_ta
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.losses import MaskedLoss
 
-from .. import hypermodels
+from .. import application, hypermodels
 from .problem import BINARY, CLASSES, REGRESSION
+
+trainable_parameters = application("experiment").trainable_parameters
 
 LOSSES = {
     REGRESSION: "mse",
@@ -29,12 +31,10 @@ class Trained(typing.NamedTuple):
         predict: function from a dict of examples by task to a dict of outputs (logits of
             classes).
         weights: int, how many numbers were learned.
-        model: the Keras model, or what else was trained.
     """
 
     predict: typing.Callable
     weights: int
-    model: object
 
 
 class Candidate:
@@ -43,13 +43,11 @@ class Candidate:
     Attributes:
         name: str.
         title: str, for tables.
-        relates: bool, whether it learns how the tasks are related.
         has_epochs: bool, whether it trains for a number of epochs.
     """
 
     name = None
     title = None
-    relates = False
     has_epochs = False
 
     def lack(self, problem):
@@ -106,19 +104,18 @@ class Linear(Candidate):
         x, y = problem.rows(part)
         scaler = problem.encoder(x)
         x = {t: scaler.transform(values) for t, values in x.items()}
-        predict, weights, model = self.fit(problem, x, y, hp.get("strength"))
+        predict, weights = self.fit(problem, x, y, hp)
         return Trained(
-            lambda new: predict({t: scaler.transform(v) for t, v in new.items()}),
-            weights,
-            model,
+            lambda new: predict({t: scaler.transform(v) for t, v in new.items()}), weights
         )
 
-    def fit(self, problem, x, y, strength):
-        """`(predict, weights, model)` for scaled examples."""
+    def fit(self, problem, x, y, hp):
+        """`(predict, weights)` for scaled examples."""
         raise NotImplementedError
 
 
-def _linear(kind, strength):
+def _linear(kind, hp):
+    strength = hp.get("strength")
     if kind == REGRESSION:
         return Ridge(alpha=strength)
     return LogisticRegression(C=1 / strength, max_iter=500)
@@ -156,7 +153,7 @@ class RidgeByTask(Linear):
     name = "ridge"
     title = "linear, by task"
 
-    def fit(self, problem, x, y, strength):
+    def fit(self, problem, x, y, hp):
         models = {}
         for task in problem.tasks:
             kind, labels = problem.kinds[task], y[task]
@@ -164,7 +161,7 @@ class RidgeByTask(Linear):
                 models[task] = _Constant(labels[0])
             else:
                 labels = labels if labels.ndim == 2 else labels.ravel()
-                models[task] = _linear(kind, strength).fit(x[task], labels)
+                models[task] = _linear(kind, hp).fit(x[task], labels)
 
         def predict(new):
             return {
@@ -176,7 +173,7 @@ class RidgeByTask(Linear):
 
         width = next(iter(x.values())).shape[1]
         weights = sum((width + 1) * problem.outputs(t) for t in problem.tasks)
-        return predict, weights, models
+        return predict, weights
 
 
 class Pooled(Linear):
@@ -186,8 +183,9 @@ class Pooled(Linear):
     title = "linear, all shared"
 
     def lack(self, problem):
-        if super().lack(problem):
-            return super().lack(problem)
+        lack = super().lack(problem)
+        if lack is not None:
+            return lack
         if problem.shared:
             return "the tasks have the same examples, so that one model has one answer"
         kinds = {(problem.kinds[t], problem.outputs(t)) for t in problem.tasks}
@@ -195,7 +193,7 @@ class Pooled(Linear):
             return f"the tasks are of different kinds: {sorted(kinds)}"
         return None
 
-    def fit(self, problem, x, y, strength):
+    def fit(self, problem, x, y, hp):
         tasks = problem.tasks
         kind, outputs = problem.kinds[tasks[0]], problem.outputs(tasks[0])
         # Of a scale with which the ridge hardly holds the intercepts.
@@ -206,12 +204,11 @@ class Pooled(Linear):
 
         every = np.concatenate([rows(x[t], t) for t in tasks])
         labels = np.concatenate([y[t].reshape(len(y[t]), -1).squeeze(-1) for t in tasks])
-        model = _linear(kind, strength).fit(every, labels)
+        model = _linear(kind, hp).fit(every, labels)
         width = x[tasks[0]].shape[1]
         return (
             lambda new: {t: _outputs(model, rows(v, t), outputs) for t, v in new.items()},
             (width + len(tasks)) * outputs,
-            model,
         )
 
 
@@ -220,23 +217,20 @@ class RelatedRegressions(Linear):
 
     name = "related"
     title = "linear, DRN"
-    relates = True
 
     def lack(self, problem):
-        if super().lack(problem):
-            return super().lack(problem)
-        return None if problem.regression else "it is for regressions of one number"
+        lack = super().lack(problem)
+        if lack is None and not problem.regression:
+            lack = "it is for regressions of one number"
+        return lack
 
     def declare(self, hp, problem):
         hp.Float("strength", 1e-2, 10, sampling="log", default=0.3)
         hp.Choice("epsilon", [0.01, 0.1, 1.0], default=0.1)
 
-    def train(self, problem, part, hp, options, epochs, seed):
-        self._epsilon = hp.get("epsilon")
-        return super().train(problem, part, hp, options, epochs, seed)
-
-    def fit(self, problem, x, y, strength):
-        prior = TensorNormalRegularizer(strength, epsilon=self._epsilon, mean="zero")
+    def fit(self, problem, x, y, hp):
+        strength, epsilon = hp.get("strength"), hp.get("epsilon")
+        prior = TensorNormalRegularizer(strength, epsilon=epsilon, mean="zero")
         spread = np.std(np.concatenate([np.ravel(v) for v in y.values()])) or 1.0
         scaled = {t: np.ravel(values) / spread for t, values in y.items()}
         model = relationship_regression(x, scaled, prior)
@@ -244,7 +238,7 @@ class RelatedRegressions(Linear):
         def predict(new):
             return {t: v[:, None] * spread for t, v in model.predict(new).items()}
 
-        return predict, model.kernel.size + model.bias.size, model
+        return predict, model.kernel.size + model.bias.size
 
 
 # --- networks -----------------------------------------------------------------------
@@ -257,17 +251,14 @@ class Network(Candidate):
         name: str.
         title: str.
         method: str, of `hypermodels.FAMILIES`.
-        relates: bool.
         lack: function of a problem, or None.
         fixed: dict of the family's `defaults`.
-        arguments: function of a problem that gives further arguments of `multitask`.
     """
 
     has_epochs = True
 
-    def __init__(self, name, title, method, relates=False, lack=None, fixed=None):
+    def __init__(self, name, title, method, lack=None, fixed=None):
         self.name, self.title, self.method = name, title, method
-        self.relates = relates
         self._lack = lack
         self._fixed = fixed or {}
 
@@ -318,8 +309,7 @@ class Network(Candidate):
             outputs = model.predict(inputs, 256, verbose=0)
             return scale.outputs(outputs)
 
-        weights = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-        return Trained(predict, weights, model)
+        return Trained(predict, trainable_parameters(model))
 
 
 def backbone_of(problem, width=None):
@@ -392,8 +382,8 @@ for _one in (
     Network("tucker", "DMTRL-Tucker", "tucker", fixed={"tolerance": 0.3}),
     Network("tt", "DMTRL-TT", "tt", fixed={"tolerance": 0.3}),
     Network("similar", "similar kernels (MTAL)", "similar", lack=_no_convolution),
-    Network("drn", "DRN", "drn", relates=True),
-    Network("mrn", "MRN", "mrn", relates=True),
-    Network("trn", "TRN", "trn", relates=True, lack=_no_own_examples),
+    Network("drn", "DRN", "drn"),
+    Network("mrn", "MRN", "mrn"),
+    Network("trn", "TRN", "trn", lack=_no_own_examples),
 ):
     register(_one)

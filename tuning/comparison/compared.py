@@ -80,9 +80,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     data = problem.digest()
     errors, chosen, weights, seconds = {}, {}, {}, {}
     for method in methods:
-        chosen[method], _ = search.choose(
-            problem, options, method, results, data, lambda: None, told
-        )
+        chosen[method], _ = search.choose(problem, options, method, results, data)
         runs = [
             search.run(problem, options, method, chosen[method], number, results, data)
             for number in range(options.repeats)

@@ -26,13 +26,11 @@ class Metric(typing.NamedTuple):
         title: str, for tables.
         error: function of the labels and outputs of a task.
         kinds: the kinds of tasks that it is for.
-        per_cent: bool, whether tables show it times 100.
     """
 
     title: str
     error: typing.Callable
     kinds: tuple
-    per_cent: bool = True
 
 
 def classes_of(outputs):
@@ -65,7 +63,7 @@ def _auc(y, outputs):
 METRICS = {
     "error": Metric("Error %", _error_rate, (BINARY, CLASSES)),
     "auc": Metric("1 - AUC %", _auc, (BINARY,)),
-    "rmse": Metric("RMSE", _rmse, (REGRESSION,), per_cent=False),
+    "rmse": Metric("RMSE", _rmse, (REGRESSION,)),
     "unexplained": Metric("1 - explained variance %", _unexplained, (REGRESSION,)),
 }
 

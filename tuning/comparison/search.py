@@ -62,7 +62,7 @@ def draw(problem, options, number):
     return problem.split(problem.everything(), options.test, seed)
 
 
-def choose(problem, options, method, results, data, tick, told):
+def choose(problem, options, method, results, data):
     """The best hyperparameters of a method, on the validation part of the first draw.
 
     Successive halving: the trials of Keras Tuner's Hyperband with its smallest
@@ -74,8 +74,6 @@ def choose(problem, options, method, results, data, tick, told):
         method: str.
         results: `Results`, where trials are kept.
         data: str that names the data.
-        tick: function without arguments, called after each trial.
-        told: function of a str.
 
     Returns:
         `(values, trials)`: a dict, and a list of `(values, score)`.
@@ -107,9 +105,8 @@ def choose(problem, options, method, results, data, tick, told):
         hp = trial.hyperparameters
         own = hp.values.get("tuner/epochs", epochs)
         values = {k: v for k, v in hp.values.items() if not k.startswith("tuner/")}
-        settings = {"data": data, "method": method, "values": values, "epochs": own}
-        settings |= {"seed": options.seed, "batch_size": options.batch_size}
-        settings |= {"validation": options.validation, "test": options.test}
+        settings = _settings(options, data, method, values, own)
+        settings["validation"] = options.validation
         found = results.get(settings)
         if found is None:
             trained = candidate.train(problem, first, hp, options, own, options.seed)
@@ -121,10 +118,22 @@ def choose(problem, options, method, results, data, tick, told):
         trial.status = "COMPLETED"
         oracle.end_trial(trial)
         tried.append((own, values, error))
-        tick()
     longest = max(own for own, *_ in tried)
     best = min((one for one in tried if one[0] == longest), key=lambda one: one[-1])
     return best[1], tried
+
+
+def _settings(options, data, method, values, epochs):
+    """What names a training, a dict."""
+    return {
+        "data": data,
+        "method": method,
+        "values": values,
+        "epochs": epochs,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "test": options.test,
+    }
 
 
 def run(problem, options, method, values, number, results, data):
@@ -133,21 +142,18 @@ def run(problem, options, method, values, number, results, data):
     Returns:
         The results, a dict: `errors` by task, `weights`, `seconds`.
     """
-    settings = {"data": data, "method": method, "values": values, "draw": number}
-    settings |= {"epochs": options.epochs, "batch_size": options.batch_size}
-    settings |= {"seed": options.seed, "test": options.test}
+    settings = _settings(options, data, method, values, options.epochs)
+    settings["draw"] = number
     found = results.get(settings)
     if found is not None:
         return found
-    candidate = CANDIDATES[method]
     train, test = draw(problem, options, number)
     x, y = problem.test if test is None else problem.rows(test)
     hp = kt.HyperParameters()
-    candidate.declare(hp, problem)
     hp.values = dict(values)
     seed = options.seed + 1000 * number
     started = time.perf_counter()
-    trained = candidate.train(problem, train, hp, options, options.epochs, seed)
+    trained = CANDIDATES[method].train(problem, train, hp, options, options.epochs, seed)
     found = {
         "seconds": time.perf_counter() - started,
         "errors": problem.errors(y, trained.predict(x)),

@@ -733,6 +733,12 @@ class Mtfl(Experiment):
             help="random parts of as many, of each seed; else all",
         )
         p.add_argument(
+            "--test-images",
+            type=whole(1),
+            help="test on as many of the training part, cut out once, instead of on the "
+            "test part, whose photographs are of another kind",
+        )
+        p.add_argument(
             "--extent",
             nargs=2,
             type=real(above=0, most=1),
@@ -798,6 +804,8 @@ class Mtfl(Experiment):
     def load(self, options, console=None):
         """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
         training, testing = load_mtfl(options.data, options.size)
+        if options.test_images is not None:
+            training, testing = self._apart(options, training)
         digest = digest_of([training.images, testing.images])
         count, most = len(training.images), max(options.training_images or [0])
         if most > count:
@@ -806,6 +814,19 @@ class Mtfl(Experiment):
                 f"Received: {options.training_images}."
             )
         return training, testing, digest
+
+    def _apart(self, options, training):
+        """The training part, in two: the second one's faces are cut out, as test images."""
+        count, most = options.test_images, len(training.images) - 2
+        if count > most:
+            raise DataError(
+                f"--test-images: expected at most {most}, so that two are left for "
+                f"training. Received: {count}."
+            )
+        rng = np.random.default_rng(options.seed)
+        order = rng.permutation(len(training.images))
+        testing = cut_out(some(training, order[:count]), options.extent, rng)
+        return some(training, order[count:]), testing
 
     def plan(self, options, data):
         """Part by part and seed by seed."""

@@ -44,7 +44,7 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.mrn.network import prior_by_name
+from dmtrl_keras.mrn.network import PRIORS, prior_by_name
 from dmtrl_keras.mrn.regularizer import MEANS
 from dmtrl_keras.optimizers import LearningRateMultiplier
 
@@ -795,6 +795,8 @@ class OfficeCaltech(Experiment):
                 names = ("strengths", "epsilon", "absolute", "update_every", "mean")
                 names += ("initializer", "own_draws")
                 own |= {name: getattr(options, name) for name in names}
+            if METHODS[method]["prior"] == "mrn":
+                own["ridges"] = PRIORS["mrn"]
             run = self.planned(
                 f"{fraction:.0%}, draw {number + 1}",
                 options,

@@ -748,6 +748,8 @@ class Omniglot(Experiment):
         elif method in PRIORS:
             names = ("strength", "epsilon", "update_every")
         own = {name: getattr(options, name) for name in names}
+        if method == "mrn":
+            own["ridges"] = PRIORS["mrn"]
         if own.get("start") == "stl":
             own["stl_rate"] = options.rates.get("stl", options.learning_rate)
         return own

@@ -98,9 +98,12 @@ def _slope(x, y, rough, strength):
     return _centred(x, y, lambda *_: slope)
 
 
-def _related(x, y, rough, strength, mean, epsilon=None):
+def _related(x, y, rough, strength, mean, epsilon=None, features=None):
     """A tensor-normal prior; without an epsilon its covariances stay identities."""
     learns = {"update_every": None} if epsilon is None else {"epsilon": epsilon}
+    if features is not None:
+        learns = {"modes": ("feature", "task")}
+        learns["epsilon"] = {"feature": features, "task": epsilon}
     prior = TensorNormalRegularizer(strength, mean=mean, **learns)
     ends = (4, 2e-2) if rough else (20, 3e-3)
     return relationship_regression(
@@ -185,6 +188,11 @@ METHODS = {
         "DRN, shared mean",
         functools.partial(_related, mean="shared"),
         {"strength": SQUARES[2:], "epsilon": [1.0, 10.0]},
+    ),
+    "mrn": Method(
+        "MRN, shared mean",
+        functools.partial(_related, mean="shared"),
+        {"strength": SQUARES[2:], "epsilon": [1.0, 10.0], "features": ["auto"]},
     ),
 }
 

@@ -26,7 +26,22 @@ if TYPE_CHECKING:
 # Smaller variances are lost in float32.
 _SMALLEST = 1e-36
 
+# How many columns the identity counts for with `epsilon="auto"`, by the size of the mode.
+_PRIOR_COLUMNS = 10
+
 Trace: TypeAlias = float | Literal["size"] | None
+Epsilon: TypeAlias = float | Literal["auto"]
+
+
+def check_epsilon(value: Any, owner: str, alternative: str = "") -> Epsilon:
+    """A valid `epsilon`.
+
+    Raises:
+        ValueError: else.
+    """
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    return check_number("epsilon", value, owner, alternative=f", 'auto'{alternative}")
 
 
 @keras.saving.register_keras_serializable("dmtrl_keras")
@@ -34,17 +49,23 @@ class ModeCovariance(keras.layers.Layer):
     """The learned covariance of one mode: state of the priors that use it.
 
     A `TensorNormalRegularizer` makes its own ones. Made by hand and given to several
-    regularizers as `task_covariance`, one object lets their layers share the task
-    covariance (DRN, remark after Eq. 9). Its maximum-likelihood update then is the mean
-    over the kernels of all these layers. Sharing survives in `.keras` files, in the
-    configuration of a `MultiTaskModel` and in `factorize`; `keras.models.clone_model`,
-    which copies layer by layer, ends it.
+    regularizers as `shared={"task": ...}`, one object lets their layers share the task
+    covariance (DRN, remark after Eq. 9), or with another mode that one. Its
+    maximum-likelihood update then is the mean over the kernels of all these layers.
+    Sharing survives in `.keras` files, in the configuration of a `MultiTaskModel` and in
+    `factorize`; `keras.models.clone_model`, which copies layer by layer, ends it.
 
     The update (DRN Eq. 5, 13) is `S <- c (M + epsilon I)`, where `M` is the scatter
     of the whitened kernel along the mode.
 
     Args:
-        epsilon: float, not negative.
+        epsilon: float, not negative. Or `"auto"`: `10 d / n`, where n is the number of
+            columns that the scatter is of, the product of the kernel's other dimensions: as
+            if 10 d more columns had been seen, without any relation. Where there are fewer
+            columns than dimensions (256 features of 10 classes and 4 tasks are 40
+            columns), an estimate with less identity says of any kernels that they lie in
+            the space that they happen to lie in, and whitened by it those of all tasks
+            look unrelated.
         relative: bool; `epsilon` is relative to the mean variance `tr(M) / d`, or (Eq. 13
             as printed) absolute.
         average: bool; `M` is the mean over the other dimensions (Eq. 5), or the sum. It
@@ -84,7 +105,7 @@ class ModeCovariance(keras.layers.Layer):
 
     def __init__(
         self,
-        epsilon: float = 1e-3,
+        epsilon: Epsilon = 1e-3,
         relative: bool = True,
         average: bool = True,
         trace: Trace = "size",
@@ -98,8 +119,11 @@ class ModeCovariance(keras.layers.Layer):
         owner = name_of(self)
         if key is not None and not isinstance(key, str):
             raise refusal("key", key, owner, "a string, or None")
-        self.epsilon = check_number("epsilon", epsilon, owner)
+        self.epsilon = check_epsilon(epsilon, owner)
         self.relative = check_bool("relative", relative, owner)
+        if self.epsilon == "auto" and not self.relative:
+            what = "a number where it is absolute (`relative=False`)"
+            raise refusal("epsilon", epsilon, owner, what)
         self.average = check_bool("average", average, owner)
         number = is_real(trace) and 0 < check_number("trace", trace, owner)
         if not (number or trace is None or (isinstance(trace, str) and trace == "size")):
@@ -143,17 +167,18 @@ class ModeCovariance(keras.layers.Layer):
 
         Args:
             member: the layer's state.
-            size: int, T.
+            size: int, T, or that of another mode.
 
         Raises:
-            ValueError: if the layers have different numbers of tasks.
+            ValueError: if the layers' kernels have different sizes along the mode.
         """
         if not self.built:
             self.build((size, size))
         if tuple(self.covariance.shape) != (size, size):
             raise ValueError(
-                f"{name_of(self)} is the covariance of {self.covariance.shape[-1]} tasks, "
-                f"but {member.owner} has {size}."
+                f"{name_of(self)} is shared by layers: expected kernels of one size along "
+                f"its mode, {self.covariance.shape[-1]}. "
+                f"Received: {member.owner} with {size}."
             )
         self._members.add(member)
 
@@ -176,15 +201,18 @@ class ModeCovariance(keras.layers.Layer):
         if self.average:
             matrix = matrix / count
         identity = ops.eye(size, dtype=matrix.dtype)
+        epsilon: Any = self.epsilon
+        if epsilon == "auto":
+            epsilon = _PRIOR_COLUMNS * size / count
         if self.relative:
             # A kernel of zeros has no scale; it gives the identity.
             mean = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / size
             mean = ops.where(mean > _SMALLEST, mean, ops.ones_like(mean))
-            matrix = matrix / mean + self.epsilon * identity
+            matrix = matrix / mean + epsilon * identity
             if self.trace is None:
                 matrix = matrix * mean
         else:
-            matrix = matrix + self.epsilon * identity
+            matrix = matrix + epsilon * identity
         if self.trace is not None:
             trace = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
             matrix = matrix * (self._trace(size) / trace)

@@ -23,6 +23,7 @@ from dmtrl_keras.ground.validation import (
     refusal,
     task_names,
 )
+from dmtrl_keras.mrn.covariance import Epsilon
 from dmtrl_keras.mrn.regularizer import Mean, TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.forms import Features
@@ -33,9 +34,9 @@ LAYERS = ("trunk", "bottleneck", "classifier")
 NEW_LAYERS = LAYERS[1:]
 # Tens of thousands of columns say how a few tasks are related; what they say about hundreds
 # of features is mostly noise, so that their covariances are drawn halfway to the identity.
-PRIORS = {
+PRIORS: dict[str, dict[str, Epsilon]] = {
     "drn": {"task": 1e-2},
-    "mrn": {"feature": 1.0, "class": 1.0, "task": 1e-2},
+    "mrn": {"feature": "auto", "class": "auto", "task": 1e-2},
 }
 
 
@@ -87,14 +88,17 @@ def relationship_network(
             classes' names. Tasks with equal entries have the same classes: their
             classifiers are one layer with a prior, `classifier_1`, `classifier_2`, ...
             in the order of the tasks; with the others they have features in common,
-            not classes.
+            not classes: with `prior="mrn"` (or the mode `"feature"`) all classifiers
+            share one covariance of features, which many tasks can learn though each has
+            few classes.
         bottleneck: positive int, units of a new bottleneck (ReLU); None: no such layer. Or
             the name of the backbone's last layer, a `Dense`: instead of a new layer it
             becomes the tasks' own, each a copy with its weights and activation.
         prior: `"drn"`: the task mode learns its covariance (DRN Eq. 8); `"mrn"`: those of
             features and classes too; a `TensorNormalRegularizer`; or None. By name
-            `epsilon` is 0.01 for tasks, and 1 for features and classes, and the mean is
-            the start, so that the covariances see what was learned. A regularizer of
+            `epsilon` is 0.01 for tasks, and `"auto"` for features and classes (as much
+            identity as columns are lacking, see `ModeCovariance`), and the mean is the
+            start, so that the covariances see what was learned. A regularizer of
             your own should have `mean="start"` too where there are bottlenecks.
         layers: which layers are the tasks' own: `()`, or the last one, two or three of
             `"trunk"`, `"bottleneck"`, `"classifier"`. The prior is not for the trunk.
@@ -183,6 +187,12 @@ def relationship_network(
         backbone, last = _without_last(backbone, bottleneck, "bottleneck" in layers)
         bottleneck = None
     inputs, features = _trunk(backbone, names, "trunk" in layers, shared_input)
+    common_prior = named_prior(prior, strength, "start", owner)
+    apart = len(groups) > 1 and not binary
+    priors = {
+        "bottleneck": common_prior,
+        "classifier": _of_common_features(common_prior) if apart else common_prior,
+    }
 
     def through(
         features: Features,
@@ -207,7 +217,9 @@ def relationship_network(
                 use_bias=use_bias,
                 shared_input=features.form == Form.SHARED,
                 kernel_initializer=initializers[name],
-                kernel_regularizer=_prior(prior, strength, each),
+                kernel_regularizer=priors[name]
+                if each is None
+                else _each(priors[name], each),
                 common_draw=common[name],
                 name=name + number,
             )
@@ -377,13 +389,26 @@ def prior_by_name(
     )
 
 
-def _prior(
-    prior: str | TensorNormalRegularizer | None, strength: float, each: str | None
+def _of_common_features(
+    prior: TensorNormalRegularizer | None,
 ) -> TensorNormalRegularizer | None:
-    """The regularizer of one layer, or None."""
-    prior = named_prior(prior, strength, "start", "relationship_network")
-    if prior is None or each is None:
+    """A regularizer whose layers share what they learn of the features."""
+    if prior is None or "feature" not in prior.modes or "feature" in prior.shared:
         return prior
+    start = {mode: value for mode, value in prior.start.items() if mode != "feature"}
+    common = prior.new_covariance("feature", "features_of_all_classifiers")
+    config = prior.get_config() | {"start": start, "epsilon": prior.epsilon}
+    config["task_covariance"] = prior.shared.get("task")
+    config["shared"] = {"feature": common}
+    return TensorNormalRegularizer(**config)
+
+
+def _each(
+    prior: TensorNormalRegularizer | None, each: str
+) -> TensorNormalRegularizer | None:
+    """The regularizer of a layer whose kernels along a mode are drawn independently."""
+    if prior is None:
+        return None
     modes = [mode for mode in prior.modes if mode != each]
 
     def of_these(values: Any) -> Any:
@@ -391,7 +416,7 @@ def _prior(
         return {m: values[m] for m in modes if m in values} if given else values
 
     own = {"epsilon": of_these(prior.epsilon), "start": of_these(prior.start)}
-    own |= {"modes": modes, "each": each, "task_covariance": None}
+    own |= {"modes": modes, "each": each, "task_covariance": None, "shared": None}
     return TensorNormalRegularizer(**{**prior.get_config(), **own})
 
 

@@ -22,7 +22,7 @@ from dmtrl_keras.ground.validation import (
     refusal,
 )
 from dmtrl_keras.kernels.state import StatefulRegularizer
-from dmtrl_keras.mrn.covariance import ModeCovariance, Trace
+from dmtrl_keras.mrn.covariance import Epsilon, ModeCovariance, Trace, check_epsilon
 from dmtrl_keras.mrn.state import Mode, TensorNormalState
 from dmtrl_keras.mrn.tensor_normal import check_covariance
 
@@ -101,11 +101,14 @@ class TensorNormalRegularizer(StatefulRegularizer):
         each: a mode; the kernel's slices along it are drawn independently, each with its
             own covariances. `each="class"` learns how the tasks are related class by
             class.
-        task_covariance: a `ModeCovariance` for the task mode that several layers share,
-            with its own `epsilon` and so on; None: each layer has its own.
+        task_covariance: the same as `shared={"task": task_covariance}`.
         mean: `"zero"`, `"start"`, `"shared"`, or an array of the kernel's shape or with
             ones instead of some of its sizes, `(8, 5, 1)` for all tasks. `"start"` and an
             array take the memory of one more kernel.
+        shared: dict from mode to a `ModeCovariance` that several layers share, with its
+            own `epsilon` and so on. `"task"`: how tasks are related in several layers;
+            `"feature"`: classifiers of different classes, on the same features. None: each
+            layer has its own covariances.
 
     Raises:
         ValueError: on malformed arguments; when the layer is built, on modes that its
@@ -128,7 +131,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
         strength: float = 1e-3,
         modes: Mode | Sequence[Mode] = "task",
         update_every: int | None = 1,
-        epsilon: float | dict[Any, float] = 1e-3,
+        epsilon: Epsilon | dict[Any, Epsilon] = 1e-3,
         relative: bool = True,
         average: bool = True,
         trace: Trace = "size",
@@ -136,6 +139,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
         each: Mode | None = None,
         task_covariance: ModeCovariance | None = None,
         mean: Mean = "zero",
+        shared: Mapping[Any, ModeCovariance] | None = None,
     ) -> None:
         owner = type(self).__name__
         self.strength = check_number("strength", strength, owner)
@@ -154,18 +158,29 @@ class TensorNormalRegularizer(StatefulRegularizer):
         if not isinstance(start, Mapping) or not set(start) <= set(modes):
             what = f"a dict by modes that are in `modes`={modes!r}"
             raise refusal("start", start, owner, what)
+        shared = {} if shared is None else shared
+        if not isinstance(shared, Mapping):
+            raise refusal("shared", shared, owner, "a dict from mode to ModeCovariance")
         if task_covariance is not None:
-            if not isinstance(task_covariance, ModeCovariance):
+            if "task" in shared:
+                what = "no `task_covariance` beside that of 'task'"
+                raise refusal("shared", shared, owner, what)
+            shared = {**shared, "task": task_covariance}
+        for mode, covariance in shared.items():
+            if not isinstance(covariance, ModeCovariance):
                 raise ValueError(
-                    f"{owner}: `task_covariance` must be a ModeCovariance. "
-                    f"Received: {task_covariance!r}."
+                    f"{owner}: a shared covariance (`task_covariance`, `shared`) must be a "
+                    f"ModeCovariance. Received: {covariance!r} for {mode!r}."
                 )
-            if "task" not in modes or "task" in start or each is not None:
+            if mode not in modes or mode in start or each is not None:
                 raise ValueError(
-                    f"{owner}: `task_covariance` needs 'task' among the modes, no start "
-                    f"for it and no `each`. Received: modes={modes!r}, start={start!r}, "
-                    f"each={each!r}."
+                    f"{owner}: a shared covariance (`task_covariance`, `shared`) needs its "
+                    "mode among `modes`, no start for it and no `each`. "
+                    f"Received: {mode!r}, modes={modes!r}, start={start!r}, each={each!r}."
                 )
+        if len(set(map(id, shared.values()))) < len(shared):
+            what = "another ModeCovariance for each mode"
+            raise refusal("shared", dict(shared), owner, what)
         self.modes = modes
         self.update_every = update_every
         self.start = {
@@ -173,7 +188,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
             for mode, matrix in start.items()
         }
         self.each = each
-        self.task_covariance = task_covariance
+        self.shared = dict(shared)
         if isinstance(epsilon, dict) and set(epsilon) != set(modes):
             raise ValueError(
                 f"{owner}: `epsilon` must be a number, or a dict with each of the modes "
@@ -181,7 +196,7 @@ class TensorNormalRegularizer(StatefulRegularizer):
             )
         by_mode = epsilon if isinstance(epsilon, dict) else {"": epsilon}
         for value in by_mode.values():
-            check_number("epsilon", value, owner, alternative=", or a dict of them by mode")
+            check_epsilon(value, owner, ", or a dict of them by mode")
         self.epsilon = epsilon
         self.mean = _checked_mean(mean, owner)
         self._options: dict[str, Any] = {
@@ -221,7 +236,11 @@ class TensorNormalRegularizer(StatefulRegularizer):
         return TensorNormalState(self, kernel, shape, names, owner, dtype)
 
     def get_config(self) -> dict[str, Any]:
-        shared = self.task_covariance
+        shared = [
+            [mode, keras.saving.serialize_keras_object(covariance)]
+            for mode, covariance in self.shared.items()
+            if mode != "task"
+        ]
         return {
             "strength": self.strength,
             "modes": list(self.modes),
@@ -230,19 +249,25 @@ class TensorNormalRegularizer(StatefulRegularizer):
             **self._options,
             "start": _as_pairs(self.start or None),
             "each": self.each,
-            "task_covariance": keras.saving.serialize_keras_object(shared),
+            "task_covariance": keras.saving.serialize_keras_object(self.shared.get("task")),
             "mean": self.mean,
+            "shared": shared or None,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        shared = keras.saving.deserialize_keras_object(config["task_covariance"])
+        task = keras.saving.deserialize_keras_object(config["task_covariance"])
+        # Files of earlier versions have none.
+        shared = {
+            mode: keras.saving.deserialize_keras_object(covariance)
+            for mode, covariance in config.get("shared") or ()
+        }
         by_mode = {
             name: dict(map(tuple, config[name]))
             for name in ("epsilon", "start")
             if isinstance(config[name], (list, tuple))
         }
-        return cls(**{**config, **by_mode, "task_covariance": shared})
+        return cls(**{**config, **by_mode, "task_covariance": task, "shared": shared})
 
 
 def _checked_mean(mean: Any, owner: str) -> Any:

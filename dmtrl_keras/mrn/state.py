@@ -95,18 +95,19 @@ class TensorNormalState(KernelState):
         rest = [axis for axis in range(len(shape)) if axis != self._each]
         self._sizes = tuple(shape[axis] for axis in rest)
         self.modes: dict[str, ModeCovariance] = {}
-        # Where the task mode is, and its count, if the covariance is shared.
-        self._shared: tuple[int, int] | None = None
-        for axis in self._learned:
+        # Of the covariances that are shared: this kernel's part, and its columns.
+        self._shared: dict[ModeCovariance, tuple[keras.Variable, float]] = {}
+        shared = regularizer.shared
+        self._counts = [self._columns(rest, axis) for axis in self._learned]
+        for axis, count in zip(self._learned, self._counts):
             mode, size = self._given[axis], shape[axis]
             name = self.names[axis]
-            if name == "task" and regularizer.task_covariance is not None:
-                covariance = regularizer.task_covariance
+            if mode in shared:
+                covariance = shared[mode]
                 covariance.join(self, size)
-                count = math.prod(self._sizes) // size
-                self._shared = (rest.index(axis), count)
                 start = count * ops.convert_to_numpy(covariance.covariance)
-                self.scatter = state_weight(self, "scatter", start)
+                label = "scatter" if name == "task" else f"{name}_scatter"
+                self._shared[covariance] = state_weight(self, label, start), count
             else:
                 covariance = regularizer.new_covariance(mode, name, self.dtype_policy)
                 own = (
@@ -130,6 +131,20 @@ class TensorNormalState(KernelState):
             # Last, so that the state without it is saved in the same order.
             self._start = state_weight(self, "mean", value)
         self.built = True
+
+    def _columns(self, rest: list[int], axis: int) -> float:
+        """How many columns a mode's scatter is of; a mean over the tasks takes one."""
+        size = self._kernel_shape[axis]
+        count = math.prod(self._sizes) // size
+        if self._shared_mean and self.names[axis] != "task":
+            tasks = self._kernel_shape[self.names.index("task")]
+            return count * max(tasks - 1, 1) / tasks
+        return count
+
+    @property
+    def _shared_mean(self) -> bool:
+        mean = self.regularizer.mean
+        return isinstance(mean, str) and mean == "shared"
 
     def _kernel_now(self) -> np.ndarray:
         with eager_scope():
@@ -229,7 +244,7 @@ class TensorNormalState(KernelState):
             variable.assign(value)
 
     def _updated_variables(self) -> list[keras.Variable]:
-        variables = [] if self._shared is None else [self.scatter]
+        variables = [scatter for scatter, _ in self._shared.values()]
         for covariance in self.modes.values():
             variables += [covariance.covariance, covariance.whitener, covariance.precision]
         return variables
@@ -250,20 +265,17 @@ class TensorNormalState(KernelState):
         scatters: list[Tensor] = []
         updated: list[Tensor] = []
         size = math.prod(self._sizes)
-        for position, covariance in zip(self._positions, self.modes.values()):
+        for position, count, covariance in zip(
+            self._positions, self._counts, self.modes.values()
+        ):
             pooled = self._each is None
             scatter = tensor_normal.mode_covariance(x, whiteners, position, pooled)
-            count: float = size // self._sizes[position]
-            scatter = scatter * count
-            if self._tasks is not None:
-                tasks = self._sizes[self._tasks]
-                free = max(tasks - 1, 1)
-                if position == self._tasks:
-                    trace = ops.trace(scatter, axis1=-2, axis2=-1)[..., None, None]
-                    scatter = scatter + trace / (tasks * free)
-                else:
-                    count = count * free / tasks
-            shared = self._shared is not None and self._shared[0] == position
+            scatter = scatter * (size // self._sizes[position])
+            if position == self._tasks:
+                tasks = self._sizes[position]
+                trace = ops.trace(scatter, axis1=-2, axis2=-1)[..., None, None]
+                scatter = scatter + trace / (tasks * max(tasks - 1, 1))
+            shared = covariance in self._shared
             if shared or not covariance.scale_free:
                 scatter = scatter * unit * unit
                 scatter = checked(
@@ -273,20 +285,19 @@ class TensorNormalState(KernelState):
                     "covariances are made of. Is the learning rate too high?",
                 )
             if shared:
-                scatters = [scatter]
+                scatters.append(scatter)
                 for other in covariance.others(self):
-                    scatter = scatter + ops.convert_to_tensor(other.scatter)
-                    count += other.shared_count
+                    theirs, columns = other.part_of(covariance)
+                    scatter = scatter + ops.convert_to_tensor(theirs)
+                    count += columns
             values = covariance.estimate(scatter, count)
             whiteners[position] = values[1]
             updated += values
         return [*scatters, *updated]
 
-    @property
-    def shared_count(self) -> int:
-        """The product of the other dimensions than that of the tasks, an int."""
-        assert self._shared is not None
-        return self._shared[1]
+    def part_of(self, covariance: ModeCovariance) -> tuple[keras.Variable, float]:
+        """This kernel's part of a shared covariance: the scatter and its columns."""
+        return self._shared[covariance]
 
     # --- what was learned -----------------------------------------------------------
 

@@ -11,6 +11,7 @@ from sklearn import preprocessing
 
 from applications import mtfl
 from applications.mtfl import Faces, cut_out, load_mtfl, normalized_mean_error
+from applications.reading import DataError
 from applications.results import Results
 from dmtrl_keras import task_similarity
 
@@ -191,6 +192,23 @@ def test_command(tmp_path, rng, few_steps):
     assert weights == [(None, None), (0.01, 0.001), (1.0, 0.1)] and len(plan) == 3
     with pytest.raises(SystemExit, match=r"there are 40. Received: \[41\]"):
         mtfl.main([*arguments, "--training-images", "41"])
+
+
+def test_faces_of_the_training_part_to_test_on(tmp_path, rng):
+    """Others than those trained on, cut out as they are; the results are others."""
+    write(tmp_path / "data", rng)
+    arguments = ["--data", str(tmp_path / "data"), *SMALL]
+    whole, _, first = mtfl.EXPERIMENT.load(mtfl.parse(arguments))
+    options = mtfl.parse([*arguments, "--test-images", "10"])
+    training, testing, second = mtfl.EXPERIMENT.load(options)
+    assert (len(training.pose), len(testing.pose)) == (len(whole.pose) - 10, 10)
+    both = np.concatenate([training.gender, testing.gender])
+    assert sorted(both) == sorted(whole.gender) and first != second
+    known = {image.tobytes() for image in whole.images}
+    assert all(image.tobytes() in known for image in training.images)
+    assert not any(image.tobytes() in known for image in testing.images)
+    with pytest.raises(DataError, match=r"at most 38.*Received: 39"):
+        mtfl.EXPERIMENT.load(mtfl.parse([*arguments, "--test-images", "39"]))
 
 
 @pytest.mark.usefixtures("few_steps")

@@ -188,6 +188,22 @@ def test_training_saving_and_one_task(tmp_path, rng):
     )
 
 
+def test_classifiers_of_different_classes_share_what_features_are_worth():
+    """MRN: one covariance of features for all, also of a regularizer of one's own."""
+    for prior in ("mrn", TensorNormalRegularizer(0.1, ("feature", "task"), epsilon=0.1)):
+        model = relationship_network(
+            (6,), ["a", "b", "c"], {"a": 3, "b": 2, "c": 3}, None, prior
+        )
+        found = [
+            model.get_layer(f"classifier_{number}").prior.modes["feature"]
+            for number in (1, 2)
+        ]
+        assert found[0] is found[1]
+        assert found[0].epsilon == ("auto" if prior == "mrn" else 0.1)
+    alone = relationship_network((6,), ["a", "b"], {"a": 3, "b": 2}, None, "drn")
+    assert list(alone.get_layer("classifier_1").prior.modes) == ["task"]
+
+
 @pytest.mark.parametrize("shared_input", [True, False])
 def test_different_classes(shared_input, tmp_path, rng):
     """Features are related, and classes where they are the same; order and files."""

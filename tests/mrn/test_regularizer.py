@@ -283,6 +283,75 @@ def test_shared_task_covariance(tmp_path):
     np.testing.assert_array_equal(a.covariance, shared.covariance)
 
 
+@pytest.mark.parametrize("mean", ["zero", "shared"])
+def test_shared_feature_covariance(mean, tmp_path, rng):
+    """Classifiers of different classes and tasks: the mean over all their columns."""
+    shared = ModeCovariance(epsilon=0.0, trace=None)
+    inputs, outputs, columns, free = keras.Input((6,)), {}, [], 0
+    for name, units, tasks in (("a", 4, 3), ("b", 2, 2)):
+        prior = TensorNormalRegularizer(
+            modes="feature", mean=mean, shared={"feature": shared}
+        )
+        layer = TaskDense(
+            units,
+            tasks,
+            shared_input=True,
+            common_draw=False,
+            kernel_regularizer=prior,
+            name=name,
+        )
+        outputs[name] = layer(inputs)
+        kernel = numpy(layer.kernel).astype("float64")
+        kernel -= kernel.mean(axis=-1, keepdims=True) * (mean == "shared")
+        columns.append(kernel.reshape(6, -1))
+        free += units * (tasks - (mean == "shared"))
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.0), dict.fromkeys("ab", "mse"))
+    x, y = np.zeros((2, 6)), {"a": np.zeros((2, 12)), "b": np.zeros((2, 4))}
+    model.fit(x, y, batch_size=1, verbose=0)
+    whole = np.concatenate(columns, axis=1)
+    expected = whole @ whole.T / free
+    np.testing.assert_allclose(shared.covariance, expected, rtol=1e-4, atol=1e-6)
+    model.save(tmp_path / "model.keras")
+    copy = keras.saving.load_model(tmp_path / "model.keras")
+    a, b = (copy.get_layer(name).prior.modes["feature"] for name in "ab")
+    assert a is b and a is not shared
+    np.testing.assert_array_equal(a.covariance, shared.covariance)
+
+
+def test_identity_in_proportion_to_the_columns_that_lack(rng):
+    """`epsilon="auto"` is 10 d / n, of each mode its own."""
+    prior = TensorNormalRegularizer(modes=["feature", "task"], epsilon="auto")
+    layer = built(TaskDense(4, 3, common_draw=False, kernel_regularizer=prior), 15)
+    train_steps(layer, 1, 15)
+    expected = [np.eye(5), np.eye(4), np.eye(3)]
+    kernel = numpy(layer.kernel).astype("float64")
+    for axis, own in ((0, 10 * 5 / 12), (2, 10 * 3 / 20)):
+        expected = loop_update(kernel, [axis], expected, own, kernel.shape[axis])
+    for mode, matrix in zip(("feature", "task"), expected[::2]):
+        np.testing.assert_allclose(layer.prior.covariances[mode], matrix, rtol=1e-3)
+
+
+@pytest.mark.parametrize("epsilon, hides", [("auto", False), (1e-3, True)])
+def test_few_columns_of_many_features(epsilon, hides):
+    """Whitened by a covariance that they alone have made, kernels look unrelated.
+
+    Kernels of 40 columns that fill 40 of 256 dimensions: an estimate of the features'
+    covariance must not take the correlation of the tasks away in one sweep.
+    """
+    tasks = np.full((4, 4), 0.9) + 0.1 * np.eye(4)
+    kernel = tensor_normal.sample([np.eye(256), np.eye(10), tasks], seed=0)[0]
+    prior = TensorNormalRegularizer(
+        modes=("feature", "task"), epsilon={"feature": epsilon, "task": 0.01}
+    )
+    layer = built(TaskDense(10, 4, shared_input=True, kernel_regularizer=prior), 256)
+    layer.kernel.assign(kernel)
+    train_steps(layer, 1, 256)
+    found = layer.prior.covariances["task"]
+    correlation = found[0, 1] / np.sqrt(found[0, 0] * found[1, 1])
+    assert (correlation < 0.1) if hides else (correlation > 0.8), correlation
+
+
 def test_one_regularizer_for_two_layers_shares_nothing():
     """Sharing is never by accident: the object is settings, each layer has its state."""
     prior = TensorNormalRegularizer()
@@ -510,6 +579,12 @@ def test_multitask_and_back(rng):
         ({"start": {"task": [[1, 2], [2, 1]]}}, "positive definite.*eigenvalue -1"),
         ({"start": {"task": [[1, np.nan], [0, 1]]}}, "positive definite"),
         ({"task_covariance": np.eye(2)}, "must be a ModeCovariance"),
+        ({"shared": np.eye(2)}, "dict from mode to ModeCovariance"),
+        ({"shared": {"feature": ModeCovariance()}}, r"its mode among `modes`.*'feature'"),
+        ({"shared": {"task": ModeCovariance()}, "each": "class"}, "no `each`"),
+        ({"shared": {"task": ModeCovariance()}, "task_covariance": ModeCovariance()}, "no"),
+        ({"epsilon": "large"}, "`epsilon` must be a number.*'auto'.*'large'"),
+        ({"epsilon": "auto", "relative": False}, "a number where it is absolute.*'auto'"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -554,7 +629,7 @@ def test_shared_covariance_of_other_tasks():
     """T must be the same in all layers."""
     prior = TensorNormalRegularizer(task_covariance=ModeCovariance(name="related"))
     built(TaskDense(3, 2, kernel_regularizer=prior), 4)
-    with pytest.raises(ValueError, match=r"'related' is the covariance of 2 tasks.*has 4"):
+    with pytest.raises(ValueError, match=r"'related' is shared.*one size.*2.*with 4"):
         built(TaskDense(3, 4, kernel_regularizer=prior), 4)
 
 

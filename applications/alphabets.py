@@ -178,3 +178,42 @@ def _read(folder, characters, size):
     for number, path in enumerate(paths):
         images[number, ..., 0] = np.asarray(fitted(read_image(path).convert("L"), size))
     return ImageTask(images, labels, names)
+
+
+def split(tasks, count, held_back, validation, seed, what):
+    """For each task, `(train, test)`: indices, as many of each character.
+
+    The drawings of a character are put in a random order, of which the first are trained
+    on, so that a larger part of the same seed has those of a smaller one. Some drawings of
+    each character, the last ones by their names, are never among them: they are what
+    settings are chosen by.
+
+    Args:
+        tasks: dict from name to `ImageTask`.
+        count: function from the number of drawings of a character, without those that are
+            held back, to that of those to train on.
+        held_back: int, of each character.
+        validation: bool, whether these are what is tested on.
+        seed: int.
+        what: str, what `count` is in words, for the error.
+
+    Raises:
+        DataError: if nothing would be left to train or to test on.
+    """
+    parts = {}
+    for number, (name, task) in enumerate(tasks.items()):
+        rng = np.random.default_rng([seed, number])
+        train, test = [], []
+        for label in range(len(task.classes)):
+            own = np.flatnonzero(task.labels == label)
+            kept, back = np.split(own, [max(0, len(own) - held_back)])
+            if count(len(kept)) >= len(kept):
+                raise DataError(
+                    f"Task {name!r}: {what} {len(kept)} drawings of a character leaves "
+                    "none to test on."
+                )
+            kept = rng.permutation(kept)
+            train.append(kept[: count(len(kept))])
+            test.append(back if validation else kept[count(len(kept)) :])
+        parts[name] = np.concatenate(train), np.concatenate(test)
+    return parts

@@ -585,6 +585,30 @@ class Experiment:
         runs = list(self.plan(options, data))
         return run_all(results, runs, console, self.describe, options.strategy)
 
+    def find_chosen(self, options, console, groups):
+        """The results of the runs with the best settings, a data frame.
+
+        Args:
+            options: parsed arguments.
+            console: `rich.console.Console`.
+            groups: iterable of `(values, tried, runs)`: the settings to choose from, a
+                function from one of them to the run that tells its errors, and one to the
+                list of runs that count. Of one setting no run is needed.
+        """
+        results = Results(options.output / "runs.jsonl")
+        rows = []
+        for values, tried, runs in groups:
+            best = values[0]
+            if len(values) > 1:
+                trials = [tried(value) for value in values]
+                found = run_all(results, trials, console, self.describe, options.strategy)
+                errors = [np.mean(list(one.values())) for one in found["errors"]]
+                # A setting with which training diverges has none.
+                best = values[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))]
+            chosen = runs(best)
+            rows.append(run_all(results, chosen, console, self.describe, options.strategy))
+        return pd.concat(rows, ignore_index=True)
+
     @one_line()
     def main(self, arguments=None):
         """Run the experiment.

@@ -52,7 +52,7 @@ from .experiment import (
 from .files import cached_arrays
 from .reading import DataError, open_zip, read_image, read_text, reading
 from .resnet import STAGES, resnet18
-from .results import Results, mean_and_spread, run_all
+from .results import mean_and_spread
 
 TITLES = {
     "stl": "STL",
@@ -867,27 +867,25 @@ class Mtfl(Experiment):
         """The results of all runs; with `--validation` of those with the best scales."""
         if options.validation is None:
             return super().find(options, data, console)
-        results = Results(options.output / "runs.jsonl")
-        counts = options.training_images or [None]
-        rows = []
-        for count, method in itertools.product(counts, options.methods):
-            scales = self._scales(options, method)
-            if len(scales) > 1:
-                tried = [
-                    self._planned(
-                        options, data, count, options.seed, method, s, options.validation
-                    )
-                    for s in scales
+
+        def group(count, method):
+            def tried(scale):
+                share = options.validation
+                return self._planned(
+                    options, data, count, options.seed, method, scale, share
+                )
+
+            def runs(scale):
+                return [
+                    self._planned(options, data, count, seed, method, scale)
+                    for _, seed in self.by_seed(options)
                 ]
-                found = run_all(results, tried, console, self.describe, options.strategy)
-                errors = [np.mean(list(one.values())) for one in found["errors"]]
-                scales = [scales[int(np.nanargmin(errors))]]
-            runs = [
-                self._planned(options, data, count, seed, method, *scales)
-                for _, seed in self.by_seed(options)
-            ]
-            rows.append(run_all(results, runs, console, self.describe, options.strategy))
-        return pd.concat(rows, ignore_index=True)
+
+            return self._scales(options, method), tried, runs
+
+        counts = options.training_images or [None]
+        groups = itertools.starmap(group, itertools.product(counts, options.methods))
+        return self.find_chosen(options, console, groups)
 
     def _part(self, data, count, seed):
         """`(training, testing)`, with a random part of the training images by a seed."""

@@ -37,7 +37,7 @@ from dmtrl_keras import (
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mrn.network import PRIORS, prior_by_name
 
-from .alphabets import load_alphabets
+from .alphabets import load_alphabets, split
 from .arguments import ByName, check_names, real, whole
 from .experiment import (
     Experiment,
@@ -137,42 +137,6 @@ def width_of(options, classes):
             break
         found = width
     return found
-
-
-def split(tasks, options, seed):
-    """For each task, `(train, test)`: indices, as many of each character.
-
-    The drawings of a character are put in a random order, of which the first are trained
-    on, so that a larger training share of the same seed has those of a smaller one. Some
-    drawings of each character, the last `--held-back` by their names, are never among them:
-    they are what `--validation` tests on.
-
-    Args:
-        tasks: dict from name to `ImageTask`.
-        options: parsed arguments: `training_share`, `held_back` and `validation`.
-        seed: int.
-
-    Raises:
-        DataError: if nothing would be left to train or to test on.
-    """
-    parts = {}
-    for number, (name, task) in enumerate(tasks.items()):
-        rng = np.random.default_rng([seed, number])
-        train, test = [], []
-        for label in range(len(task.classes)):
-            own = np.flatnonzero(task.labels == label)
-            kept, back = np.split(own, [max(0, len(own) - options.held_back)])
-            count = max(1, round(options.training_share * len(kept)))
-            if count >= len(kept):
-                raise DataError(
-                    f"Task {name!r}: a training share of {options.training_share:g} of "
-                    f"{len(kept)} drawings of a character leaves none to test on."
-                )
-            kept = rng.permutation(kept)
-            train.append(kept[:count])
-            test.append(back if options.validation else kept[count:])
-        parts[name] = np.concatenate(train), np.concatenate(test)
-    return parts
 
 
 class Trainer:
@@ -706,7 +670,7 @@ class Omniglot(Experiment):
         @functools.lru_cache(maxsize=1)
         def trainer_of(share, seed):
             own = self._of_share(options, share)
-            return Trainer(own, tasks, split(tasks, own, seed), seed)
+            return Trainer(own, tasks, self._split(own, tasks, seed), seed)
 
         for _, seed, share, method in self.by_seed(
             options, options.training_share, options.methods
@@ -727,6 +691,14 @@ class Omniglot(Experiment):
                 },
                 trainer=functools.partial(trainer_of, share, seed),
             )
+
+    def _split(self, options, tasks, seed):
+        def count(kept):
+            return max(1, round(options.training_share * kept))
+
+        share = f"a training share of {options.training_share:g} of"
+        validated = options.held_back, options.validation
+        return split(tasks, count, *validated, seed, share)
 
     def _of_share(self, options, share):
         """The options of one training share."""
@@ -756,7 +728,7 @@ class Omniglot(Experiment):
 
     def draw(self, options, tasks, seed):
         own = self._of_share(options, options.training_share[0])
-        return tasks, split(tasks, own, seed)
+        return tasks, self._split(own, tasks, seed)
 
     def hold_out(self, part, options, share, seed):
         tasks, parts = part

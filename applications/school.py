@@ -191,8 +191,8 @@ METHODS = {
     ),
     "mrn": Method(
         "MRN, shared mean",
-        functools.partial(_related, mean="shared"),
-        {"strength": SQUARES[2:], "epsilon": [1.0, 10.0], "features": ["auto"]},
+        functools.partial(_related, mean="shared", features="auto"),
+        {"strength": SQUARES[2:], "epsilon": [1.0, 10.0]},
     ),
 }
 

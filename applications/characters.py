@@ -371,8 +371,7 @@ class Characters(Experiment):
         return [path]
 
 
-EXPERIMENT = Characters()
-parse, main = EXPERIMENT.parse, EXPERIMENT.main
+parse, main = Characters().parse, Characters().main
 
 if __name__ == "__main__":
     main()

@@ -162,9 +162,9 @@ def test_split(tmp_path, rng):
     # Of 18 drawings: the others are held back.
     for share, count in ((0.05, 1), (0.1, 2), (0.2, 4), (0.5, 9), (0.9, 16)):
         options = options_of(folder, "--training-share", str(share))
-        parts = omniglot.split(tasks, options, 3)
+        parts = omniglot.EXPERIMENT._split(options, tasks, 3)
         options.validation = True
-        watched = omniglot.split(tasks, options, 3)
+        watched = omniglot.EXPERIMENT._split(options, tasks, 3)
         for name, (train, test) in parts.items():
             labels = tasks[name].labels
             assert set(np.bincount(labels[train])) == {count}
@@ -174,10 +174,10 @@ def test_split(tmp_path, rng):
             assert not {*watched[name][1]} & {*train, *test}
             assert sorted(watched[name][0]) == sorted(train)
             before[name] = train
-    other = omniglot.split(tasks, options_of(folder), 4)
+    other = omniglot.EXPERIMENT._split(options_of(folder), tasks, 4)
     assert any(sorted(a[0]) != sorted(b[0]) for a, b in zip(other.values(), parts.values()))
     with pytest.raises(ValueError, match=r"'Ge_ez'.*leaves none to test on"):
-        omniglot.split(tasks, options_of(folder, "--training-share", "0.99"), 0)
+        omniglot.EXPERIMENT._split(options_of(folder, "--training-share", "0.99"), tasks, 0)
 
 
 def test_counts(tmp_path):
@@ -267,7 +267,7 @@ def test_other_families(method, tmp_path, rng, few_steps):
     folder = write_alphabets(tmp_path, rng)
     options = options_of(folder, "--epochs", "1", "--rank", "0.5", "--start", "apart")
     tasks = alphabets.load_alphabets(folder, options.size)
-    part = tasks, omniglot.split(tasks, options, 0)
+    part = tasks, omniglot.EXPERIMENT._split(options, tasks, 0)
     found = omniglot.EXPERIMENT.run(options, method, part, 0, lambda: None)
     assert 0 <= found["error"] <= 1 and set(found["errors"]) == set(tasks)
     assert (found["similarity"] is None) == (method not in omniglot.FACTORIZATIONS)
@@ -288,7 +288,7 @@ def test_cross_validation(tmp_path, rng, monkeypatch):
         omniglot.Trainer, "errors", lambda self, n: {"a": abs(n - 2), "b": 0}
     )
     options = options_of(folder)
-    parts = omniglot.split(tasks, options, 0)
+    parts = omniglot.EXPERIMENT._split(options, tasks, 0)
     trainer = omniglot.Trainer(options, tasks, parts, 0)
     assert trainer.choose_shared_layers("ud-mtl") == {1: 0.5, 2: 0, 3: 0.5, 4: 1}
     # Two drawings of each character, two folds.
@@ -298,7 +298,7 @@ def test_cross_validation(tmp_path, rng, monkeypatch):
         assert sorted(first[1]) == sorted(second[0])
         assert set(np.bincount(task.labels[first[0]])) == {1}
         assert sorted([*first[0], *first[1]]) == sorted(parts[name][0])
-    parts = omniglot.split(tasks, options_of(folder, "--training-share", "0.1"), 0)
+    parts = omniglot.EXPERIMENT._split(options_of(folder, "--training-share", "0.1"), tasks, 0)
     trainer = omniglot.Trainer(options, tasks, parts, 0)
     assert trainer.choose_shared_layers("ud-mtl") == {}
 
@@ -354,7 +354,7 @@ def search_case(monkeypatch):
         numbers = tasks["Latin"].images[:, 0, 0, 0]
         own = omniglot.EXPERIMENT._of_share(options, options.training_share[0])
         # The test part is what the experiment itself would test on.
-        held = np.isin(test, omniglot.split(tasks, own, seed)["Latin"][1])
+        held = np.isin(test, omniglot.EXPERIMENT._split(own, tasks, seed)["Latin"][1])
         seen.append((numbers[train], numbers[test] + 200 * held.all(), options))
         errors = {name: 0.25 for name in tasks}
         return {"errors": errors, "error": 0.25, "parameters": 10, "seconds": 1.0}

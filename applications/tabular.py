@@ -17,6 +17,8 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from dmtrl_keras.ground.validation import possible_task_names
+
 from .reading import DataError, check_size, read_text, reading, shortened
 
 # What stands for a missing value, in lower case.
@@ -31,7 +33,7 @@ class Tabular:
 
     Attributes:
         features: data frame; categories are columns of objects, numbers of floats.
-        target: float array.
+        target: float array; of objects, if it names classes.
         tasks: array of strings, the task of each row.
     """
 
@@ -52,7 +54,9 @@ class Tabular:
         return {name: own.to_numpy() for name, own in groups}
 
 
-def read_tabular(path, task=None, target=None, categorical=(), separator=","):
+def read_tabular(
+    path, task=None, target=None, categorical=(), separator=",", classes=False
+):
     """Read a file of examples.
 
     Args:
@@ -61,9 +65,11 @@ def read_tabular(path, task=None, target=None, categorical=(), separator=","):
         target: str, the column to predict.
         categorical: names of columns that are categories although they look like numbers.
         separator: str, of the columns.
+        classes: bool, whether a target without numbers names classes; else it is an error.
 
     Returns:
-        A `Tabular`.
+        A `Tabular`. Its tasks are called as in the file, but that what TensorFlow takes in
+        no name of a task is `_`.
 
     Raises:
         DataError: with file and row or task, on what can't be read.
@@ -73,7 +79,7 @@ def read_tabular(path, task=None, target=None, categorical=(), separator=","):
         return _read_mat(path)
     if task is None or target is None:
         raise DataError(f"{path}: a CSV file needs --task COLUMN and --target COLUMN.")
-    return _read_csv(path, task, target, categorical, separator)
+    return _read_csv(path, task, target, categorical, separator, classes)
 
 
 def _read_mat(path):
@@ -109,7 +115,7 @@ def _read_mat(path):
     return Tabular(frame, np.concatenate(targets), np.array(tasks, dtype=object))
 
 
-def _read_csv(path, task, target, categorical, separator):
+def _read_csv(path, task, target, categorical, separator, classes):
     frame = _frame(path, separator)
     wanted = [task, target, *categorical]
     unknown = sorted(set(wanted) - set(frame))
@@ -120,8 +126,12 @@ def _read_csv(path, task, target, categorical, separator):
         )
     names = frame.pop(task)
     _refuse(path, task, names, names.isna(), "a task in every row")
-    numbers = _numbers(path, target, frame.pop(target))
-    _refuse(path, target, numbers, numbers.isna(), "a number in every row")
+    found = frame.pop(target)
+    named = classes and not _is_numeric(found)
+    if not named:
+        found = _numbers(path, target, found)
+    what = "a class" if named else "a number"
+    _refuse(path, target, found, found.isna(), f"{what} in every row")
     columns = {}
     for name, column in frame.items():
         if name in categorical or not _is_numeric(column):
@@ -130,8 +140,9 @@ def _read_csv(path, task, target, categorical, separator):
             columns[name] = _numbers(path, name, column)
     if not columns:
         raise DataError(f"{path}: expected a column besides {task!r} and {target!r}.")
-    values = numbers.to_numpy(float, copy=True)
+    values = found.to_numpy(object if named else float, copy=True)
     features = pd.DataFrame(columns).reset_index(drop=True)
+    names = names.replace(possible_task_names(list(dict.fromkeys(names))))
     return Tabular(features, values, names.to_numpy(object))
 
 

@@ -32,11 +32,13 @@ def compare(x: Any, y: Any, folder: Any = None, **arguments: Any) -> Any:
         folder: where results are written as they come, and found again by a later call;
             None: nowhere.
         **arguments: `methods`, `baseline`, `trials`, `repeats`, `epochs`, `batch_size`,
-            `validation` and `test` (shares), `seed`; `test_data` (`(x, y)`), `kinds` by
+            `validation` and `test` (shares), `seed`, `budget` (minutes), `fractions` (for a
+            learning curve); `test_data` (`(x, y)`), `kinds` by
             task, `backbone` (a function that returns a Keras model), `metric`.
 
     Returns:
-        An object with data frames (`table`, `by_task`), `recommendation`, `sentence`.
+        An object with data frames (`table`, `by_task`, `curve`), `recommendation`,
+        `sentence`, and `chosen`, the hyperparameters of each method, for `train`.
 
     Raises:
         DataError: a `ValueError`, on data in another form.
@@ -53,6 +55,72 @@ def compare(x: Any, y: Any, folder: Any = None, **arguments: Any) -> Any:
     ['ridge', 'pooled']
     """
     return _room("compared").compare(x, y, folder, **arguments)
+
+
+def Problem(x: Any, y: Any, **arguments: Any) -> Any:
+    """Tasks with their examples, for `train`; `x`, `y` and the rest as for `compare`."""
+    return _room("problem").Problem(x, y, **arguments)
+
+
+def table_problem(
+    path: Any,
+    task: str,
+    target: str,
+    kind: str | None = None,
+    categorical: Any = (),
+    metric: str | None = None,
+) -> Any:
+    """The problem of a CSV file, a row for each example.
+
+    Args:
+        path: path of the file.
+        task: the column that says of which task a row is.
+        target: the column to be predicted.
+        kind: `"regression"`, `"binary"` or `"classes"`; None: binary if the target has two
+            values, classes if it has more that are no numbers, else a regression.
+        categorical: columns that are categories although they look like numbers.
+        metric: as for `compare`.
+
+    Raises:
+        DataError: a `ValueError`, on what can't be read, with the row.
+    """
+    return _room("problem").table_problem(path, task, target, kind, categorical, metric)
+
+
+def train(
+    problem: Any,
+    method: str,
+    values: Any,
+    epochs: int = 30,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Any:
+    """Train one method on all examples of a problem: the one that `compare` recommends.
+
+    Args:
+        problem: as from `Problem` or `table_problem`.
+        method: its name.
+        values: dict of its hyperparameters, as in a comparison's `chosen`.
+        epochs: of networks; at least 600 steps in all, for which few examples are repeated.
+        batch_size: likewise.
+        seed: likewise.
+
+    Returns:
+        An object with `predict`, a function from a dict of examples by task to a dict of
+        outputs (logits of classes), and `model`, the Keras model of a network, else None.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from dmtrl_keras.compare import Problem, train
+    >>> rng = np.random.default_rng(0)
+    >>> x = {school: rng.normal(size=(30, 4)) for school in ("north", "south")}
+    >>> y = {school: rows @ [1.0, 2.0, 0.0, -1.0] for school, rows in x.items()}
+    >>> trained = train(Problem(x, y), "ridge", {"strength": 0.1})
+    >>> trained.predict(x)["north"].shape
+    (30, 1)
+    """
+    return _room("search").train(problem, method, values, epochs, batch_size, seed)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from dmtrl_keras import (
     multitask,
     parameterizations,
 )
+from dmtrl_keras.conversion.survey import POOLINGS
 from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mrn.network import prior_by_name
 from dmtrl_keras.parameterizations import SimilarKernels
+from dmtrl_keras.regularizers import MeanDeviation, TraceNorm
 
 from . import application
 from .spaces import Space
@@ -167,6 +170,10 @@ def _new(value):
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
+def _has_kernel(layer):
+    return getattr(layer, "kernel", None) is not None
+
+
 def _names(backbone, fits):
     """Names of the layers of a backbone, also of nested models, that fit."""
     return [layer.name for layer in flatten_layers(backbone) if fits(layer)]
@@ -179,6 +186,64 @@ class HardSharing(MultiTask):
 
     def network(self, hp):
         return super().network(hp, sharing="hard")
+
+
+class CutSharing(MultiTask):
+    """Hard sharing up to a layer, after which each task has kernels of its own.
+
+    The last shared layer is the hyperparameter `share_until`; by default the middle one of
+    those with a kernel.
+    """
+
+    methods = ("cut",)
+    defaults = {"share_until": None}
+
+    def network(self, hp):
+        backbone, until = self.backbone(), self.defaults["share_until"]
+        # With the last one shared it would be `"hard"`.
+        layers = _names(backbone, _has_kernel)[:-1]
+        if not layers:
+            return super().network(hp, backbone=backbone)
+        until = layers[(len(layers) - 1) // 2] if until is None else until
+        if "sharing" in self.tune and len(layers) > 1:
+            until = hp.Choice("share_until", layers, default=until)
+        return super().network(hp, backbone=backbone, share_until=until)
+
+
+class Fusion(MultiTask):
+    """`"stitch"` (Cross-Stitch) or `"nddr"`: networks that see each other's features.
+
+    After every pooling layer, or, where there is none, after every layer with a kernel.
+    """
+
+    methods = ("stitch", "nddr")
+
+    def network(self, hp):
+        backbone = self.backbone()
+        between = {"stitch": CrossStitch, "nddr": NDDR}[self.method]
+        if not _names(backbone, lambda one: isinstance(one, POOLINGS)):
+            between = dict.fromkeys(_names(backbone, _has_kernel), between)
+        return super().network(hp, backbone=backbone, between=between)
+
+
+class Normed(MultiTask):
+    """Classic norms of the kernels of all tasks.
+
+    `"trace"`: their trace norm; `"deviation"`: how far each is from the mean of all
+    (Evgeniou & Pontil 2004).
+    """
+
+    methods = ("trace", "deviation")
+    defaults = {"strength": None}
+
+    def network(self, hp):
+        kind, default = {"trace": (TraceNorm, 1e-3), "deviation": (MeanDeviation, 0.03)}[
+            self.method
+        ]
+        strength = self.defaults["strength"] or default
+        if "sharing" in self.tune:
+            strength = self.space(hp).around("strength", strength, 30)
+        return super().network(hp, prior=kind(strength))
 
 
 class Factorized(MultiTask):
@@ -202,7 +267,7 @@ class Factorized(MultiTask):
         if "sharing" not in self.tune:
             return super().network(hp, tolerance=tolerance, **by)
         backbone = self.backbone()
-        layers = _names(backbone, lambda one: getattr(one, "kernel", None) is not None)
+        layers = _names(backbone, _has_kernel)
         tolerance, ranks = self.space(hp).factorization(layers, tolerance, highest=0.95)
         if self.method != "laf":
             task_rank = self.space(hp).task_rank(len(self.tasks), task_rank)
@@ -267,6 +332,16 @@ class RelationNetwork(MultiTask):
 
 FAMILIES = {
     method: family
-    for family in (MultiTask, HardSharing, Factorized, Similar, Prior, RelationNetwork)
+    for family in (
+        MultiTask,
+        HardSharing,
+        CutSharing,
+        Fusion,
+        Normed,
+        Factorized,
+        Similar,
+        Prior,
+        RelationNetwork,
+    )
     for method in family.methods
 }

@@ -14,7 +14,7 @@ from dmtrl_keras.conversion.graph import output_spec, replaced, run, values_in
 from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.ground.validation import is_for
 
-_POOLINGS = tuple(
+POOLINGS = tuple(
     getattr(keras.layers, f"{kind}Pooling{axes}D")
     for kind in ("Max", "Average")
     for axes in (1, 2, 3)
@@ -78,7 +78,7 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
             with_weights.setdefault(operation.name, type(operation).__name__)
         if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
             layers.setdefault(operation.name, type(operation).__name__)
-            if isinstance(operation, _POOLINGS):
+            if isinstance(operation, POOLINGS):
                 poolings.append(operation.name)
         calls[id(operation)] += 1
         ids = frozenset([id(operation)]).union(*(value.ids for value in values))

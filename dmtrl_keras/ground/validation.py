@@ -451,7 +451,7 @@ def check_task_names(names: Sequence[str], owner: str) -> None:
     ...     print(str(error).split("Received: ")[1])
     ["5_o'Clock_Shadow"]. Possible: ['5_o_Clock_Shadow'].
     """
-    possible = _possible_names(names)
+    possible = possible_task_names(names)
     if possible:
         raise ValueError(
             f"{owner}: task names must be of the letters A to Z, digits and `_ . - >`, the "
@@ -461,8 +461,14 @@ def check_task_names(names: Sequence[str], owner: str) -> None:
     check_endpoints(names, owner)
 
 
-def _possible_names(names: Sequence[str]) -> dict[str, str]:
-    """For names that can't be those of tasks others that can, all different."""
+def possible_task_names(names: Sequence[str]) -> dict[str, str]:
+    """For names that can't be those of tasks others that can, all different.
+
+    Example:
+
+    >>> possible_task_names(["General Motors", "IBM"])
+    {'General Motors': 'General_Motors'}
+    """
     found: dict[str, str] = {}
     taken = {name for name in names if clean_name(name) == name}
     for number, name in enumerate(names):

@@ -59,13 +59,13 @@ class ModeCovariance(keras.layers.Layer):
     of the whitened kernel along the mode.
 
     Args:
-        epsilon: float, not negative. Or `"auto"`: `10 d / n`, where n is the number of
-            columns that the scatter is of, the product of the kernel's other dimensions: as
-            if 10 d more columns had been seen, without any relation. Where there are fewer
-            columns than dimensions (256 features of 10 classes and 4 tasks are 40
-            columns), an estimate with less identity says of any kernels that they lie in
-            the space that they happen to lie in, and whitened by it those of all tasks
-            look unrelated.
+        epsilon: float, not negative. Or `"auto"`: `10 d / n`, but at least 1, where n is
+            the number of columns that the scatter is of, the product of the kernel's other
+            dimensions: as if 10 d more columns had been seen, without any relation. Where
+            there are fewer columns than dimensions (256 features of 10 classes and 4 tasks
+            are 40 columns), an estimate with less identity says of any kernels that they
+            lie in the space that they happen to lie in, and whitened by it those of all
+            tasks look unrelated.
         relative: bool; `epsilon` is relative to the mean variance `tr(M) / d`, or (Eq. 13
             as printed) absolute.
         average: bool; `M` is the mean over the other dimensions (Eq. 5), or the sum. It
@@ -203,7 +203,7 @@ class ModeCovariance(keras.layers.Layer):
         identity = ops.eye(size, dtype=matrix.dtype)
         epsilon: Any = self.epsilon
         if epsilon == "auto":
-            epsilon = _PRIOR_COLUMNS * size / count
+            epsilon = max(1.0, _PRIOR_COLUMNS * size / count)
         if self.relative:
             # A kernel of zeros has no scale; it gives the identity.
             mean = ops.trace(matrix, axis1=-2, axis2=-1)[..., None, None] / size

@@ -298,7 +298,9 @@ def test_cross_validation(tmp_path, rng, monkeypatch):
         assert sorted(first[1]) == sorted(second[0])
         assert set(np.bincount(task.labels[first[0]])) == {1}
         assert sorted([*first[0], *first[1]]) == sorted(parts[name][0])
-    parts = omniglot.EXPERIMENT._split(options_of(folder, "--training-share", "0.1"), tasks, 0)
+    parts = omniglot.EXPERIMENT._split(
+        options_of(folder, "--training-share", "0.1"), tasks, 0
+    )
     trainer = omniglot.Trainer(options, tasks, parts, 0)
     assert trainer.choose_shared_layers("ud-mtl") == {}
 

@@ -320,13 +320,13 @@ def test_shared_feature_covariance(mean, tmp_path, rng):
 
 
 def test_identity_in_proportion_to_the_columns_that_lack(rng):
-    """`epsilon="auto"` is 10 d / n, of each mode its own."""
+    """`epsilon="auto"` is 10 d / n, of each mode its own, and at least one."""
     prior = TensorNormalRegularizer(modes=["feature", "task"], epsilon="auto")
-    layer = built(TaskDense(4, 3, common_draw=False, kernel_regularizer=prior), 15)
+    layer = built(TaskDense(8, 3, common_draw=False, kernel_regularizer=prior), 15)
     train_steps(layer, 1, 15)
-    expected = [np.eye(5), np.eye(4), np.eye(3)]
+    expected = [np.eye(5), np.eye(8), np.eye(3)]
     kernel = numpy(layer.kernel).astype("float64")
-    for axis, own in ((0, 10 * 5 / 12), (2, 10 * 3 / 20)):
+    for axis, own in ((0, 10 * 5 / 24), (2, 1.0)):
         expected = loop_update(kernel, [axis], expected, own, kernel.shape[axis])
     for mode, matrix in zip(("feature", "task"), expected[::2]):
         np.testing.assert_allclose(layer.prior.covariances[mode], matrix, rtol=1e-3)

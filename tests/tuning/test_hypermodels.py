@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dmtrl_keras import TaskRelationModel, parameterizations, task_layers
+from dmtrl_keras.layers import NDDR, CrossStitch
+from dmtrl_keras.regularizers import MeanDeviation, TraceNorm
 from tuning import hypermodels
 from tuning.hypermodels import FAMILIES, TUNABLE
 
@@ -51,6 +53,8 @@ def test_every_family(method):
         "drn": {"strength", "epsilon"},
         "mrn": {"strength", "epsilon"},
         "trn": {"lambda/output", "momentum"},
+        "trace": {"strength"},
+        "deviation": {"strength"},
     }.get(method, set())
     assert own <= declared
     # Nothing is declared later: what is there says all.
@@ -89,10 +93,47 @@ def test_values_are_used():
     related = build("trn", {"lambda/output": 0.2, "momentum": 0.9})
     assert isinstance(related, TaskRelationModel)
     assert related.relations[0].weight == 0.2
+    for method, kind in (("trace", TraceNorm), ("deviation", MeanDeviation)):
+        model = build(method, {"strength": 0.7})
+        for layer in task_layers(model):
+            assert type(layer.kernel_regularizer) is kind
+            assert layer.kernel_regularizer.strength == 0.7
     rate = {"optimizer": "sgd", "learning_rate/sgd": 0.05, "loss_weight/a": 3.0}
     model = build("independent", rate, tune=TUNABLE)
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert float(model.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+def test_cuts():
+    """The tasks' own layers begin after the one that is chosen."""
+
+    def network():
+        dense = [keras.layers.Dense(3, name=f"fc{number}") for number in range(4)]
+        return keras.Sequential([keras.Input((2,)), *dense])
+
+    def own_of(values):
+        hp = kt.HyperParameters()
+        hp.values = values
+        model = FAMILIES["cut"]("cut", network, TASKS, heads=1).build(hp)
+        return hp, [layer.name for layer in task_layers(model) if "fc" in layer.name]
+
+    hp, own = own_of({})
+    # The last one shared too would be hard sharing.
+    assert next(one for one in hp.space if one.name == "share_until").values == [
+        "fc0",
+        "fc1",
+        "fc2",
+    ]
+    assert own == ["fc2", "fc3"]
+    assert own_of({"share_until": "fc0"})[1] == ["fc1", "fc2", "fc3"]
+
+
+def test_fusion_without_pooling():
+    """After every layer with a kernel."""
+    for method, kind in (("stitch", CrossStitch), ("nddr", NDDR)):
+        model = build(method, {})
+        found = [layer for layer in model.layers if isinstance(layer, kind)]
+        assert len(found) == 2, method
 
 
 def test_task_rank():

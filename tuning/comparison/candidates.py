@@ -8,14 +8,23 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from dmtrl_keras import TensorNormalRegularizer, relationship_regression, zip_tasks
+from dmtrl_keras import (
+    TensorNormalRegularizer,
+    norm_regression,
+    relationship_regression,
+    zip_tasks,
+)
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
 
 from .. import application, hypermodels
 from .problem import BINARY, CLASSES, REGRESSION
 
 trainable_parameters = application("experiment").trainable_parameters
+
+# Of a training; tables of few rows would have one step in an epoch.
+LEAST_STEPS = 600
 
 LOSSES = {
     REGRESSION: "mse",
@@ -31,10 +40,15 @@ class Trained(typing.NamedTuple):
         predict: function from a dict of examples by task to a dict of outputs (logits of
             classes).
         weights: int, how many numbers were learned.
+        model: the Keras model of a network, on examples that are scaled as `scale` says;
+            else None.
+        scale: what scales a table's rows: an object with `transform`; or None.
     """
 
     predict: typing.Callable
     weights: int
+    model: typing.Any = None
+    scale: typing.Any = None
 
 
 class Candidate:
@@ -106,7 +120,9 @@ class Linear(Candidate):
         x = {t: scaler.transform(values) for t, values in x.items()}
         predict, weights = self.fit(problem, x, y, hp)
         return Trained(
-            lambda new: predict({t: scaler.transform(v) for t, v in new.items()}), weights
+            lambda new: predict({t: scaler.transform(v) for t, v in new.items()}),
+            weights,
+            scale=scaler,
         )
 
     def fit(self, problem, x, y, hp):
@@ -229,16 +245,46 @@ class RelatedRegressions(Linear):
         hp.Choice("epsilon", [0.01, 0.1, 1.0], default=0.1)
 
     def fit(self, problem, x, y, hp):
-        strength, epsilon = hp.get("strength"), hp.get("epsilon")
-        prior = TensorNormalRegularizer(strength, epsilon=epsilon, mean="zero")
         spread = np.std(np.concatenate([np.ravel(v) for v in y.values()])) or 1.0
         scaled = {t: np.ravel(values) / spread for t, values in y.items()}
-        model = relationship_regression(x, scaled, prior)
+        model = self.solve(x, scaled, hp)
 
         def predict(new):
             return {t: v[:, None] * spread for t, v in model.predict(new).items()}
 
         return predict, model.kernel.size + model.bias.size
+
+    def solve(self, x, y, hp):
+        """The regressions of targets with a deviation of one, with a method `predict`."""
+        strength, epsilon = hp.get("strength"), hp.get("epsilon")
+        prior = TensorNormalRegularizer(strength, epsilon=epsilon, mean="zero")
+        return relationship_regression(x, y, prior)
+
+
+class NormedRegressions(RelatedRegressions):
+    """Linear regressions with a classic norm of all tasks' slopes.
+
+    Args:
+        name: str.
+        title: str.
+        penalty: function from a strength to the norm.
+        middle: float, a strength in the middle of those that are tried.
+    """
+
+    def __init__(self, name, title, penalty, middle):
+        self.name, self.title = name, title
+        self._penalty, self._middle = penalty, middle
+
+    def declare(self, hp, problem):
+        low, high = self._middle / 30, self._middle * 30
+        hp.Float("strength", low, high, sampling="log", default=self._middle)
+
+    def solve(self, x, y, hp):
+        return norm_regression(x, y, self._penalty(hp.get("strength")), tolerance=1e-5)
+
+
+def _clustered(strength):
+    return ClusteredTasks(strength, clusters=2, between=0.1)
 
 
 # --- networks -----------------------------------------------------------------------
@@ -295,12 +341,19 @@ class Network(Candidate):
         model = self.hypermodel(problem, scale.width).build(hp)
         inputs, labels = scale.inputs(x), scale.labels(y)
         size = options.batch_size
+        steps = -(-max(map(len, labels.values())) // size)
+        # By the epochs of a whole training, of which successive halving takes a part.
+        least = -(-LEAST_STEPS // options.epochs)
         if problem.shared:
-            model.fit(next(iter(inputs.values())), labels, size, epochs, verbose=0)
+            times = -(-least // steps)
+            x = np.concatenate([next(iter(inputs.values()))] * times)
+            labels = {t: np.concatenate([own] * times) for t, own in labels.items()}
+            model.fit(x, labels, size, epochs, verbose=0)
         else:
             data = {t: (inputs[t], labels[t]) for t in problem.tasks}
             # Every method sees as many examples of a task, short ones repeatedly.
-            model.fit(zip_tasks(data, size, seed=seed), epochs=epochs, verbose=0)
+            stream = zip_tasks(data, size, epoch=max(steps, least), seed=seed)
+            model.fit(stream, epochs=epochs, shuffle=False, verbose=0)
 
         def predict(new):
             inputs = scale.inputs(new)
@@ -309,7 +362,7 @@ class Network(Candidate):
             outputs = model.predict(inputs, 256, verbose=0)
             return scale.outputs(outputs)
 
-        return Trained(predict, trainable_parameters(model))
+        return Trained(predict, trainable_parameters(model), model, scale.x)
 
 
 def backbone_of(problem, width=None):
@@ -372,12 +425,28 @@ def _no_own_examples(problem):
     return None if problem.shared else "the tasks' examples are not the same"
 
 
+def _no_cut(problem):
+    if problem.backbone is None:
+        return None
+    kernels = hypermodels._names(backbone_of(problem), hypermodels._has_kernel)
+    return None if len(kernels) > 1 else "the network has one layer with a kernel"
+
+
 for _one in (
     RidgeByTask(),
     Pooled(),
+    NormedRegressions("mean", "linear, near their mean", MeanDeviation, 3.0),
+    NormedRegressions("trace-linear", "linear, trace norm", TraceNorm, 0.1),
+    NormedRegressions("group-linear", "linear, L2,1 norm", GroupLasso, 0.1),
+    NormedRegressions("clustered", "linear, clustered", _clustered, 3.0),
     RelatedRegressions(),
     Network("stl", "STL", "independent"),
     Network("hard", "hard sharing", "hard"),
+    Network("cut", "hard sharing up to a layer", "cut", lack=_no_cut),
+    Network("stitch", "Cross-Stitch", "stitch"),
+    Network("nddr", "NDDR", "nddr"),
+    Network("deviation", "near their mean", "deviation"),
+    Network("trace", "trace norm", "trace"),
     Network("laf", "DMTRL-LAF", "laf", fixed={"tolerance": 0.3}),
     Network("tucker", "DMTRL-Tucker", "tucker", fixed={"tolerance": 0.3}),
     Network("tt", "DMTRL-TT", "tt", fixed={"tolerance": 0.3}),

@@ -19,14 +19,15 @@ from .. import application
 from ..own import checked_data, function_of
 from .candidates import CANDIDATES
 from .compared import compare_on
-from .problem import BINARY, CLASSES, METRICS, REGRESSION, Problem, from_table
-from .report import methods_rows, to_json, write_report
+from .example import EXAMPLES, METHODS, write_example
+from .problem import BINARY, CLASSES, METRICS, REGRESSION, Problem, table_problem
+from .report import curve_rows, methods_rows, to_json, write_report
+from .script import write_script
 from .search import Options
 
 arguments = application("arguments")
 experiment = application("experiment")
 files = application("files")
-tabular = application("tabular")
 make_console = experiment.make_console
 
 
@@ -43,13 +44,18 @@ def parser():
     source.add_argument(
         "--data", metavar="MODULE:FUNCTION", help="returns a dict, as for searches"
     )
+    source.add_argument(
+        "--example",
+        choices=list(EXAMPLES),
+        help="a table that is at hand, which is written to --output as a file for --csv",
+    )
     p.add_argument("--task", help="of --csv: the column that says whose example it is")
     p.add_argument("--target", help="of --csv: the column to be predicted")
     p.add_argument(
         "--kind",
         choices=(REGRESSION, BINARY, CLASSES),
-        help="of --csv: what the target is; by default binary if it has two values, else a "
-        "regression",
+        help="of --csv: what the target is; by default binary with two values, classes "
+        "with more that are no numbers, else a regression",
     )
     p.add_argument(
         "--categorical",
@@ -60,11 +66,33 @@ def parser():
     p.add_argument(
         "--model", metavar="MODULE:FUNCTION", help="returns the backbone; for --data"
     )
-    p.add_argument("--methods", nargs="+", choices=list(CANDIDATES), help="all that fit")
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(CANDIDATES),
+        help="by default all that fit; of an example some",
+    )
     p.add_argument("--metric", choices=list(METRICS), help="by the kind of the tasks")
     p.add_argument("--trials", type=arguments.whole(1), default=own.trials)
     p.add_argument("--repeats", type=arguments.REPEATS, default=own.repeats)
-    p.add_argument("--epochs", type=arguments.whole(1), default=own.epochs)
+    p.add_argument(
+        "--budget",
+        type=arguments.real(above=0),
+        help="minutes; fewer trials and draws, of all methods, where they take longer",
+    )
+    p.add_argument(
+        "--fractions",
+        nargs="+",
+        type=arguments.real(above=0, below=1),
+        default=[],
+        help="of the training examples, for a learning curve, such as 0.25 0.5",
+    )
+    p.add_argument(
+        "--epochs",
+        type=arguments.whole(1),
+        default=own.epochs,
+        help="of networks; at least 600 steps in all, few examples are repeated",
+    )
     p.add_argument("--batch-size", type=arguments.whole(1), default=own.batch_size)
     share = arguments.real(above=0, below=1)
     p.add_argument("--validation", type=share, default=own.validation)
@@ -84,6 +112,11 @@ def main(given=None):
         p.error("--data needs --model MODULE:FUNCTION")
     console = make_console()
     with files.working_in(options.output), options.strategy.scope():
+        if options.example is not None:
+            found = write_example(options.example, options.output)
+            options.csv, options.task, options.target = found
+            options.methods = options.methods or METHODS
+            console.print(f"The table is {options.csv}.")
         problem = problem_of(p, options)
         names = [field.name for field in dataclasses.fields(Options)]
         own = Options(**{n: getattr(options, n) for n in names if hasattr(options, n)})
@@ -92,17 +125,27 @@ def main(given=None):
         console.print(found.sentence, highlight=False)
         files.write(options.output / "results.json", json.dumps(to_json(found), indent=1))
         write_report(found, options.output / "report.html")
-        console.print(f"The report is {options.output / 'report.html'}.")
+        write_script(found, options, options.output / "best.py")
+        if len(found.curve):
+            experiment.Table("Learning curve", shown(found, curve_rows)).print(console)
+        console.print(
+            f"The report is {options.output / 'report.html'}, the script that trains what "
+            f"is recommended {options.output / 'best.py'}."
+        )
     return found
 
 
 def problem_of(p, options):
     """The problem that the arguments name."""
     if options.csv is not None:
-        table = tabular.read_tabular(
-            options.csv, options.task, options.target, options.categorical
+        return table_problem(
+            options.csv,
+            options.task,
+            options.target,
+            options.kind,
+            options.categorical,
+            options.metric,
         )
-        return from_table(table, options.kind, options.metric)
     try:
         make, data = function_of(options.model), function_of(options.data)
     except ValueError as error:
@@ -112,9 +155,9 @@ def problem_of(p, options):
     return Problem(x, y, data["test"], backbone=make, metric=options.metric)
 
 
-def shown(found):
-    """The table of the terminal, a data frame of strings."""
-    header, rows = methods_rows(found)
+def shown(found, rows_of=methods_rows):
+    """A table of the terminal, a data frame of strings."""
+    header, rows = rows_of(found)
     return pd.DataFrame(
         [[text for text, _ in row] for row in rows.values()], columns=header
     )

@@ -22,7 +22,7 @@ class Comparison:
     Attributes:
         table: data frame, a row for each method: `title`, `error` and `spread` over the
             draws, `delta` (Delta_m against the baseline, per cent), its interval `low` and
-            `high`, `p` (Wilcoxon, Holm), `weights`, `seconds`.
+            `high`, `p` (Wilcoxon, Holm), `weights`, `seconds`, `predict_ms`.
         by_task: data frame, the mean error of each method (rows) on each task.
         errors: dict from method to array `(draws, tasks)`.
         chosen: dict from method to its hyperparameters.
@@ -31,6 +31,8 @@ class Comparison:
         sentence: str, what to use and how sure that is.
         baseline: str.
         tasks: list of names.
+        curve: data frame, the learning curve: `fraction`, `method`, `error`, `spread`,
+            `delta`, `low`, `high`; empty without fractions.
     """
 
     table: pd.DataFrame
@@ -42,6 +44,7 @@ class Comparison:
     sentence: str
     baseline: str
     tasks: list
+    curve: pd.DataFrame
 
     def _repr_html_(self):
         return f"<p>{self.sentence}</p>{self.table.to_html()}"
@@ -75,25 +78,36 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     methods, left_out = search.methods_of(problem, options)
     for name, reason in left_out.items():
         told(f"{CANDIDATES[name].title}: left out, {reason}.")
-    baseline = options.baseline or baseline_of(methods)
     results = results_of.Results(f"{folder}/runs.jsonl")
     data = problem.digest()
-    errors, chosen, weights, seconds = {}, {}, {}, {}
-    for method in methods:
-        chosen[method], _ = search.choose(problem, options, method, results, data)
-        runs = [
-            search.run(problem, options, method, chosen[method], number, results, data)
-            for number in range(options.repeats)
-        ]
-        errors[method] = np.array([[r["errors"][t] for t in problem.tasks] for r in runs])
+    choosers = {
+        method: search.Chooser(problem, options, method, results, data)
+        for method in methods
+    }
+    plan = _planned(options, choosers, results, data, told)
+    left_out |= plan.too_slow
+    options = dataclasses.replace(options, repeats=plan.repeats)
+    errors, chosen, valid = {}, {}, {}
+    weights, seconds, predicting = {}, {}, {}
+    for method in plan.methods:
+        chosen[method], valid[method] = choosers[method].choose(plan.trials)
+        runs = _runs(problem, options, method, chosen[method], results, data)
+        errors[method] = _errors(problem, runs)
         weights[method] = runs[0]["weights"]
         seconds[method] = float(np.mean([r["seconds"] for r in runs]))
+        predicting[method] = float(np.median([r["predict_ms"] for r in runs]))
         told(f"{CANDIDATES[method].title}: error {errors[method].mean():.4g}")
+    baseline = options.baseline or baseline_of(plan.methods, valid)
+    options = dataclasses.replace(options, baseline=baseline)
+    curve = _curve(problem, options, chosen, errors, results, data, told)
     table = statistics.against(errors, baseline)
     table.insert(0, "title", [CANDIDATES[m].title for m in table.index])
     table["weights"] = pd.Series(weights)
     table["seconds"] = pd.Series(seconds)
-    found = statistics.recommend(errors, baseline, order_of(methods, baseline, weights))
+    table["predict_ms"] = pd.Series(predicting)
+    found = statistics.recommend(
+        errors, baseline, order_of(plan.methods, baseline, weights)
+    )
     by_task = pd.DataFrame(
         {m: values.mean(axis=0) for m, values in errors.items()}, index=problem.tasks
     ).T
@@ -107,15 +121,83 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
         sentence_of(found, table, baseline),
         baseline,
         problem.tasks,
+        curve,
     )
 
 
-def baseline_of(methods):
-    """What the others are compared with: single-task networks, or linear models."""
-    for name in ("stl", "ridge"):
-        if name in methods:
-            return name
-    return methods[0]
+def _planned(options, choosers, results, data, told):
+    """The plan, after every method was trained with its defaults; kept for a later call."""
+    if options.budget is None:
+        return search.plan(options, dict.fromkeys(choosers, 0.0))
+    settings = {
+        "data": data,
+        "plan": list(choosers),
+        **{
+            name: getattr(options, name)
+            for name in ("budget", "trials", "repeats", "epochs", "batch_size", "seed")
+        },
+        "fractions": list(options.fractions),
+    }
+    found = results.get(settings)
+    if found is None:
+        seconds = {}
+        for method, chooser in choosers.items():
+            seconds[method] = chooser.defaults().seconds
+            told(f"{CANDIDATES[method].title}: {seconds[method]:.1f} s with its defaults")
+        found = search.plan(options, seconds)._asdict()
+        results.add(settings, found)
+    plan = search.Plan(**found)
+    told(
+        f"Planned: {plan.trials} trials and {plan.repeats} draws of each of "
+        f"{len(plan.methods)} methods, about {plan.minutes:.1f} minutes in all."
+    )
+    for method, reason in plan.too_slow.items():
+        told(f"{CANDIDATES[method].title}: left out, {reason}.")
+    return plan
+
+
+def _runs(problem, options, method, values, results, data, fraction=1.0):
+    return [
+        search.run(problem, options, method, values, number, results, data, fraction)
+        for number in range(options.repeats)
+    ]
+
+
+def _errors(problem, runs):
+    return np.array([[run["errors"][task] for task in problem.tasks] for run in runs])
+
+
+def _curve(problem, options, chosen, whole, results, data, told):
+    """The learning curve, with the settings that were chosen on all training examples."""
+    rows = []
+    for fraction in sorted({*options.fractions, 1.0}) if options.fractions else ():
+        errors = whole
+        if fraction < 1:
+            told(f"With {fraction:.0%} of the training examples ...")
+            errors = {
+                method: _errors(
+                    problem,
+                    _runs(problem, options, method, values, results, data, fraction),
+                )
+                for method, values in chosen.items()
+            }
+        frame = statistics.against(errors, options.baseline).drop(columns="p")
+        frame.insert(0, "method", frame.index)
+        frame.insert(0, "fraction", fraction)
+        rows.append(frame)
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+
+def baseline_of(methods, valid):
+    """What the others are compared with: the better one of those that share nothing.
+
+    Args:
+        methods: list of names.
+        valid: dict from method to its trials, by whose errors on the validation part.
+    """
+    alone = [name for name in search.ALONE if name in methods]
+    errors = {name: search.best_of(valid[name]) for name in alone}
+    return min(errors, key=errors.get) if errors else methods[0]
 
 
 def order_of(methods, baseline, weights):
@@ -123,7 +205,7 @@ def order_of(methods, baseline, weights):
     plain = [m for m in ("ridge", "stl", "pooled", "hard") if m in methods]
     rest = sorted((m for m in methods if m not in plain), key=lambda m: weights[m])
     order = plain + rest
-    if "ridge" in order and baseline == "stl":
+    if baseline in search.ALONE:
         # A linear model is the simplest of all, network or not.
         return order
     return [baseline, *[m for m in order if m != baseline]]

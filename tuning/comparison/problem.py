@@ -8,11 +8,14 @@ from sklearn import metrics as scores
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from dmtrl_keras.ground.validation import check_task_names
+
 from .. import application
 
 DataError = application("reading").DataError
 digest_of = application("experiment").digest_of
 make_encoder = application("tabular").make_encoder
+read_tabular = application("tabular").read_tabular
 
 # Fewer examples of a task can't be split for training, validation and testing.
 LEAST = 4
@@ -120,6 +123,10 @@ class Problem:
                 )
 
     def _check(self):
+        try:
+            check_task_names(self.tasks, "compare")
+        except (TypeError, ValueError) as error:
+            raise DataError(str(error)) from error
         if len(self.tasks) < 2:
             raise DataError(f"Expected two tasks at least. Received: {self.tasks}.")
         lengths = {t: (len(self.x[t]), len(self.y[t])) for t in self.tasks}
@@ -250,21 +257,39 @@ class Problem:
         return {t: self.metrics[t].error(y[t], outputs[t]) for t in self.tasks}
 
 
+def table_problem(path, task=None, target=None, kind=None, categorical=(), metric=None):
+    """The problem of a file, a row for each example.
+
+    Args:
+        path: path of a CSV file.
+        task: str, the column that says of which task a row is.
+        target: str, the column to be predicted.
+        kind: as for `from_table`, as is `metric`.
+        categorical: columns that are categories although they look like numbers.
+        metric: str, or None.
+    """
+    table = read_tabular(path, task, target, categorical, classes=True)
+    return from_table(table, kind, metric)
+
+
 def from_table(table, kind=None, metric=None):
     """The problem of a table whose rows belong to tasks.
 
     Args:
         table: `applications.tabular.Tabular`.
         kind: `"regression"`, `"binary"` or `"classes"`; None: binary if the target has two
-            values, else a regression.
+            values, classes if it has more that are no numbers, else a regression.
         metric: a key of `METRICS`, or None.
 
     Returns:
         A `Problem`, of the tasks with four rows at least.
     """
     values, target = np.unique(table.target, return_inverse=True)
+    named = table.target.dtype == object
     if kind is None:
-        kind = BINARY if len(values) == 2 else REGRESSION
+        kind = BINARY if len(values) == 2 else CLASSES if named else REGRESSION
+    if named and kind == REGRESSION:
+        raise DataError("--kind regression: the target has no numbers.")
     if kind == BINARY and len(values) != 2:
         raise DataError(f"--kind binary: the target has {len(values)} values.")
     rows = {t: own for t, own in table.rows().items() if len(own) >= LEAST}

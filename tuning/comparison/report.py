@@ -68,6 +68,12 @@ def write_report(comparison, path):
             for name, reason in c.left_out.items()
         )
         parts.append(f"<h2>Left out</h2><ul>{items}</ul>")
+    if len(c.curve):
+        parts += [
+            "<h2>Where sharing begins to pay</h2>",
+            _figure(curve_figure(c), "curve"),
+            _table("fractions", *curve_rows(c)),
+        ]
     parts += [
         "<h2>Error and size</h2>",
         _figure(size_figure(c), "size"),
@@ -97,7 +103,7 @@ def methods_rows(c):
         "95%",
         "p",
     ]
-    header += ["Weights", "Seconds"]
+    header += ["Weights", "Seconds", "ms"]
     rows = {}
     for name, row in c.table.iterrows():
         spread = "" if np.isnan(row.spread) else f" ± {row.spread:.4f}"
@@ -113,8 +119,29 @@ def methods_rows(c):
             ("-" if base else f"{row.p:.3f}", None if base else row.p),
             (f"{int(row.weights):,}", int(row.weights)),
             (f"{row.seconds:.1f}", row.seconds),
+            (f"{row.predict_ms:.2f}", row.predict_ms),
         ]
     return header, rows
+
+
+def curve_rows(c):
+    """`(header, rows)` of the learning curve."""
+    rows = {}
+    for number, row in c.curve.iterrows():
+        base = row.method == c.baseline
+        title = c.table.loc[row.method].title
+        rows[number] = [
+            (f"{row.fraction:.0%}", row.fraction),
+            (title, title),
+            (f"{row.error:.4f}", row.error),
+            ("-" if base else f"{row.delta:+.1f}%", None if base else row.delta),
+            (
+                "-" if base else f"{row.low:+.1f} to {row.high:+.1f}",
+                None if base else row.low,
+            ),
+        ]
+    against = "Against " + c.table.loc[c.baseline].title
+    return ["Trained on", "Method", "Mean error", against, "95%"], rows
 
 
 def task_rows(c):
@@ -132,7 +159,8 @@ def _how(c):
         f"{len(c.tasks)} tasks, {draws} draws, the same for all methods. Against the "
         "baseline: how far the error is below it, the mean over tasks; the interval is a "
         "bootstrap over the draws, p is Wilcoxon's over tasks and draws, corrected for the "
-        "number of methods by Holm."
+        "number of methods by Holm. Seconds are those of one training, ms the milliseconds "
+        "of one prediction among as many as the test part has."
     )
 
 
@@ -195,6 +223,22 @@ def size_figure(c):
     return figure
 
 
+def curve_figure(c):
+    """Mean error by the share of the training examples."""
+    figure = go.Figure()
+    for method, own in c.curve.groupby("method", sort=False):
+        figure.add_scatter(
+            x=100 * own.fraction,
+            y=own.error,
+            error_y={"array": own.spread.fillna(0)},
+            mode="lines+markers",
+            name=c.table.loc[method].title,
+        )
+    figure.update_xaxes(title="training examples, %")
+    figure.update_yaxes(title="mean error")
+    return figure
+
+
 def gain_figure(c):
     """By how much each task's error is below the baseline's, a heat map."""
     base = c.by_task.loc[c.baseline]
@@ -223,6 +267,7 @@ def to_json(c):
         "tasks": c.tasks,
         "methods": table,
         "errors": {m: values.tolist() for m, values in c.errors.items()},
+        "curve": json.loads(c.curve.to_json(orient="records")),
         "chosen": c.chosen,
         "left_out": c.left_out,
     }

@@ -10,6 +10,9 @@ import numpy as np
 from .. import oracles
 from .candidates import CANDIDATES
 
+# Methods that share nothing.
+ALONE = ("ridge", "stl")
+
 # Hyperband's: a third of the trials goes on with three times the epochs.
 FACTOR = 3
 
@@ -20,10 +23,15 @@ class Options:
 
     Attributes:
         methods: list of names, keys of `CANDIDATES`; None: all that fit.
-        baseline: str, what the others are compared with.
+        baseline: str, what the others are compared with; None: of the methods that share
+            nothing the one that is better on the validation part.
         trials: int, of each method that has something to choose.
         repeats: int, how many draws.
-        epochs: int, of networks.
+        budget: float, minutes; where it does not bear as many trials and draws, there are
+            fewer, of all methods. None: no limit.
+        fractions: shares of the training part to train on, too, for a learning curve.
+        epochs: int, of networks; at least 600 steps in all, for which few examples are
+            repeated within an epoch.
         batch_size: int.
         validation: float, the share of the training part by which settings are chosen.
         test: float, the share of the examples that are for testing, where no test part is
@@ -35,6 +43,8 @@ class Options:
     baseline: str | None = None
     trials: int = 6
     repeats: int = 5
+    budget: float | None = None
+    fractions: typing.Sequence = ()
     epochs: int = 30
     batch_size: int = 32
     validation: float = 0.25
@@ -62,11 +72,24 @@ def draw(problem, options, number):
     return problem.split(problem.everything(), options.test, seed)
 
 
-def choose(problem, options, method, results, data):
-    """The best hyperparameters of a method, on the validation part of the first draw.
+class Trial(typing.NamedTuple):
+    """Settings that were tried.
 
-    Successive halving: the trials of Keras Tuner's Hyperband with its smallest
-    number of epochs first, the best of them again with three times as many.
+    Attributes:
+        epochs: int.
+        values: dict of hyperparameters.
+        error: float, on the validation part; what diverged has 1e9.
+        seconds: float.
+    """
+
+    epochs: int
+    values: dict
+    error: float
+    seconds: float
+
+
+class Chooser:
+    """Chooses a method's hyperparameters, on the validation part of the first draw.
 
     Args:
         problem: `Problem`.
@@ -74,53 +97,159 @@ def choose(problem, options, method, results, data):
         method: str.
         results: `Results`, where trials are kept.
         data: str that names the data.
-
-    Returns:
-        `(values, trials)`: a dict, and a list of `(values, score)`.
     """
-    candidate = CANDIDATES[method]
-    space = kt.HyperParameters()
-    candidate.declare(space, problem)
-    if not space.space:
-        return {}, []
-    train, _ = draw(problem, options, 0)
-    first, second = problem.split(train, options.validation, options.seed)
-    x, y = problem.rows(second)
-    epochs = options.epochs if candidate.has_epochs else 1
-    oracle = oracles.make_oracle(
-        "hyperband" if epochs > FACTOR else "random",
-        space,
-        [kt.Objective("error", "min")],
-        options.trials,
-        options.seed,
-        epochs,
-        FACTOR,
-    )
-    oracle._set_project_dir(str(results.path.parent), f"trials_{method}")
-    tried = []
-    while True:
-        trial = oracle.create_trial("compare")
-        if trial.status != "RUNNING":
-            break
-        hp = trial.hyperparameters
-        own = hp.values.get("tuner/epochs", epochs)
-        values = {k: v for k, v in hp.values.items() if not k.startswith("tuner/")}
-        settings = _settings(options, data, method, values, own)
-        settings["validation"] = options.validation
-        found = results.get(settings)
+
+    def __init__(self, problem, options, method, results, data):
+        self.problem, self.options, self.method = problem, options, method
+        self.results, self.data = results, data
+        self.candidate = CANDIDATES[method]
+        self.space = kt.HyperParameters()
+        self.candidate.declare(self.space, problem)
+        self.epochs = options.epochs if self.candidate.has_epochs else 1
+
+    def defaults(self):
+        """The trial of the defaults, at full length."""
+        return self._tried(dict(self.space.values), self.epochs)
+
+    def _tried(self, values, epochs):
+        o = self.options
+        settings = _settings(o, self.data, self.method, values, epochs)
+        settings["validation"] = o.validation
+        found = self.results.get(settings)
         if found is None:
-            trained = candidate.train(problem, first, hp, options, own, options.seed)
-            found = {"error": problem.score(train, y, trained.predict(x))}
-            results.add(settings, found)
+            train, _ = draw(self.problem, o, 0)
+            first, second = self.problem.split(train, o.validation, o.seed)
+            x, y = self.problem.rows(second)
+            hp = self.space.copy()
+            hp.values = dict(values)
+            started = time.perf_counter()
+            trained = self.candidate.train(self.problem, first, hp, o, epochs, o.seed)
+            error = self.problem.score(train, y, trained.predict(x))
+            found = {"error": error, "seconds": time.perf_counter() - started}
+            self.results.add(settings, found)
         # What diverged is worse than all else.
         error = found["error"] if np.isfinite(found["error"]) else 1e9
-        oracle.update_trial(trial.trial_id, {"error": error})
-        trial.status = "COMPLETED"
-        oracle.end_trial(trial)
-        tried.append((own, values, error))
-    longest = max(own for own, *_ in tried)
-    best = min((one for one in tried if one[0] == longest), key=lambda one: one[-1])
-    return best[1], tried
+        return Trial(epochs, values, error, found["seconds"])
+
+    def choose(self, trials):
+        """The best hyperparameters.
+
+        The defaults, and by successive halving others: the trials of Keras Tuner's
+        Hyperband with its smallest number of epochs first, the best of them again with
+        three times as many.
+
+        Args:
+            trials: int, with that of the defaults.
+
+        Returns:
+            `(values, tried)`: a dict, and a list of `Trial`.
+        """
+        tried = [self.defaults()]
+        if trials > 1 and self.space.space:
+            tried += self._search(trials)
+        error = best_of(tried)
+        best = [t for t in tried if t.error == error and t.epochs == self.epochs]
+        return best[0].values, tried
+
+    def _search(self, trials):
+        halving = self.epochs > FACTOR
+        oracle = oracles.make_oracle(
+            "hyperband" if halving else "random",
+            self.space.copy(),
+            [kt.Objective("error", "min")],
+            # A random search begins with the defaults, at full length.
+            trials - halving,
+            self.options.seed,
+            self.epochs,
+            FACTOR,
+        )
+        folder = str(self.results.path.parent)
+        oracle._set_project_dir(folder, f"trials_{self.method}")
+        while True:
+            trial = oracle.create_trial("compare")
+            if trial.status != "RUNNING":
+                return
+            values = trial.hyperparameters.values
+            own = {k: v for k, v in values.items() if not k.startswith("tuner/")}
+            found = self._tried(own, values.get("tuner/epochs", self.epochs))
+            oracle.update_trial(trial.trial_id, {"error": found.error})
+            trial.status = "COMPLETED"
+            oracle.end_trial(trial)
+            yield found
+
+
+def best_of(tried):
+    """The smallest error of the trials of full length."""
+    longest = max(trial.epochs for trial in tried)
+    return min(trial.error for trial in tried if trial.epochs == longest)
+
+
+class Plan(typing.NamedTuple):
+    """What is done within a budget.
+
+    Attributes:
+        methods: list of names.
+        trials: int, of each of them.
+        repeats: int, draws.
+        too_slow: dict from the other methods to the reason.
+        minutes: float, that it takes, about.
+    """
+
+    methods: list
+    trials: int
+    repeats: int
+    too_slow: dict
+    minutes: float
+
+
+# A trial of successive halving has about so much of the epochs of a whole training.
+_TRIAL = 0.6
+
+
+def plan(options, seconds):
+    """As many trials and draws of all methods as a budget bears, equally many of each.
+
+    What was spent on the defaults counts. If not even three trials and draws are possible,
+    the slowest methods are left out, but one that shares nothing.
+
+    Args:
+        options: `Options`.
+        seconds: dict from method to those of its training with the defaults.
+
+    Returns:
+        A `Plan`.
+    """
+    spent = sum(seconds.values())
+    budget = np.inf if options.budget is None else 60 * options.budget
+    methods, too_slow = list(seconds), {}
+    # A part of the examples takes its part of the time, if at all.
+    curve = 1 + sum(options.fractions)
+
+    def need(trials, repeats):
+        return sum((_TRIAL * (trials - 1) + repeats * curve) * seconds[m] for m in methods)
+
+    amounts = [
+        tuple(
+            max(min(3, most), round(share * most))
+            for most in (options.trials, options.repeats)
+        )
+        for share in (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0)
+    ]
+    while True:
+        for trials, repeats in amounts:
+            if spent + need(trials, repeats) <= budget or len(methods) == 1:
+                minutes = (spent + need(trials, repeats)) / 60
+                return Plan(methods, trials, repeats, too_slow, minutes)
+        kept = options.baseline
+        if kept not in methods:
+            kept = next((name for name in ALONE if name in methods), methods[0])
+        others = [m for m in methods if m != kept]
+        slowest = max(others, key=seconds.get)
+        methods.remove(slowest)
+        too_slow[slowest] = (
+            f"a training takes {seconds[slowest]:.0f} seconds, too long for a budget of "
+            f"{options.budget:g} minutes"
+        )
 
 
 def _settings(options, data, method, values, epochs):
@@ -136,28 +265,71 @@ def _settings(options, data, method, values, epochs):
     }
 
 
-def run(problem, options, method, values, number, results, data):
+def run(problem, options, method, values, number, results, data, fraction=1.0):
     """Train on a draw with the chosen settings, and test.
 
+    Args:
+        problem: `Problem`.
+        options: `Options`.
+        method: str.
+        values: dict of hyperparameters.
+        number: int, of the draw.
+        results: `Results`.
+        data: str that names the data.
+        fraction: float, the share of the training part to train on.
+
     Returns:
-        The results, a dict: `errors` by task, `weights`, `seconds`.
+        The results, a dict: `errors` by task, `weights`, `seconds`, and `predict_ms`, the
+        milliseconds of a prediction, among as many as there are in the test part.
     """
     settings = _settings(options, data, method, values, options.epochs)
     settings["draw"] = number
+    if fraction < 1:
+        settings["fraction"] = fraction
     found = results.get(settings)
     if found is not None:
         return found
+    seed = options.seed + 1000 * number
     train, test = draw(problem, options, number)
+    if fraction < 1:
+        train, _ = problem.split(train, 1 - fraction, seed)
     x, y = problem.test if test is None else problem.rows(test)
     hp = kt.HyperParameters()
     hp.values = dict(values)
-    seed = options.seed + 1000 * number
     started = time.perf_counter()
     trained = CANDIDATES[method].train(problem, train, hp, options, options.epochs, seed)
+    took = time.perf_counter() - started
+    outputs = trained.predict(x)
+    started = time.perf_counter()
+    # The first time a network is traced.
+    trained.predict(x)
+    predicting = time.perf_counter() - started
     found = {
-        "seconds": time.perf_counter() - started,
-        "errors": problem.errors(y, trained.predict(x)),
+        "seconds": took,
+        "errors": problem.errors(y, outputs),
         "weights": trained.weights,
+        "predict_ms": 1000 * predicting / sum(len(own) for own in y.values()),
     }
     results.add(settings, found)
     return found
+
+
+def train(problem, method, values, epochs=30, batch_size=32, seed=0):
+    """Train one method on all examples.
+
+    Args:
+        problem: `Problem`.
+        method: a key of `CANDIDATES`.
+        values: dict of its hyperparameters, as chosen; those that it lacks have defaults.
+        epochs: int, of networks, as for `Options`.
+        batch_size: int, likewise.
+        seed: int.
+
+    Returns:
+        A `candidates.Trained`.
+    """
+    candidate, hp = CANDIDATES[method], kt.HyperParameters()
+    candidate.declare(hp, problem)
+    hp.values = {**hp.values, **values}
+    options = Options(epochs=epochs, batch_size=batch_size, seed=seed)
+    return candidate.train(problem, problem.everything(), hp, options, epochs, seed)

@@ -2,13 +2,17 @@
 
 import html
 import json
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 
-from tuning.comparison import CANDIDATES, Problem, command, compare, problem
-from tuning.comparison.search import Options, draw, methods_of
+from tuning.comparison import CANDIDATES, Problem, command, compare, example, problem
+from tuning.comparison.search import Options, draw, methods_of, plan, train
 
 
 def planted(kind, seed, tasks=8, count=40, features=12):
@@ -94,9 +98,10 @@ def test_what_does_not_fit(rng):
     labels = {"a": rng.integers(2, size=12), "b": rng.integers(2, size=12)}
     flat = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
     methods, lacks = methods_of(Problem(images, labels, backbone=lambda: flat), Options())
-    assert {"ridge", "pooled", "related", "similar"} == set(lacks)
+    linear = {"ridge", "pooled", "related", "mean", "trace-linear", "group-linear"}
+    assert {*linear, "clustered", "similar", "cut"} == set(lacks)
     assert "rows of numbers" in lacks["ridge"] and "convolution" in lacks["similar"]
-    assert {"stl", "hard", "tucker", "drn", "trn"} <= set(methods)
+    assert {"stl", "hard", "tucker", "drn", "trn", "trace"} <= set(methods)
     own = Problem({t: rng.normal(size=(12, 3)) for t in labels}, labels)
     lacks = methods_of(own, Options())[1]
     assert "not the same" in lacks["trn"] and "regressions" in lacks["related"]
@@ -107,12 +112,17 @@ def test_networks(rng):
     """Networks of each family on a table, classes and regressions side by side."""
     x = {"a": rng.normal(size=(24, 3)), "b": rng.normal(size=(16, 3))}
     y = {"a": (x["a"][:, 0] > 0).astype(int), "b": 5 + 10 * x["b"] @ [1.0, 2.0, 3.0]}
-    methods = ["ridge", "stl", "hard", "tucker", "drn"]
-    found = compare(x, y, methods=methods, repeats=2, trials=1, epochs=2, batch_size=8)
+    methods = ["ridge", "stl", "hard", "cut", "stitch", "nddr", "deviation", "trace"]
+    methods += ["tucker", "drn"]
+    settings = {"repeats": 2, "trials": 1, "epochs": 2, "batch_size": 8}
+    found = compare(x, y, methods=methods, baseline="stl", **settings)
     assert list(found.table.index) == methods and found.baseline == "stl"
     assert np.isfinite(found.table[["error", "delta", "weights", "seconds"]]).all(axis=None)
     assert found.table.weights["hard"] < found.table.weights["stl"]
-    assert found.by_task.shape == (5, 2)
+    weights = found.table.weights
+    assert weights["hard"] < weights["cut"] < weights["stl"] < weights["stitch"]
+    assert weights["stl"] == weights["trace"] == weights["deviation"]
+    assert found.by_task.shape == (10, 2) and not len(found.curve)
     assert found.by_task.b["ridge"] < 0.5
 
 
@@ -161,14 +171,12 @@ def test_command(tmp_path, rng, capsys):
         *["--csv", str(tmp_path / "schools.csv"), "--task", "school", "--target", "score"],
         *["--methods", "ridge", "pooled", "related", "stl", "--trials", "2"],
         *["--repeats", "2", "--epochs", "3", "--output", str(tmp_path / "out")],
+        *["--fractions", "0.5"],
     ]
     found = command.main(arguments)
-    assert found.baseline == "stl" and list(found.tasks) == [
-        "north",
-        "south",
-        "west",
-        "east",
-    ]
+    # What shares nothing and is better on the validation part.
+    assert found.baseline == "ridge"
+    assert list(found.tasks) == ["north", "south", "west", "east"]
     assert found.by_task.loc["ridge"].mean() < found.by_task.loc["pooled"].mean()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     page = (tmp_path / "out" / "report.html").read_text()
@@ -177,9 +185,136 @@ def test_command(tmp_path, rng, capsys):
         assert f'data-value="{row["error"]}"' in page or f"{row['error']:.4f}" in page
     assert "Plotly.newPlot" in page and "http-equiv" not in page
     text = capsys.readouterr().out
-    assert "linear, DRN" in text and "report.html" in text
+    assert "linear, DRN" in text and "report.html" in text and "Learning curve" in text
+    curve = pd.DataFrame(results["curve"])
+    assert sorted(curve.fraction.unique()) == [0.5, 1.0] and len(curve) == 2 * 4
+    full = curve[curve.fraction == 1].set_index("method").error
+    np.testing.assert_allclose(full, found.table.error[full.index])
+    for name in ("size", "gains", "curve"):
+        assert f'id="{name}"' in page
     with pytest.raises(SystemExit):
         command.main(["--csv", "x.csv", "--task", "school"])
+
+
+@pytest.mark.long
+def test_script(tmp_path, rng):
+    """`best.py` trains what is recommended, of a table and of functions, and predicts."""
+    write_csv(tmp_path / "schools.csv", rng)
+    (tmp_path / "mine.py").write_text(
+        "import keras, numpy as np\n"
+        "x = np.random.default_rng(0).normal(size=(40, 3))\n"
+        "y = {'a': x.sum(1), 'b': x[:, 0]}\n"
+        "def data():\n    return {'train': (x, y), 'test': (x, y),\n"
+        "            'losses': {'a': 'mse', 'b': 'mse'}}\n"
+        "def backbone():\n    return keras.Sequential([keras.Input((3,)),\n"
+        "        keras.layers.Dense(4, 'relu', name='fc')])\n"
+    )
+    own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+    def python(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=own,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    short = ["--trials", "1", "--repeats", "2", "--epochs", "2"]
+    table = ["--csv", "schools.csv", "--task", "school", "--target", "score"]
+    table += ["--methods", "ridge", "pooled", "--output", "table"]
+    python("-m", "dmtrl_keras.compare", *table, *short)
+    assert "north (24, 1)" in python("table/best.py")
+    functions = ["--model", "mine:backbone", "--data", "mine:data", "--methods", "stl"]
+    python("-m", "dmtrl_keras.compare", *functions, "--output", "functions", *short)
+    assert "a (40, 1)" in python("functions/best.py")
+    model = keras.saving.load_model(tmp_path / "best.keras")
+    assert set(model.output) == {"a", "b"}
+
+
+def test_budget():
+    """Equal trials and draws for all, fewer if need be; the slowest are left out last."""
+    seconds = {"ridge": 1.0, "stl": 10.0, "drn": 30.0}
+
+    def planned(minutes, **more):
+        return plan(Options(trials=6, repeats=5, budget=minutes, **more), seconds)
+
+    # 41 seconds for the defaults, and (0.6 * 5 + 5) * 41 for all else.
+    free = planned(None)
+    assert (free.methods, free.trials, free.repeats) == (list(seconds), 6, 5)
+    assert free.minutes == pytest.approx(41 * 9 / 60)
+    assert planned(41 * 9 / 60)[:3] == free[:3]
+    less = planned(41 * 8.9 / 60)
+    assert (less.trials, less.repeats) == (5, 4) and len(less.methods) == 3
+    tight = planned(41 * 5 / 60)
+    assert tight.methods == ["ridge", "stl"] and list(tight.too_slow) == ["drn"]
+    assert tight.minutes <= 41 * 5 / 60
+    none = planned(0.01)
+    assert none.methods == ["ridge"] and "10 seconds" in none.too_slow["stl"]
+    curve = planned(None, fractions=[0.5])
+    assert curve.minutes == pytest.approx(41 * (1 + 0.6 * 5 + 5 * 1.5) / 60)
+
+
+def test_budget_is_kept_and_resumed(tmp_path):
+    """What was planned is not planned anew, though the times would be others."""
+    data, told = planted("copies", 0, tasks=3, count=20), []
+    arguments = {**LINEAR, "methods": ["ridge", "pooled"], "budget": 1.0, "repeats": 3}
+    first = compare(*data, tmp_path, told.append, **arguments)
+    lines = (tmp_path / "runs.jsonl").read_text()
+    assert any("Planned: 5 trials and 3 draws of each of 2 methods" in t for t in told)
+    again = compare(*data, tmp_path, told.append, **arguments)
+    assert (tmp_path / "runs.jsonl").read_text() == lines
+    pd.testing.assert_frame_equal(again.table, first.table)
+
+
+def test_learning_curve():
+    """Smaller random parts of the same training part, the same for all methods."""
+    data = planted("copies", 1, tasks=3, count=40)
+    arguments = {**LINEAR, "methods": ["ridge", "pooled"], "repeats": 4}
+    curve = compare(*data, fractions=[0.3], **arguments).curve
+    errors = curve.pivot(index="method", columns="fraction", values="error")
+    assert list(errors) == [0.3, 1.0]
+    # Six examples of twelve features are few; copies are learned from all tasks'.
+    assert (errors[0.3] > errors[1.0]).all()
+    gains = curve.set_index(["method", "fraction"]).delta["pooled"]
+    assert gains[0.3] > 0
+
+
+def test_example(tmp_path):
+    """A table with the columns that it says, written as one's own."""
+    for name, make in example.EXAMPLES.items():
+        path, task, target = example.write_example(name, tmp_path)
+        found = problem.table_problem(path, task, target)
+        table, *_ = make()
+        assert len(found.tasks) == table[task].nunique()
+        assert found.regression and np.isfinite(table[target]).all()
+    assert {*example.METHODS} <= {*CANDIDATES}
+
+
+def test_names_and_classes_of_a_table(tmp_path, rng):
+    """Tasks called as TensorFlow can't take; targets that are words."""
+    lines = ["firm,size,grade"]
+    for firm in ("General Motors", "Café Söhne", "IBM"):
+        for number in range(12):
+            lines.append(f"{firm},{rng.normal():.3f},{'abc'[number % 3]}")
+    path = tmp_path / "firms.csv"
+    path.write_text("\n".join(lines))
+    found = problem.table_problem(path, "firm", "grade")
+    assert found.tasks == ["General_Motors", "Cafe_Sohne", "IBM"]
+    assert set(found.kinds.values()) == {"classes"} and found.classes["IBM"] == 3
+    trained = train(found, "ridge", {})
+    assert trained.predict(found.x)["IBM"].shape == (12, 3)
+    path.write_text(path.read_text().replace(",c", ",a"))
+    assert set(problem.table_problem(path, "firm", "grade").kinds.values()) == {"binary"}
+    with pytest.raises(problem.DataError, match="the target has no numbers"):
+        problem.table_problem(path, "firm", "grade", "regression")
+    with pytest.raises(problem.DataError, match="'A B'"):
+        Problem(
+            {"A B": np.zeros((4, 1)), "C": np.zeros((4, 1))}, {"A B": [0] * 4, "C": [0] * 4}
+        )
 
 
 def test_own_data(tmp_path, monkeypatch, rng):

@@ -329,6 +329,7 @@ def cases():
         ),
         "dmtrl_keras.task_summary": Case(model=plain, verbose=False),
         "dmtrl_keras.zip_tasks": Case(datasets={"a": (x, y)}, batch_size=2, seed=1),
+        "callbacks.TaskImprovement": Case(baseline={"val_a_loss": 0.5}),
         "conversion.register_rule": Case(
             lambda function, classes, **given: function(classes, **given), classes=Unknown
         ),

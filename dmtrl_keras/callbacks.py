@@ -1,0 +1,5 @@
+"""Callbacks of `fit` for networks of several tasks."""
+
+from dmtrl_keras.training.improvement import TaskImprovement
+
+__all__ = ["TaskImprovement"]

@@ -69,7 +69,8 @@ class TaskImprovement(keras.callbacks.Callback):
                 raise refusal(f"baseline[{name!r}]", value, owner, what)
         if higher is None:
             higher = [n for n in baseline if any(part in n.lower() for part in _HIGHER)]
-        if isinstance(higher, str) or not set(higher) <= set(baseline):
+        listed = isinstance(higher, (list, tuple, set, frozenset))
+        if not listed or not all(name in list(baseline) for name in higher):
             raise refusal("higher", higher, owner, f"names of {list(baseline)}")
         self.baseline = dict(baseline)
         self.higher = frozenset(higher)

@@ -3,7 +3,8 @@
 Li et al., "Task Relation Networks" (WACV 2019), section 4.2.3, Table 1: the places of five
 landmarks (regression) and the pose (five classes), on the MTFL data set (Zhang et al.
 2014), with ResNet-18; or any of these, gender, smile and glasses (`--tasks`), and a small
-network on principal components (`--network mlp`), which takes seconds.
+network on principal components (`--network mlp`), which takes seconds. Or age, gender and
+race of faces as UTKFace and Adience have them (`portraits`).
 
 - `stl`: a network for each task;
 - `mtl`: the first four of the five stages are shared, or the first layer of the two;
@@ -50,6 +51,7 @@ from .experiment import (
     timed,
 )
 from .files import cached_arrays
+from .portraits import AGES, RACES, is_portraits, load_portraits
 from .reading import DataError, open_zip, read_image, read_text, reading
 from .resnet import STAGES, resnet18
 from .results import mean_and_spread
@@ -64,13 +66,14 @@ TITLES = {
 }
 # Tasks and the units of their outputs: numbers, and scores of classes.
 TASKS = {"landmarks": 10, "pose": 5, "gender": 2, "smile": 2, "glasses": 2}
+TASKS |= {"age": len(AGES), "race": RACES}
 TRAINING, TESTING = "training.txt", "testing.txt"
 # As in `layers.TRL`: features are never quite independent of each other.
 RIDGE = 1e-3
 
 
 class Faces(typing.NamedTuple):
-    """Faces with their labels.
+    """Faces with their labels; None is what a data set does not have.
 
     Attributes:
         images: uint8 `(n, size, size, 3)`.
@@ -80,19 +83,23 @@ class Faces(typing.NamedTuple):
         gender: ints `(n,)`, 0 (male) and 1.
         smile: ints `(n,)`, 0 (smiling) and 1.
         glasses: ints `(n,)`, 0 (with) and 1.
+        age: ints `(n,)`, numbers of groups, see `portraits.AGES`.
+        race: ints `(n,)`.
     """
 
     images: np.ndarray
-    landmarks: np.ndarray
-    pose: np.ndarray
+    landmarks: np.ndarray | None
+    pose: np.ndarray | None
     gender: np.ndarray
-    smile: np.ndarray
-    glasses: np.ndarray
+    smile: np.ndarray | None
+    glasses: np.ndarray | None
+    age: np.ndarray | None = None
+    race: np.ndarray | None = None
 
 
 def some(faces, indices):
     """Some of the faces, as `Faces`."""
-    return Faces(*(x[indices] for x in faces))
+    return Faces(*(None if x is None else x[indices] for x in faces))
 
 
 def load_mtfl(path, size):
@@ -167,12 +174,28 @@ def _faces(root, name, size):
     return Faces(np.stack(images), np.float32(landmarks), *np.transpose(classes))
 
 
+def _of_portraits(options, console):
+    """`(training, testing)`, the latter None where the data set has no test part."""
+    found = load_portraits(options.data, options.size)
+    if console is not None:
+        console.print(
+            f"{len(found.images)} faces; {found.left_out} whose labels are not known are "
+            "left out."
+        )
+    faces = Faces(found.images, None, None, found.gender, None, None, found.age, found.race)
+    if found.test is None:
+        return faces, None
+    return some(faces, ~found.test), some(faces, found.test)
+
+
 # The places of the landmarks in a mirror image: eyes and corners of the mouth change sides.
 _MIRRORED = [1, 0, 2, 4, 3]
 
 
 def cut_out(faces, extent, rng):
     """Faces cut out of their images, at random scales and places, half of them mirrored.
+
+    Faces without landmarks are cut out already, and only mirrored.
 
     The training images of MTFL show heads and shoulders, the test images faces. Where
     the faces are is known from the landmarks, which a test image must not tell.
@@ -187,6 +210,11 @@ def cut_out(faces, extent, rng):
         `Faces` of the same number and size.
     """
     count, size = faces.images.shape[:2]
+    if faces.landmarks is None:
+        mirrored = rng.random(count) < 0.5
+        images = faces.images.copy()
+        images[mirrored] = images[mirrored, :, ::-1]
+        return faces._replace(images=images)
     points = faces.landmarks.reshape(-1, 2, 5)
     low, high = points.min(axis=2), points.max(axis=2)
     side = (high - low).max(axis=1) / rng.uniform(*extent, size=count)
@@ -695,7 +723,12 @@ class Mtfl(Experiment):
     settings += ("components", "units", "training_images", "extent")
     settings += ("epochs", "batch_size", "learning_rate", "optimizer", "loss_weights")
     families = {"independent": "stl", "hard": "mtl"}
-    data_argument = {"type": pathlib.Path, "required": True, "help": "folder or zip file"}
+    data_argument = {
+        "type": pathlib.Path,
+        "required": True,
+        "help": "folder or zip file: MTFL, or faces named as UTKFace's or listed as "
+        "Adience's",
+    }
 
     def add_arguments(self, p):
         p.add_argument(
@@ -736,7 +769,7 @@ class Mtfl(Experiment):
             "--test-images",
             type=whole(1),
             help="test on as many of the training part, cut out once, instead of on the "
-            "test part, whose photographs are of another kind",
+            "test part, whose photographs are of another kind; without a test part a fifth",
         )
         p.add_argument(
             "--extent",
@@ -803,9 +836,16 @@ class Mtfl(Experiment):
 
     def load(self, options, console=None):
         """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
-        training, testing = load_mtfl(options.data, options.size)
-        if options.test_images is not None:
+        if is_portraits(options.data):
+            training, testing = _of_portraits(options, console)
+        else:
+            training, testing = load_mtfl(options.data, options.size)
+        if options.test_images is not None or testing is None:
             training, testing = self._apart(options, training)
+        for task in options.tasks:
+            if getattr(training, task) is None:
+                has = [name for name in TASKS if getattr(training, name) is not None]
+                raise DataError(f"--tasks: {options.data} has {has}. Received: {task!r}.")
         digest = digest_of([training.images, testing.images])
         count, most = len(training.images), max(options.training_images or [0])
         if most > count:
@@ -818,6 +858,9 @@ class Mtfl(Experiment):
     def _apart(self, options, training):
         """The training part, in two: the second one's faces are cut out, as test images."""
         count, most = options.test_images, len(training.images) - 2
+        if count is None:
+            # The data set has no test part.
+            count = max(1, len(training.images) // 5)
         if count > most:
             raise DataError(
                 f"--test-images: expected at most {most}, so that two are left for "
@@ -901,8 +944,8 @@ class Mtfl(Experiment):
 
     def hold_out(self, part, options, share, seed):
         training, _ = part
-        indices = np.arange(len(training.pose))
-        train, valid = held_out(indices, training.pose, share, seed)
+        labels = training.gender if training.pose is None else training.pose
+        train, valid = held_out(np.arange(len(labels)), labels, share, seed)
         # Faces as the test images are.
         rng = np.random.default_rng(seed)
         return some(training, train), cut_out(some(training, valid), options.extent, rng)

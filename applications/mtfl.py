@@ -409,7 +409,8 @@ def train(options, method, training, seed, tick, watch=None):
     """
     rng = np.random.default_rng(seed)
     cut = cut_out(training, options.extent, rng)
-    mean, deviation = cut.landmarks.mean(axis=0), cut.landmarks.std(axis=0)
+    points = np.zeros((1, 10)) if cut.landmarks is None else cut.landmarks
+    mean, deviation = points.mean(axis=0), points.std(axis=0)
     count = whole_batches(options, len(training.images))
     inputs, components = _same, None
     if options.network == "mlp":

@@ -9,12 +9,14 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from dmtrl_keras import (
+    TaskRelationModel,
     TensorNormalRegularizer,
     norm_regression,
     relationship_regression,
     zip_tasks,
 )
 from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.layers import CrossStitch
 from dmtrl_keras.losses import MaskedLoss
 from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
 
@@ -43,12 +45,26 @@ class Trained(typing.NamedTuple):
         model: the Keras model of a network, on examples that are scaled as `scale` says;
             else None.
         scale: what scales a table's rows: an object with `transform`; or None.
+        relations: what was learned of the tasks, a `Relations`, or None.
     """
 
     predict: typing.Callable
     weights: int
     model: typing.Any = None
     scale: typing.Any = None
+    relations: typing.Any = None
+
+
+class Relations(typing.NamedTuple):
+    """What a method learned of the tasks.
+
+    Attributes:
+        title: str, what it is.
+        matrix: array `(T, T)`.
+    """
+
+    title: str
+    matrix: np.ndarray
 
 
 class Candidate:
@@ -118,15 +134,17 @@ class Linear(Candidate):
         x, y = problem.rows(part)
         scaler = problem.encoder(x)
         x = {t: scaler.transform(values) for t, values in x.items()}
-        predict, weights = self.fit(problem, x, y, hp)
+        predict, weights, *relations = self.fit(problem, x, y, hp)
         return Trained(
             lambda new: predict({t: scaler.transform(v) for t, v in new.items()}),
             weights,
-            scale=scaler,
+            None,
+            scaler,
+            *relations,
         )
 
     def fit(self, problem, x, y, hp):
-        """`(predict, weights)` for scaled examples."""
+        """`(predict, weights)` for scaled examples, and a `Relations` if there is one."""
         raise NotImplementedError
 
 
@@ -252,7 +270,11 @@ class RelatedRegressions(Linear):
         def predict(new):
             return {t: v[:, None] * spread for t, v in model.predict(new).items()}
 
-        return predict, model.kernel.size + model.bias.size
+        return predict, model.kernel.size + model.bias.size, self.related(model)
+
+    def related(self, model):
+        """What the regressions say of the tasks."""
+        return Relations("learned correlation", correlation(model.covariances["task"]))
 
     def solve(self, x, y, hp):
         """The regressions of targets with a deviation of one, with a method `predict`."""
@@ -279,8 +301,19 @@ class NormedRegressions(RelatedRegressions):
         low, high = self._middle / 30, self._middle * 30
         hp.Float("strength", low, high, sampling="log", default=self._middle)
 
+    def related(self, model):
+        slopes = model.kernel
+        return Relations("cosine of the slopes", correlation(slopes.T @ slopes))
+
     def solve(self, x, y, hp):
         return norm_regression(x, y, self._penalty(hp.get("strength")), tolerance=1e-5)
+
+
+def correlation(covariance):
+    """Correlations of a covariance; 0 where there is no variance."""
+    deviation = np.sqrt(np.diagonal(covariance))
+    deviation = np.where(deviation > 0, deviation, np.inf)
+    return covariance / deviation[:, None] / deviation
 
 
 def _clustered(strength):
@@ -362,7 +395,33 @@ class Network(Candidate):
             outputs = model.predict(inputs, 256, verbose=0)
             return scale.outputs(outputs)
 
-        return Trained(predict, trainable_parameters(model), model, scale.x)
+        weights = trainable_parameters(model)
+        return Trained(predict, weights, model, scale.x, relations_of(model))
+
+
+def relations_of(model):
+    """What a network learned of its tasks, in its last layer that says something.
+
+    Returns:
+        A `Relations`, or None.
+    """
+    tasks = list(model.task_names)
+    for layer in reversed(list(flatten_layers(model))):
+        if isinstance(layer, CrossStitch):
+            alpha = keras.ops.convert_to_numpy(layer.alpha)
+            return Relations(f"weights of {layer.name}", alpha)
+        prior = getattr(layer, "prior", None)
+        covariances = getattr(prior, "covariances", {})
+        if "task" in covariances and len(covariances["task"]) == len(tasks):
+            title = f"learned correlation, {layer.name}"
+            return Relations(title, correlation(covariances["task"]))
+    if isinstance(model, TaskRelationModel):
+        matrix = np.eye(len(tasks))
+        for (one, other), value in model.similarities().get("output", {}).items():
+            i, j = tasks.index(one), tasks.index(other)
+            matrix[i, j] = matrix[j, i] = value
+        return Relations("similarity of the outputs", matrix)
+    return None
 
 
 def backbone_of(problem, width=None):

@@ -33,6 +33,8 @@ class Comparison:
         tasks: list of names.
         curve: data frame, the learning curve: `fraction`, `method`, `error`, `spread`,
             `delta`, `low`, `high`; empty without fractions.
+        relations: dict from method to what it learned of the tasks, `(title, matrix)`, the
+            mean over the draws; of methods that say something.
     """
 
     table: pd.DataFrame
@@ -45,6 +47,7 @@ class Comparison:
     baseline: str
     tasks: list
     curve: pd.DataFrame
+    relations: dict
 
     def _repr_html_(self):
         return f"<p>{self.sentence}</p>{self.table.to_html()}"
@@ -88,12 +91,16 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     left_out |= plan.too_slow
     options = dataclasses.replace(options, repeats=plan.repeats)
     errors, chosen, valid = {}, {}, {}
-    weights, seconds, predicting = {}, {}, {}
+    weights, seconds, predicting, relations = {}, {}, {}, {}
     for method in plan.methods:
         chosen[method], valid[method] = choosers[method].choose(plan.trials)
         runs = _runs(problem, options, method, chosen[method], results, data)
         errors[method] = _errors(problem, runs)
         weights[method] = runs[0]["weights"]
+        learned = [run["relations"] for run in runs if "relations" in run]
+        if learned:
+            mean = np.mean([matrix for _, matrix in learned], axis=0)
+            relations[method] = learned[0][0], mean
         seconds[method] = float(np.mean([r["seconds"] for r in runs]))
         predicting[method] = float(np.median([r["predict_ms"] for r in runs]))
         told(f"{CANDIDATES[method].title}: error {errors[method].mean():.4g}")
@@ -122,6 +129,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
         baseline,
         problem.tasks,
         curve,
+        relations,
     )
 
 

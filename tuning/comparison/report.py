@@ -82,6 +82,12 @@ def write_report(comparison, path):
         "<h2>Errors by task</h2>",
         _table("tasks", *task_rows(c), chosen=c.recommendation.method),
     ]
+    if c.relations:
+        parts.append("<h2>What was learned of the tasks</h2>")
+        parts += [
+            _figure(relation_figure(c, method), f"relations-{method}")
+            for method in c.relations
+        ]
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -257,6 +263,25 @@ def gain_figure(c):
     return figure
 
 
+def relation_figure(c, method):
+    """What a method learned of the tasks, a heat map; the mean over the draws."""
+    title, matrix = c.relations[method]
+    figure = go.Figure(
+        go.Heatmap(
+            z=matrix,
+            x=c.tasks,
+            y=c.tasks,
+            colorscale="PiYG",
+            zmid=0,
+            zmin=-1,
+            zmax=1,
+        )
+    )
+    figure.update_yaxes(autorange="reversed", scaleanchor="x")
+    figure.update_layout(title=f"{c.table.loc[method].title}: {title}")
+    return figure
+
+
 def to_json(c):
     """What a comparison found, as JSON."""
     table = json.loads(c.table.to_json(orient="index"))
@@ -268,6 +293,10 @@ def to_json(c):
         "methods": table,
         "errors": {m: values.tolist() for m, values in c.errors.items()},
         "curve": json.loads(c.curve.to_json(orient="records")),
+        "relations": {
+            method: {"title": title, "matrix": matrix.tolist()}
+            for method, (title, matrix) in c.relations.items()
+        },
         "chosen": c.chosen,
         "left_out": c.left_out,
     }

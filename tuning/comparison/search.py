@@ -279,8 +279,9 @@ def run(problem, options, method, values, number, results, data, fraction=1.0):
         fraction: float, the share of the training part to train on.
 
     Returns:
-        The results, a dict: `errors` by task, `weights`, `seconds`, and `predict_ms`, the
-        milliseconds of a prediction, among as many as there are in the test part.
+        The results, a dict: `errors` by task, `weights`, `seconds`, `predict_ms`, the
+        milliseconds of a prediction, among as many as there are in the test part, and
+        `relations`, what was learned of the tasks, `(title, matrix)` or None.
     """
     settings = _settings(options, data, method, values, options.epochs)
     settings["draw"] = number
@@ -310,6 +311,9 @@ def run(problem, options, method, values, number, results, data, fraction=1.0):
         "weights": trained.weights,
         "predict_ms": 1000 * predicting / sum(len(own) for own in y.values()),
     }
+    if trained.relations is not None:
+        title, matrix = trained.relations
+        found["relations"] = [title, np.asarray(matrix, float).round(4).tolist()]
     results.add(settings, found)
     return found
 

@@ -123,6 +123,8 @@ def test_networks(rng):
     assert weights["hard"] < weights["cut"] < weights["stl"] < weights["stitch"]
     assert weights["stl"] == weights["trace"] == weights["deviation"]
     assert found.by_task.shape == (10, 2) and not len(found.curve)
+    assert set(found.relations) == {"stitch", "drn"}
+    assert all(matrix.shape == (2, 2) for _, matrix in found.relations.values())
     assert found.by_task.b["ridge"] < 0.5
 
 
@@ -281,6 +283,20 @@ def test_learning_curve():
     assert (errors[0.3] > errors[1.0]).all()
     gains = curve.set_index(["method", "fraction"]).delta["pooled"]
     assert gains[0.3] > 0
+
+
+def test_what_was_learned_of_the_tasks():
+    """Signs of a planted outlier; matrices of the tasks, of those that have them."""
+    data = planted("outlier", 0, tasks=4, count=60)
+    methods = ["ridge", "mean", "clustered", "related"]
+    found = compare(*data, methods=methods, repeats=2, trials=3, test=0.5).relations
+    assert list(found) == ["mean", "clustered", "related"]
+    for title, matrix in found.values():
+        np.testing.assert_allclose(np.diag(matrix), 1, atol=1e-3)
+        np.testing.assert_allclose(matrix, matrix.T, atol=1e-3)
+        assert title in ("learned correlation", "cosine of the slopes")
+    _, matrix = found["related"]
+    assert (matrix[3, :3] < -0.5).all() and (matrix[0, 1:3] > 0.5).all()
 
 
 def test_example(tmp_path):

@@ -35,12 +35,14 @@ class Tabular:
         features: data frame; categories are columns of objects, numbers of floats.
         target: float array; of objects, if it names classes.
         tasks: array of strings, the task of each row.
+        renamed: dict from the names of tasks in the file to those here, where they differ.
     """
 
-    def __init__(self, features, target, tasks):
+    def __init__(self, features, target, tasks, renamed=None):
         self.features = features
         self.target = target
         self.tasks = tasks
+        self.renamed = renamed or {}
 
     @property
     def names(self):
@@ -119,7 +121,12 @@ def _read_csv(path, task, target, categorical, separator, classes):
     frame = _frame(path, separator)
     wanted = [task, target, *categorical]
     unknown = sorted(set(wanted) - set(frame))
-    if unknown or task == target:
+    if unknown:
+        raise DataError(
+            f"{path}: there is no column {', '.join(map(repr, unknown))}. The columns, "
+            f"separated by {separator!r}, are {shortened(str(list(frame)), 200)}."
+        )
+    if task == target:
         raise DataError(
             f"{path}: expected different columns for --task and --target, of "
             f"{shortened(str(list(frame)), 200)}. Received: {wanted}."
@@ -142,8 +149,9 @@ def _read_csv(path, task, target, categorical, separator, classes):
         raise DataError(f"{path}: expected a column besides {task!r} and {target!r}.")
     values = found.to_numpy(object if named else float, copy=True)
     features = pd.DataFrame(columns).reset_index(drop=True)
-    names = names.replace(possible_task_names(list(dict.fromkeys(names))))
-    return Tabular(features, values, names.to_numpy(object))
+    renamed = possible_task_names(list(dict.fromkeys(names)))
+    names = names.replace(renamed)
+    return Tabular(features, values, names.to_numpy(object), renamed)
 
 
 def _frame(path, separator):

@@ -58,7 +58,7 @@ def test_a_table_of_mixed_types(tmp_path):
         (
             "days",
             "nights",
-            "expected different columns for --task and --target",
+            "there is no column 'days'. The columns, separated by ',', are",
         ),
         ("south,52,", 'south,"52,', "it can't be read .unexpected end of data"),
         (TABLE[25:], "", "expected a row of names and at least one of values"),

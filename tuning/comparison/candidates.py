@@ -21,7 +21,7 @@ from dmtrl_keras.losses import MaskedLoss
 from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
 
 from .. import application, hypermodels
-from .problem import BINARY, CLASSES, REGRESSION
+from .problem import BINARY, CLASSES, REGRESSION, present
 
 trainable_parameters = application("experiment").trainable_parameters
 
@@ -74,11 +74,13 @@ class Candidate:
         name: str.
         title: str, for tables.
         has_epochs: bool, whether it trains for a number of epochs.
+        folds: int, on how many splits of the training part settings are tried.
     """
 
     name = None
     title = None
     has_epochs = False
+    folds = 1
 
     def lack(self, problem):
         """Why it can't be used on a problem, a str; None if it can."""
@@ -122,6 +124,9 @@ def register(candidate):
 class Linear(Candidate):
     """Linear models of rows of numbers, scaled by the training part."""
 
+    # Cheap, and what is known of a setting from one split of a few rows is little.
+    folds = 5
+
     def lack(self, problem):
         if not problem.tabular:
             return "it is for rows of numbers"
@@ -133,10 +138,14 @@ class Linear(Candidate):
     def train(self, problem, part, hp, options, epochs, seed):
         x, y = problem.rows(part)
         scaler = problem.encoder(x)
-        x = {t: scaler.transform(values) for t, values in x.items()}
+        known = {t: present(labels) for t, labels in y.items()}
+        x = {t: scaler.transform(values)[known[t]] for t, values in x.items()}
+        y = {t: labels[known[t]] for t, labels in y.items()}
         predict, weights, *relations = self.fit(problem, x, y, hp)
         return Trained(
-            lambda new: predict({t: scaler.transform(v) for t, v in new.items()}),
+            lambda new: predict(
+                {t: scaler.transform(v) for t, v in problem.by_task(new).items()}
+            ),
             weights,
             None,
             scaler,
@@ -191,7 +200,9 @@ class RidgeByTask(Linear):
         models = {}
         for task in problem.tasks:
             kind, labels = problem.kinds[task], y[task]
-            if kind != REGRESSION and len(np.unique(labels)) < 2:
+            if not len(labels):
+                models[task] = _Constant(0)
+            elif kind != REGRESSION and len(np.unique(labels)) < 2:
                 models[task] = _Constant(labels[0])
             else:
                 labels = labels if labels.ndim == 2 else labels.ravel()
@@ -342,6 +353,8 @@ class Network(Candidate):
         self._fixed = fixed or {}
 
     def lack(self, problem):
+        if problem.backbone is None and not problem.tabular:
+            return "examples that are no rows of numbers need a backbone"
         return None if self._lack is None else self._lack(problem)
 
     def hypermodel(self, problem, width=None):
@@ -355,7 +368,7 @@ class Network(Candidate):
         return family(
             self.method,
             functools.partial(backbone_of, problem, width),
-            {t: MaskedLoss(LOSSES[problem.kinds[t]]) for t in problem.tasks},
+            {t: _loss(problem, t) for t in problem.tasks},
             heads=problem.heads,
             shared_input=problem.shared,
             defaults=self._fixed,
@@ -389,7 +402,7 @@ class Network(Candidate):
             model.fit(stream, epochs=epochs, shuffle=False, verbose=0)
 
         def predict(new):
-            inputs = scale.inputs(new)
+            inputs = scale.inputs(problem.by_task(new))
             if problem.shared:
                 inputs = next(iter(inputs.values()))
             outputs = model.predict(inputs, 256, verbose=0)
@@ -422,6 +435,12 @@ def relations_of(model):
             matrix[i, j] = matrix[j, i] = value
         return Relations("similarity of the outputs", matrix)
     return None
+
+
+def _loss(problem, task):
+    kind = problem.kinds[task]
+    missing = float("nan") if kind == REGRESSION else -1
+    return MaskedLoss(LOSSES[kind], missing)
 
 
 def backbone_of(problem, width=None):

@@ -28,6 +28,7 @@ from .search import Options
 arguments = application("arguments")
 experiment = application("experiment")
 files = application("files")
+reading = application("reading")
 make_console = experiment.make_console
 
 
@@ -102,14 +103,15 @@ def parser():
     return p
 
 
+@reading.one_line()
 def main(given=None):
     """Run the command; returns the `Comparison`."""
     p = parser()
     options = arguments.parse_arguments(p, given)
     if options.csv is not None and not (options.task and options.target):
         p.error("--csv needs --task COLUMN and --target COLUMN")
-    if options.data is not None and not options.model:
-        p.error("--data needs --model MODULE:FUNCTION")
+    if (options.data is None) != (options.model is None):
+        p.error("--data and --model MODULE:FUNCTION go together")
     console = make_console()
     with files.working_in(options.output), options.strategy.scope():
         if options.example is not None:

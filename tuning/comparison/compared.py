@@ -78,6 +78,8 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             return compare_on(problem, options, temporary, told)
+    for note in problem.notes:
+        told(note)
     methods, left_out = search.methods_of(problem, options)
     for name, reason in left_out.items():
         told(f"{CANDIDATES[name].title}: left out, {reason}.")
@@ -103,7 +105,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
             relations[method] = learned[0][0], mean
         seconds[method] = float(np.mean([r["seconds"] for r in runs]))
         predicting[method] = float(np.median([r["predict_ms"] for r in runs]))
-        told(f"{CANDIDATES[method].title}: error {errors[method].mean():.4g}")
+        told(f"{CANDIDATES[method].title}: error {np.nanmean(errors[method]):.4g}")
     baseline = options.baseline or baseline_of(plan.methods, valid)
     options = dataclasses.replace(options, baseline=baseline)
     curve = _curve(problem, options, chosen, errors, results, data, told)
@@ -116,7 +118,8 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
         errors, baseline, order_of(plan.methods, baseline, weights)
     )
     by_task = pd.DataFrame(
-        {m: values.mean(axis=0) for m, values in errors.items()}, index=problem.tasks
+        {m: np.nanmean(values, axis=0) for m, values in errors.items()},
+        index=problem.tasks,
     ).T
     return Comparison(
         table,
@@ -125,7 +128,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
         chosen,
         left_out,
         found,
-        sentence_of(found, table, baseline),
+        sentence_of(found, table, baseline, options.repeats),
         baseline,
         problem.tasks,
         curve,
@@ -219,8 +222,10 @@ def order_of(methods, baseline, weights):
     return [baseline, *[m for m in order if m != baseline]]
 
 
-def sentence_of(found, table, baseline):
+def sentence_of(found, table, baseline, draws):
     """What to use and how sure that is, in plain words."""
+    if len(table) == 1:
+        return f"Only {table.title.iloc[0]} was trained: there is nothing to compare."
     own, base = table.loc[found.method], table.loc[baseline]
     if found.method == baseline:
         text = (
@@ -231,7 +236,7 @@ def sentence_of(found, table, baseline):
     else:
         text = (
             f"Use {own.title}: its error is {own.delta:.1f}% below that of {base.title} "
-            f"(95% interval {own.low:.1f} to {own.high:.1f}%)."
+            + (f"(95% interval {own.low:.1f} to {own.high:.1f}%)." if draws > 1 else ".")
         )
     if found.best != found.method:
         best = table.loc[found.best]
@@ -239,4 +244,6 @@ def sentence_of(found, table, baseline):
             f" {best.title} has the smallest mean error, but not by more than chance over "
             "tasks and draws, and is less simple."
         )
+    if draws < 3:
+        text += f" That is of {draws} draw{'s'[: draws > 1]}: too few to be sure."
     return text

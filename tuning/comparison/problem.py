@@ -1,6 +1,7 @@
 """What methods are compared on: tasks, their data, and how errors are measured."""
 
 import typing
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -29,11 +30,14 @@ class Metric(typing.NamedTuple):
         title: str, for tables.
         error: function of the labels and outputs of a task.
         kinds: the kinds of tasks that it is for.
+        relative: bool; the error is divided by the variance of all of a task's targets. (A
+            test part of a few rows may have any variance.)
     """
 
     title: str
     error: typing.Callable
     kinds: tuple
+    relative: bool = False
 
 
 def classes_of(outputs):
@@ -52,8 +56,8 @@ def _rmse(y, outputs):
     return float(scores.root_mean_squared_error(np.ravel(y), np.ravel(outputs)))
 
 
-def _unexplained(y, outputs):
-    return 1 - float(scores.explained_variance_score(np.ravel(y), np.ravel(outputs)))
+def _squared(y, outputs):
+    return float(np.mean((np.ravel(y) - np.ravel(outputs)) ** 2))
 
 
 def _auc(y, outputs):
@@ -67,7 +71,7 @@ METRICS = {
     "error": Metric("Error %", _error_rate, (BINARY, CLASSES)),
     "auc": Metric("1 - AUC %", _auc, (BINARY,)),
     "rmse": Metric("RMSE", _rmse, (REGRESSION,)),
-    "unexplained": Metric("1 - explained variance %", _unexplained, (REGRESSION,)),
+    "unexplained": Metric("Squared error / variance", _squared, (REGRESSION,), True),
 }
 
 
@@ -86,9 +90,12 @@ class Problem:
         backbone: function without arguments that returns a Keras model, what each task's
             network is without its head; None: linear models only, and a small network
             on tables.
-        metric: a key of `METRICS`, or None: the error rate of classes, and the
-            unexplained variance of regressions.
+        metric: a key of `METRICS`, or None: the error rate of classes, and of regressions
+            the squared error, in units of a task's variance.
         classes: int, of all tasks of classes; None: by task, as many as its labels have.
+
+    Attributes:
+        notes: list of str, what was done to the data.
 
     Raises:
         DataError: on data in another form.
@@ -97,8 +104,10 @@ class Problem:
     def __init__(
         self, x, y, test_data=None, kinds=None, backbone=None, metric=None, classes=None
     ):
+        _check_arguments(x, y, backbone, metric)
+        self.notes = []
         self.tasks = list(y)
-        self.shared = not isinstance(x, dict)
+        self.shared = not isinstance(x, Mapping)
         self.x = {t: _examples(x if self.shared else x[t]) for t in y}
         self.y = {t: np.asarray(values) for t, values in y.items()}
         self.test = None
@@ -111,6 +120,7 @@ class Problem:
         self.backbone = backbone
         self._check()
         self.kinds = dict(kinds or {t: _kind(values) for t, values in self.y.items()})
+        self._check_labels()
         self.classes = {
             t: classes or 1 + int(self.y[t].max()) for t in y if self.kinds[t] == CLASSES
         }
@@ -119,7 +129,8 @@ class Problem:
             if self.kinds[task] not in self.metrics[task].kinds:
                 raise DataError(
                     f"--metric {metric}: it is of {self.metrics[task].kinds}. Task "
-                    f"{task!r} is of kind {self.kinds[task]!r}."
+                    f"{task!r} is of kind {self.kinds[task]!r}, for which there are "
+                    f"{[n for n, m in METRICS.items() if self.kinds[task] in m.kinds]}."
                 )
 
     def _check(self):
@@ -135,6 +146,28 @@ class Problem:
                 f"Expected as many labels as examples, and {LEAST} at least of each task. "
                 f"Received (examples, labels): {lengths}."
             )
+
+    def _check_labels(self):
+        for task, values in self.y.items():
+            known = values[present(values)]
+            if not len(known):
+                raise DataError(f"Task {task!r} has no label that is known.")
+            if self.kinds[task] == REGRESSION:
+                if known.ndim == 1 and np.ptp(known) == 0:
+                    raise DataError(
+                        f"Task {task!r}: expected targets that differ. Received: all are "
+                        f"{known[0]:g}. Leave the task out."
+                    )
+            elif known.max() < 1 and (values == -1).any():
+                raise DataError(
+                    f"Task {task!r}: expected classes 0, 1, ..., and -1 where a label is "
+                    "missing. Received: -1 and 0 only."
+                )
+            elif set(np.unique(values)) == {-1, 1}:
+                raise DataError(
+                    f"Task {task!r}: expected classes 0, 1, ..., and -1 where a label is "
+                    "missing. Received: -1 and 1 only."
+                )
 
     @property
     def tabular(self):
@@ -167,6 +200,16 @@ class Problem:
             values.ndim == 1 or values.shape[-1] == 1 for values in self.y.values()
         )
 
+    def by_task(self, x):
+        """Examples by task; an array is that of all tasks, where they share examples."""
+        if not isinstance(x, Mapping):
+            if not self.shared:
+                raise DataError(f"Expected a dict by task. Received: {type(x).__name__}.")
+            return {t: _examples(x) for t in self.tasks}
+        if not set(x) <= set(self.tasks):
+            raise DataError(f"Expected tasks of {self.tasks}. Received: {list(x)}.")
+        return x
+
     @property
     def heads(self):
         """The number of outputs of each task."""
@@ -196,6 +239,8 @@ class Problem:
                 first[task], second[task] = common
                 continue
             labels = self.y[task][own] if self.kinds[task] != REGRESSION else None
+            if labels is not None and labels.ndim > 1:
+                labels = None
             held = max(1, round(share * len(own)))
             enough = (
                 labels is not None and min(np.unique(labels, return_counts=True)[1]) > 1
@@ -235,13 +280,15 @@ class Problem:
         """
         found = []
         for task in self.tasks:
+            own, predicted = _known(y[task], outputs[task])
+            if not len(own):
+                continue
             if self.kinds[task] == REGRESSION:
-                variance = np.var(self.y[task][part[task]]) or 1.0
-                error = np.mean((y[task] - outputs[task].reshape(y[task].shape)) ** 2)
-                found.append(error / variance)
+                variance = np.nanvar(self.y[task][part[task]]) or 1.0
+                found.append(_squared(own, predicted) / variance)
             else:
-                found.append(self.metrics[task].error(y[task], outputs[task]))
-        return float(np.mean(found))
+                found.append(self.metrics[task].error(own, predicted))
+        return float(np.nanmean(found)) if np.isfinite(found).any() else np.nan
 
     def digest(self):
         """A str that names the data."""
@@ -253,8 +300,14 @@ class Problem:
         return digest_of(pieces)
 
     def errors(self, y, outputs):
-        """The error of each task, a dict."""
-        return {t: self.metrics[t].error(y[t], outputs[t]) for t in self.tasks}
+        """The error of each task, a dict; NaN where no label is known."""
+        found = {}
+        for task in self.tasks:
+            metric, (own, predicted) = self.metrics[task], _known(y[task], outputs[task])
+            found[task] = metric.error(own, predicted) if len(own) else np.nan
+            if metric.relative:
+                found[task] /= np.nanvar(self.y[task])
+        return found
 
 
 def table_problem(path, task=None, target=None, kind=None, categorical=(), metric=None):
@@ -292,9 +345,24 @@ def from_table(table, kind=None, metric=None):
         raise DataError("--kind regression: the target has no numbers.")
     if kind == BINARY and len(values) != 2:
         raise DataError(f"--kind binary: the target has {len(values)} values.")
-    rows = {t: own for t, own in table.rows().items() if len(own) >= LEAST}
     y = table.target if kind == REGRESSION else target
-    return Problem(
+    rows, notes = {}, []
+    for name, own in table.rows().items():
+        if len(own) < LEAST:
+            notes.append(f"{name}: left out, {len(own)} rows of at least {LEAST}.")
+        elif kind == REGRESSION and np.ptp(y[own]) == 0:
+            notes.append(f"{name}: left out, its target is always {y[own][0]:g}.")
+        elif metric == "auc" and len(np.unique(y[own])) < 2:
+            notes.append(f"{name}: left out, it has one class only.")
+        else:
+            rows[name] = own
+    if table.renamed:
+        notes.append(
+            "Tasks are called "
+            + ", ".join(f"{new} ({old})" for old, new in table.renamed.items())
+            + "."
+        )
+    found = Problem(
         {
             str(t): table.features.iloc[own].reset_index(drop=True)
             for t, own in rows.items()
@@ -304,6 +372,50 @@ def from_table(table, kind=None, metric=None):
         metric=metric,
         classes=len(values),
     )
+    found.notes = notes
+    return found
+
+
+def present(values):
+    """Which labels are known: not NaN, and not -1 of classes."""
+    values = np.asarray(values)
+    if np.issubdtype(values.dtype, np.floating):
+        known = ~np.isnan(values)
+    else:
+        known = values != -1 if np.issubdtype(values.dtype, np.signedinteger) else None
+    if known is None:
+        return np.ones(len(values), bool)
+    return known if known.ndim == 1 else known.all(axis=tuple(range(1, known.ndim)))
+
+
+def _known(y, outputs):
+    """The labels that are known, and their outputs."""
+    known, outputs = present(y), np.asarray(outputs)
+    return y[known], outputs[known]
+
+
+def _check_arguments(x, y, backbone, metric):
+    """Refuse what is no problem."""
+    if not isinstance(y, Mapping) or not y:
+        kind = type(y).__name__
+        raise DataError(f"`y`: expected a dict from task to labels. Received: a {kind}.")
+    if isinstance(x, Mapping) and set(x) != set(y):
+        raise DataError(
+            f"`x`: expected the examples of the tasks {list(y)}. Received: {list(x)}."
+        )
+    if metric is not None and metric not in METRICS:
+        raise DataError(f"`metric`: expected one of {list(METRICS)}. Received: {metric!r}.")
+    if backbone is not None and not callable(backbone):
+        raise DataError(
+            "`backbone`: expected a function that returns a Keras model. "
+            f"Received: {backbone!r}."
+        )
+    for task, values in y.items():
+        if np.asarray(values).dtype.kind not in "biuf":
+            raise DataError(
+                f"`y`, task {task!r}: expected numbers, classes as 0, 1, ... "
+                f"Received: {np.asarray(values).dtype}."
+            )
 
 
 def _examples(x):
@@ -311,6 +423,7 @@ def _examples(x):
 
 
 def _kind(values):
+    """What a task is, by its labels; -1 is no class."""
     if np.issubdtype(values.dtype, np.floating):
         return REGRESSION
     return BINARY if values.ndim == 1 and values.max() <= 1 else CLASSES

@@ -84,10 +84,10 @@ def write_report(comparison, path):
     ]
     if c.relations:
         parts.append("<h2>What was learned of the tasks</h2>")
-        parts += [
-            _figure(relation_figure(c, method), f"relations-{method}")
-            for method in c.relations
-        ]
+        for method, (title, _) in c.relations.items():
+            heading = html.escape(f"{c.table.loc[method].title}: {title}")
+            figure = _figure(relation_figure(c, method), f"relations-{method}")
+            parts += [f"<h3>{heading}</h3>", figure]
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -122,12 +122,16 @@ def methods_rows(c):
                 "-" if base else f"{row.low:+.1f} to {row.high:+.1f}",
                 None if base else row.low,
             ),
-            ("-" if base else f"{row.p:.3f}", None if base else row.p),
+            ("-" if base else _p(row.p), None if base else row.p),
             (f"{int(row.weights):,}", int(row.weights)),
             (f"{row.seconds:.1f}", row.seconds),
             (f"{row.predict_ms:.2f}", row.predict_ms),
         ]
     return header, rows
+
+
+def _p(value):
+    return "<0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def curve_rows(c):
@@ -265,10 +269,9 @@ def gain_figure(c):
 
 def relation_figure(c, method):
     """What a method learned of the tasks, a heat map; the mean over the draws."""
-    title, matrix = c.relations[method]
     figure = go.Figure(
         go.Heatmap(
-            z=matrix,
+            z=c.relations[method][1],
             x=c.tasks,
             y=c.tasks,
             colorscale="PiYG",
@@ -278,7 +281,6 @@ def relation_figure(c, method):
         )
     )
     figure.update_yaxes(autorange="reversed", scaleanchor="x")
-    figure.update_layout(title=f"{c.table.loc[method].title}: {title}")
     return figure
 
 

@@ -11,6 +11,8 @@ _SCRIPT = '''"""Trains what was recommended, {title}, on all examples, and predi
 Written by dmtrl_keras.compare: {sentence}
 """
 
+import pathlib
+
 {imports}
 
 {problem}
@@ -23,10 +25,10 @@ trained = train(
     seed={seed},
 )
 predicted = trained.predict(problem.x)  # of your own examples: a dict by task, as problem.x
-for task, outputs in predicted.items():
+for task, outputs in predicted.items():  # in the order of its rows; logits of classes
     print(task, outputs.shape)
 if trained.model is not None:
-    trained.model.save("best.keras")
+    trained.model.save(pathlib.Path(__file__).with_name("best.keras"))
 '''
 _TABLE = (
     """problem = table_problem({path!r}, {task!r}, {target!r}, {kind!r}, {categorical!r})"""
@@ -48,7 +50,7 @@ def write_script(comparison, options, path):
     if options.csv is not None:
         imports = "from dmtrl_keras.compare import table_problem, train"
         problem = _TABLE.format(
-            path=str(options.csv),
+            path=str(options.csv.absolute()),
             task=options.task,
             target=options.target,
             kind=options.kind,

@@ -7,8 +7,10 @@ import typing
 import keras_tuner as kt
 import numpy as np
 
-from .. import oracles
+from .. import application, oracles
 from .candidates import CANDIDATES
+
+DataError = application("reading").DataError
 
 # Methods that share nothing.
 ALONE = ("ridge", "stl")
@@ -51,6 +53,23 @@ class Options:
     test: float = 0.3
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("trials", "repeats", "epochs", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise DataError(f"`{name}`: expected a positive int. Received: {value!r}.")
+        shares = {"validation": self.validation, "test": self.test}
+        if isinstance(self.fractions, (int, float, str)):
+            raise DataError(f"`fractions`: expected a list. Received: {self.fractions!r}.")
+        shares |= {f"fractions[{n}]": value for n, value in enumerate(self.fractions)}
+        for name, value in shares.items():
+            if not 0 < value < 1:
+                raise DataError(
+                    f"`{name}`: expected a number between 0 and 1. Received: {value!r}."
+                )
+        if self.budget is not None and not self.budget > 0:
+            raise DataError(f"`budget`: expected minutes. Received: {self.budget!r}.")
+
 
 def methods_of(problem, options):
     """The methods that fit, and for the others why not.
@@ -58,9 +77,16 @@ def methods_of(problem, options):
     Returns:
         `(names, lacks)`: a list, and a dict from name to str.
     """
-    asked = list(CANDIDATES) if options.methods is None else list(options.methods)
+    asked = list(CANDIDATES) if options.methods is None else options.methods
+    if isinstance(asked, str) or not set(asked) <= set(CANDIDATES):
+        raise DataError(
+            f"`methods`: expected some of {list(CANDIDATES)}. Received: {asked!r}."
+        )
+    asked = list(asked)
     lacks = {name: CANDIDATES[name].lack(problem) for name in asked}
     lacks = {name: lack for name, lack in lacks.items() if lack is not None}
+    if len(lacks) == len(asked):
+        raise DataError(f"`methods`: none of these fits. {lacks}")
     return [name for name in asked if name not in lacks], lacks
 
 
@@ -89,7 +115,9 @@ class Trial(typing.NamedTuple):
 
 
 class Chooser:
-    """Chooses a method's hyperparameters, on the validation part of the first draw.
+    """Chooses a method's hyperparameters, on parts of the first draw's training part.
+
+    On one, of linear models on the mean over five.
 
     Args:
         problem: `Problem`.
@@ -118,14 +146,17 @@ class Chooser:
         found = self.results.get(settings)
         if found is None:
             train, _ = draw(self.problem, o, 0)
-            first, second = self.problem.split(train, o.validation, o.seed)
-            x, y = self.problem.rows(second)
             hp = self.space.copy()
             hp.values = dict(values)
-            started = time.perf_counter()
-            trained = self.candidate.train(self.problem, first, hp, o, epochs, o.seed)
-            error = self.problem.score(train, y, trained.predict(x))
-            found = {"error": error, "seconds": time.perf_counter() - started}
+            started, errors = time.perf_counter(), []
+            for fold in range(self.candidate.folds):
+                seed = o.seed + fold
+                first, second = self.problem.split(train, o.validation, seed)
+                x, y = self.problem.rows(second)
+                trained = self.candidate.train(self.problem, first, hp, o, epochs, seed)
+                errors.append(self.problem.score(train, y, trained.predict(x)))
+            seconds = (time.perf_counter() - started) / self.candidate.folds
+            found = {"error": float(np.mean(errors)), "seconds": seconds}
             self.results.add(settings, found)
         # What diverged is worse than all else.
         error = found["error"] if np.isfinite(found["error"]) else 1e9
@@ -219,14 +250,17 @@ def plan(options, seconds):
     Returns:
         A `Plan`.
     """
-    spent = sum(seconds.values())
+    spent = sum(own * CANDIDATES[m].folds for m, own in seconds.items())
     budget = np.inf if options.budget is None else 60 * options.budget
     methods, too_slow = list(seconds), {}
     # A part of the examples takes its part of the time, if at all.
     curve = 1 + sum(options.fractions)
 
-    def need(trials, repeats):
-        return sum((_TRIAL * (trials - 1) + repeats * curve) * seconds[m] for m in methods)
+    def need(trials, repeats, of=None):
+        return sum(
+            (_TRIAL * (trials - 1) * CANDIDATES[m].folds + repeats * curve) * seconds[m]
+            for m in of or methods
+        )
 
     amounts = [
         tuple(
@@ -235,9 +269,10 @@ def plan(options, seconds):
         )
         for share in (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0)
     ]
+    cheap = False
     while True:
         for trials, repeats in amounts:
-            if spent + need(trials, repeats) <= budget or len(methods) == 1:
+            if spent + need(trials, repeats) <= budget or len(methods) == 1 or cheap:
                 minutes = (spent + need(trials, repeats)) / 60
                 return Plan(methods, trials, repeats, too_slow, minutes)
         kept = options.baseline
@@ -245,6 +280,10 @@ def plan(options, seconds):
             kept = next((name for name in ALONE if name in methods), methods[0])
         others = [m for m in methods if m != kept]
         slowest = max(others, key=seconds.get)
+        # Methods of a moment are not what takes too long.
+        cheap = need(*amounts[-1], [slowest]) < budget / 50
+        if cheap:
+            continue
         methods.remove(slowest)
         too_slow[slowest] = (
             f"a training takes {seconds[slowest]:.0f} seconds, too long for a budget of "
@@ -332,8 +371,19 @@ def train(problem, method, values, epochs=30, batch_size=32, seed=0):
     Returns:
         A `candidates.Trained`.
     """
+    if method not in CANDIDATES:
+        raise DataError(
+            f"`method`: expected one of {list(CANDIDATES)}. Received: {method!r}."
+        )
     candidate, hp = CANDIDATES[method], kt.HyperParameters()
+    lack = candidate.lack(problem)
+    if lack is not None:
+        raise DataError(f"`method`: {method!r} does not fit: {lack}.")
     candidate.declare(hp, problem)
+    if not set(values) <= set(hp.values):
+        raise DataError(
+            f"`values`: {method!r} has {list(hp.values)}. Received: {list(values)}."
+        )
     hp.values = {**hp.values, **values}
     options = Options(epochs=epochs, batch_size=batch_size, seed=seed)
     return candidate.train(problem, problem.everything(), hp, options, epochs, seed)

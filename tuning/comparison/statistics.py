@@ -1,6 +1,7 @@
 """How sure it is that one method is better than another, over tasks and draws."""
 
 import typing
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -10,22 +11,52 @@ from statsmodels.stats.multitest import multipletests
 CONFIDENCE = 0.95
 
 
-def improvements(errors, baseline):
-    """By how much each error is below the baseline's, in per cent of it.
+# The least error of a task that others are relative to, as a share of the tasks' mean.
+LEAST_SCALE = 0.1
 
-    The mean over the tasks is Delta_m (Vandenhende et al., "Multi-Task Learning for Dense
-    Prediction Tasks: A Survey", 2021, section 4.1), for errors: positive is better.
+
+def scale_of(baseline):
+    """What the errors of each task are relative to: the baseline's mean over the draws.
+
+    At least a tenth of its mean over the tasks: where it has hardly an error, any other
+    would be many times as large.
+
+    Args:
+        baseline: array `(draws, tasks)`.
+
+    Returns:
+        An array `(tasks,)`; ones if there is no error at all.
+    """
+    means = _nanmean(np.asarray(baseline, float), axis=0)
+    whole = _nanmean(means, axis=None)
+    if not whole > 0:
+        return np.ones(len(means))
+    return np.fmax(means, LEAST_SCALE * whole)
+
+
+def _nanmean(values, axis):
+    """Without a warning where there is nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, axis=axis)
+
+
+def improvements(errors, baseline):
+    """By how much each error is below the baseline's, in per cent of the latter's mean.
+
+    The mean over draws and tasks is Delta_m (Vandenhende et al., "Multi-Task Learning for
+    Dense Prediction Tasks: A Survey", 2021, section 4.1), for errors: positive is better.
+    What a task's errors are relative to is `scale_of`.
 
     Args:
         errors: array `(draws, tasks)`.
         baseline: array of the same shape, of the same draws.
 
     Returns:
-        An array `(draws, tasks)`; NaN where the baseline has no error.
+        An array `(draws, tasks)`.
     """
     errors, baseline = np.asarray(errors, float), np.asarray(baseline, float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(baseline > 0, 100 * (baseline - errors) / baseline, np.nan)
+    return 100 * (baseline - errors) / scale_of(baseline)
 
 
 def resampled_means(values, seed=0, resamples=2000):
@@ -106,13 +137,14 @@ def against(errors, baseline):
     """
     rows = {}
     for method, own in errors.items():
-        by_draw = own.mean(axis=1)
+        by_draw = _nanmean(own, axis=1)
         better = improvements(own, errors[baseline])
         rows[method] = {
-            "error": by_draw.mean(),
+            "error": _nanmean(by_draw, axis=None),
             "spread": by_draw.std(ddof=1) if len(by_draw) > 1 else np.nan,
             "delta": np.nanmean(better) if np.isfinite(better).any() else np.nan,
-            **dict(zip(("low", "high"), interval(better))),
+            # Of one draw nothing is known.
+            **dict(zip(("low", "high"), interval(better if len(own) > 1 else [[np.nan]]))),
             "p": np.nan,
         }
     frame = pd.DataFrame.from_dict(rows, orient="index")
@@ -160,17 +192,17 @@ def recommend(errors, baseline, order=None, least=0.02, level=0.05, seed=0):
     """
     order = list(errors) if order is None else list(order)
     # Errors of different scales count alike: in units of the baseline's.
-    scale = np.asarray(errors[baseline], float).mean(axis=0)
-    scaled = {
-        m: np.asarray(errors[m], float) / np.where(scale > 0, scale, 1) for m in order
-    }
-    finite = [m for m in order if np.isfinite(scaled[m]).all()]
-    best = min(finite, key=lambda m: scaled[m].mean())
+    scale = scale_of(errors[baseline])
+    # Where a test part has no label that is known, it has none for all methods.
+    told = ~np.all([np.isnan(errors[m]) for m in order], axis=0)
+    scaled = {m: np.asarray(errors[m], float) / scale for m in order}
+    finite = [m for m in order if np.isfinite(scaled[m][told]).all()] or [baseline]
+    best = min(finite, key=lambda m: _nanmean(scaled[m], axis=None))
     confidence = 1 - level / max(1, len(finite) - 1)
 
     def worse(method):
         excess = scaled[method] - scaled[best]
-        if excess.mean() <= least * scaled[best].mean():
+        if np.nanmean(excess) <= least * np.nanmean(scaled[best]):
             return False
         return interval(excess, seed, confidence)[0] > 0
 

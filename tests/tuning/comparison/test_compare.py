@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from tuning.comparison import CANDIDATES, Problem, command, compare, example, problem
+from tuning.comparison.compared import compare_on
 from tuning.comparison.search import Options, draw, methods_of, plan, train
 
 
@@ -135,8 +136,72 @@ def test_errors(rng):
         Problem({"a": x["a"]}, {"a": np.zeros(8)})
     with pytest.raises(problem.DataError, match=r"'b': \(8, 7\)"):
         Problem(x, {"a": np.zeros(8), "b": np.zeros(7)})
-    with pytest.raises(problem.DataError, match=r"auc: it is of .*'a' is of kind 'regr"):
-        Problem(x, {"a": np.zeros(8), "b": np.zeros(8)}, metric="auc")
+    y = {"a": rng.normal(size=8), "b": rng.normal(size=8)}
+    with pytest.raises(
+        problem.DataError, match=r"auc: it is of .*'a' is of kind 'regr.*rmse"
+    ):
+        Problem(x, y, metric="auc")
+    ones = np.ones(8, int)
+    for labels, message in (
+        ({"a": np.zeros(8), "b": y["b"]}, "'a': expected targets that differ.*all are 0"),
+        ({"a": 2 * np.arange(8) % 4 - 1, "b": ones}, "Received: -1 and 1 only"),
+        ({"a": -ones, "b": ones}, "'a' has no label that is known"),
+        ({"a": np.array(list("abababab")), "b": ones}, "'a': expected numbers, classes as"),
+        (np.zeros((8, 2)), "`y`: expected a dict"),
+        ({"a": ones}, "`x`: expected the examples of the tasks"),
+    ):
+        with pytest.raises(problem.DataError, match=message):
+            Problem(x, labels)
+    with pytest.raises(problem.DataError, match="`backbone`: expected a function"):
+        Problem(x, y, backbone=3)
+    for wrong in (
+        {"methods": ["rigde"]},
+        {"methods": "ridge"},
+        {"methods": ["similar"]},
+        {"metric": "f1"},
+        {"repeats": 0},
+        {"budget": -1},
+        {"fractions": 0.5},
+        {"fractions": [2.0]},
+    ):
+        with pytest.raises(problem.DataError, match=next(iter(wrong))):
+            compare(x, y, **wrong)
+    own = Problem(x, y)
+    with pytest.raises(problem.DataError, match="'nope'"):
+        train(own, "nope", {})
+    with pytest.raises(problem.DataError, match=r"\['strength'\].*\['alpha'\]"):
+        train(own, "ridge", {"alpha": 1})
+    with pytest.raises(problem.DataError, match=r"Expected tasks of.*\['z'\]"):
+        train(own, "ridge", {}).predict({"z": x["a"]})
+
+
+def test_missing_labels(rng):
+    """NaN of regressions and -1 of classes: nothing is learned from them, or tested."""
+    x = {t: rng.normal(size=(60, 2)) for t in "ab"}
+    numbers = {t: rows @ [1.0, -1.0] for t, rows in x.items()}
+    classes = {t: (values > 0).astype(int) for t, values in numbers.items()}
+    three = {t: v + (numbers[t] > 1) for t, v in classes.items()}
+    settings = {
+        "methods": ["ridge", "pooled", "stl"],
+        "repeats": 2,
+        "trials": 1,
+        "epochs": 30,
+    }
+    for labels, mark in ((numbers, np.nan), (classes, -1), (three, -1)):
+        holes = {t: values.copy() for t, values in labels.items()}
+        holes["a"][::3] = mark
+        found = compare(x, holes, **settings)
+        assert np.isfinite(found.by_task).all(axis=None)
+        assert (found.by_task.loc["ridge"] < 0.2).all(), found.by_task
+        assert (found.by_task.loc["stl"] < 0.6).all(), found.by_task
+
+
+def test_a_shared_array(rng):
+    """Trained and predicted as it was given."""
+    x = rng.normal(size=(30, 2))
+    own = Problem(x, {"a": x[:, 0], "b": x[:, 1] - x[:, 0]})
+    predicted = train(own, "ridge", {"strength": 0.01}).predict(x)
+    np.testing.assert_allclose(predicted["b"][:, 0], x[:, 1] - x[:, 0], atol=0.02)
 
 
 def test_metrics(rng):
@@ -145,8 +210,11 @@ def test_metrics(rng):
     residual = y - outputs[:, 0]
     metrics = problem.METRICS
     assert metrics["rmse"].error(y, outputs) == pytest.approx(np.sqrt(np.mean(residual**2)))
-    share = residual.var() / y.var()
-    assert metrics["unexplained"].error(y, outputs) == pytest.approx(share)
+    # Relative to the variance of all targets of the task, whatever the test part has.
+    own = Problem({"a": outputs, "b": outputs}, {"a": y, "b": 3 * y})
+    found = own.errors({"a": y[:4], "b": 3 * y}, {"a": outputs[:4], "b": 3 * outputs})
+    assert found["a"] == pytest.approx(np.mean(residual[:4] ** 2) / y.var())
+    assert found["b"] == pytest.approx(np.mean(residual**2) / y.var())
     labels = np.array([0, 0, 1, 1])
     logits = np.array([-1.0, 2.0, 1.0, 3.0])
     assert metrics["error"].error(labels, logits) == 0.25
@@ -196,6 +264,13 @@ def test_command(tmp_path, rng, capsys):
         assert f'id="{name}"' in page
     with pytest.raises(SystemExit):
         command.main(["--csv", "x.csv", "--task", "school"])
+    wrong = [*arguments[:2], "--task", "scool", "--target", "score"]
+    with pytest.raises(
+        SystemExit, match=r"there is no column 'scool'. The columns, .*school"
+    ):
+        command.main([*wrong, "--output", str(tmp_path / "wrong")])
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--model", "m:f"])
 
 
 @pytest.mark.long
@@ -244,20 +319,25 @@ def test_budget():
     def planned(minutes, **more):
         return plan(Options(trials=6, repeats=5, budget=minutes, **more), seconds)
 
-    # 41 seconds for the defaults, and (0.6 * 5 + 5) * 41 for all else.
+    # Linear models are tried on five splits: 45 seconds for all defaults, 0.6 * 5 * 45 for
+    # the other trials, 5 * 41 for the draws.
+    whole = (45 * (1 + 0.6 * 5) + 5 * 41) / 60
     free = planned(None)
     assert (free.methods, free.trials, free.repeats) == (list(seconds), 6, 5)
-    assert free.minutes == pytest.approx(41 * 9 / 60)
-    assert planned(41 * 9 / 60)[:3] == free[:3]
-    less = planned(41 * 8.9 / 60)
+    assert free.minutes == pytest.approx(whole)
+    assert planned(whole)[:3] == free[:3]
+    less = planned(0.98 * whole)
     assert (less.trials, less.repeats) == (5, 4) and len(less.methods) == 3
-    tight = planned(41 * 5 / 60)
+    tight = planned(0.5 * whole)
     assert tight.methods == ["ridge", "stl"] and list(tight.too_slow) == ["drn"]
-    assert tight.minutes <= 41 * 5 / 60
+    assert tight.minutes <= 0.5 * whole
     none = planned(0.01)
     assert none.methods == ["ridge"] and "10 seconds" in none.too_slow["stl"]
     curve = planned(None, fractions=[0.5])
-    assert curve.minutes == pytest.approx(41 * (1 + 0.6 * 5 + 5 * 1.5) / 60)
+    assert curve.minutes == pytest.approx(whole + 2.5 * 41 / 60)
+    # What takes a moment is not left out for what another one has spent.
+    fast = plan(Options(budget=1.0), {"ridge": 0.01, "pooled": 0.02, "stl": 50.0})
+    assert fast.methods == ["ridge", "pooled"]
 
 
 def test_budget_is_kept_and_resumed(tmp_path):
@@ -283,6 +363,24 @@ def test_learning_curve():
     assert (errors[0.3] > errors[1.0]).all()
     gains = curve.set_index(["method", "fraction"]).delta["pooled"]
     assert gains[0.3] > 0
+
+
+def test_tasks_that_are_left_out(tmp_path):
+    """Few rows, a constant target, one class: it is said, and the others are compared."""
+    path = tmp_path / "t.csv"
+    rows = [f"{task},{n},{n % 3 + n}" for task in ("a", "b") for n in range(12)]
+    rows += ["few,1,2", *[f"same,{n},7" for n in range(6)]]
+    path.write_text("\n".join(["task,x,y", *rows]))
+    found = problem.table_problem(path, "task", "y")
+    assert found.tasks == ["a", "b"]
+    assert ["few: left out, 1 rows" in found.notes[0], "always 7" in found.notes[1]] == [
+        1,
+        1,
+    ]
+    told = []
+    settings = {"methods": ["ridge", "pooled"], "repeats": 1, "trials": 1}
+    whole = compare_on(found, Options(**settings), tmp_path / "out", told.append)
+    assert told[:2] == found.notes and "1 draw: too few" in whole.sentence
 
 
 def test_what_was_learned_of_the_tasks():
@@ -320,6 +418,8 @@ def test_names_and_classes_of_a_table(tmp_path, rng):
     path.write_text("\n".join(lines))
     found = problem.table_problem(path, "firm", "grade")
     assert found.tasks == ["General_Motors", "Cafe_Sohne", "IBM"]
+    (note,) = found.notes
+    assert "General_Motors (General Motors)" in note and "IBM" not in note
     assert set(found.kinds.values()) == {"classes"} and found.classes["IBM"] == 3
     trained = train(found, "ridge", {})
     assert trained.predict(found.x)["IBM"].shape == (12, 3)

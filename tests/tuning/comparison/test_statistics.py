@@ -8,9 +8,28 @@ from tuning.comparison import statistics
 
 
 def test_improvements():
-    """Delta_m for errors, by hand; nothing is below an error of zero."""
+    """Delta_m for errors, by hand, relative to the task's mean over the draws."""
     found = statistics.improvements([[1.0, 3.0], [2.0, 1.0]], [[2.0, 2.0], [2.0, 0.0]])
-    np.testing.assert_array_equal(found, [[50, -50], [0, np.nan]])
+    np.testing.assert_array_equal(found, [[50, -100], [0, -100]])
+    # A task that the baseline has hardly an error on is relative to a tenth of the mean.
+    scale = statistics.scale_of([[1.0, 0.0], [3.0, 1e-9]])
+    np.testing.assert_allclose(scale, [2, 0.1])
+    np.testing.assert_array_equal(statistics.scale_of([[0.0, 0.0]]), [1, 1])
+
+
+def test_one_draw_says_nothing_of_chance():
+    """No interval."""
+    table = statistics.against({"stl": np.ones((1, 3)), "a": np.full((1, 3), 0.5)}, "stl")
+    assert table.delta["a"] == 50 and np.isnan(table.low["a"])
+
+
+def test_test_parts_without_labels(rng):
+    """They are left out for all methods alike; what diverged is never recommended."""
+    base = rng.uniform(0.2, 0.4, size=(5, 4))
+    base[0, 2] = np.nan
+    errors = {"stl": base, "a": 0.7 * base, "b": np.full((5, 4), np.nan)}
+    assert statistics.recommend(errors, "stl").method == "a"
+    assert statistics.against(errors, "stl").delta["a"] == pytest.approx(30)
 
 
 def test_interval(rng):
@@ -36,8 +55,10 @@ def test_against(rng):
     expected[second] = max(expected[first], raw[second])
     np.testing.assert_allclose(table.p[["a", "b"]], expected)
     assert np.isnan(table.p["stl"]) and table.delta["stl"] == 0
-    assert table.delta["a"] == pytest.approx(np.mean(100 * 0.05 / base))
-    assert table.low["a"] < table.delta["a"] < table.high["a"]
+    assert table.delta["a"] == pytest.approx(np.mean(100 * 0.05 / base.mean(axis=0)))
+    # The same gain in all draws: no width.
+    assert table.low["a"] == pytest.approx(table.high["a"])
+    assert table.low["b"] < table.delta["b"] < table.high["b"]
     assert table.spread["a"] == pytest.approx(base.mean(axis=1).std(ddof=1))
 
 

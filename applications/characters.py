@@ -218,7 +218,7 @@ def plot_variances(runs, path):
     figure, ((axes,),) = figure_of(1, size=(5, 3.5))
     for examples, group in runs[runs.method == "mrn"].groupby("examples"):
         mean = np.mean(list(group.variances), axis=0)
-        axes.plot(np.arange(1, len(mean) + 1), mean, label=f"{examples} drawings")
+        axes.plot(np.arange(1, len(mean) + 1), mean, label=f"drawings: {examples}")
     axes.axhline(1, color="grey", lw=1, ls="--", label="weight decay")
     axes.set(xlabel="principal component", ylabel="learned variance", xscale="log")
     axes.legend(fontsize=8)

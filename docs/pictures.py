@@ -377,7 +377,7 @@ def accuracy_by_fraction():
         axes.set(title=title, xticks=(5, 10, 20), xlabel="examples for training, %")
         axes.title.set_fontsize(9)
     both[0].set_ylabel("average accuracy, %")
-    both[1].legend(loc="lower right", fontsize=7, frameon=False)
+    both[0].legend(loc="lower right", fontsize=7, frameon=False)
     save(figure, "accuracy-by-fraction")
 
 

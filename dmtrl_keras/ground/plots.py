@@ -102,7 +102,10 @@ def plot_heat_map(
         image = axes.imshow(matrix, cmap=colours, vmin=low, vmax=high)
         for (row, column), value in np.ndenumerate(matrix):
             if len(matrix) <= 12:
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center")
+                # Numbers of many cells would lie on each other.
+                size = min(10, 50 / len(matrix))
+                text = axes.text(column, row, f"{value:.2f}", ha="center", va="center")
+                text.set_fontsize(size)
         figure.colorbar(image, ax=axes, shrink=0.8)
 
     owner = "plot_heat_map"

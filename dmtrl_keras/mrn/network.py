@@ -32,8 +32,8 @@ from dmtrl_keras.training.model import MultiTaskModel
 
 LAYERS = ("trunk", "bottleneck", "classifier")
 NEW_LAYERS = LAYERS[1:]
-# Tens of thousands of columns say how a few tasks are related; what they say about hundreds
-# of features is mostly noise, so that their covariances are drawn halfway to the identity.
+# Tens of thousands of columns say how a few tasks are related; what some dozens say about
+# hundreds of features is mostly noise, and hides how the tasks are related.
 PRIORS: dict[str, dict[str, Epsilon]] = {
     "drn": {"task": 1e-2},
     "mrn": {"feature": "auto", "class": "auto", "task": 1e-2},
@@ -379,6 +379,9 @@ def prior_by_name(
 ) -> TensorNormalRegularizer:
     """The regularizer of a name, with another ridge of the tasks' covariance."""
     epsilon = {**PRIORS[name], "task": task_epsilon}
+    if not relative:
+        # Of an absolute ridge there is no proportion to what columns lack.
+        epsilon = {mode: 1.0 if e == "auto" else e for mode, e in epsilon.items()}
     return TensorNormalRegularizer(
         strength,
         list(epsilon),

@@ -14,7 +14,7 @@ from dmtrl_keras import (
     task_covariance,
     task_layers,
 )
-from dmtrl_keras.mrn.network import LAYERS
+from dmtrl_keras.mrn.network import LAYERS, prior_by_name
 
 TASKS = ["amazon", "webcam", "dslr"]
 
@@ -200,6 +200,8 @@ def test_classifiers_of_different_classes_share_what_features_are_worth():
         ]
         assert found[0] is found[1]
         assert found[0].epsilon == ("auto" if prior == "mrn" else 0.1)
+    printed = prior_by_name("mrn", 0.1, 0.01, 1, relative=False)
+    assert printed.epsilon == {"feature": 1.0, "class": 1.0, "task": 0.01}
     alone = relationship_network((6,), ["a", "b"], {"a": 3, "b": 2}, None, "drn")
     assert list(alone.get_layer("classifier_1").prior.modes) == ["task"]
 

@@ -6,6 +6,7 @@ writes them into `docs/figures`. Of the experiments it draws what their pages' t
 curves that are in no table are written by the experiments' commands.
 """
 
+import itertools
 import pathlib
 
 import matplotlib
@@ -286,12 +287,12 @@ def hinton():
 
 
 def table(page, mark):
-    """The table between a page's marks: its header, and rows of cells, lists of strings."""
+    """The first table between a page's marks: its header, and rows of cells, strings."""
     text = (DOCS / "experiments" / f"{page}.md").read_text()
     rows = text.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
     header, _, *body = (
         [cell.strip() for cell in row.strip("|").split("|")]
-        for row in rows.strip().splitlines()
+        for row in itertools.takewhile(str.strip, rows.strip().splitlines())
     )
     return header, body
 

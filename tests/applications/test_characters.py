@@ -90,6 +90,7 @@ def test_networks(part):
         )
 
 
+@pytest.mark.long
 def test_command(tmp_path, rng):
     """The strength is chosen on what is held back; the table's values are the runs'."""
     folder = write_alphabets(tmp_path / "data", rng, SIZES)

@@ -153,6 +153,30 @@ def test_shared_mean_in_loops(each, rng):
     np.testing.assert_allclose(layer.prior.mean, average, rtol=1e-3, atol=1e-5)
 
 
+def test_shared_mean_with_all_covariances_in_loops(rng):
+    """Sweeps with inverses and Kronecker products written out; then it rests."""
+    layer = built("shared", MRN)
+    _, kernel = moved(layer, rng, 1.0)
+    covariances = [np.eye(size) for size in kernel.shape]
+    for _ in range(40):
+        train_steps(layer)
+        before = [matrix.copy() for matrix in covariances]
+        own = kernel - least_squares(kernel, functools.reduce(np.kron, covariances))
+        for axis, size in enumerate(kernel.shape):
+            rest = [matrix for k, matrix in enumerate(covariances) if k != axis]
+            unfolded = np.moveaxis(own, axis, 0).reshape(size, -1)
+            new = unfolded @ np.linalg.inv(np.kron(*rest)) @ unfolded.T
+            if axis == 2:
+                new = new + np.trace(new) / (size * (size - 1)) * np.ones((size, size))
+            new = new + 0.05 * np.trace(new) / size * np.eye(size)
+            covariances[axis] = new * size / np.trace(new)
+        for mode, expected in zip(MRN, covariances):
+            found = layer.prior.covariances[mode]
+            np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3)
+    for matrix, last in zip(covariances, before):
+        np.testing.assert_allclose(matrix, last, atol=1e-4)
+
+
 def test_independent_deviations_have_no_correlation(rng):
     """Nor have those of two tasks, of which there is nothing to say."""
     for tasks, tolerance in ((4, 0.1), (2, 1e-4)):

@@ -453,6 +453,7 @@ def test_names_and_classes_of_a_table(tmp_path, rng):
         )
 
 
+@pytest.mark.long
 def test_own_data(tmp_path, monkeypatch, rng):
     """A user's functions, with a test part of their own; missing labels are left out."""
     images = rng.normal(size=(24, 6, 6, 1)).astype("float32")

@@ -21,6 +21,7 @@ MODULES = [
     "dmtrl_keras.layers",
     "dmtrl_keras.losses",
     "dmtrl_keras.metrics",
+    "dmtrl_keras.callbacks",
     "dmtrl_keras.optimizers",
     "dmtrl_keras.parameterizations",
     "dmtrl_keras.regularizers",

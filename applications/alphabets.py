@@ -207,13 +207,14 @@ def split(tasks, count, held_back, validation, seed, what):
         for label in range(len(task.classes)):
             own = np.flatnonzero(task.labels == label)
             kept, back = np.split(own, [max(0, len(own) - held_back)])
-            if count(len(kept)) >= len(kept):
+            many = count(len(kept))
+            if many >= len(kept):
                 raise DataError(
                     f"Task {name!r}: {what} {len(kept)} drawings of a character leaves "
                     "none to test on."
                 )
             kept = rng.permutation(kept)
-            train.append(kept[: count(len(kept))])
-            test.append(back if validation else kept[count(len(kept)) :])
+            train.append(kept[:many])
+            test.append(back if validation else kept[many:])
         parts[name] = np.concatenate(train), np.concatenate(test)
     return parts

@@ -36,8 +36,9 @@ from .experiment import (
     Table,
     decaying,
     digest_of,
+    errors_by_task,
     figure_of,
-    hits,
+    mean_error,
     predict_by_task,
     ticking,
     timed,
@@ -161,10 +162,7 @@ def train_and_test(options, method, part, seed, tick=lambda: None, callbacks=Non
             callbacks=ticking(tick, callbacks),
         )
     outputs = predict_by_task(model, {name: x[name][1] for name in names}, 256)
-    errors = {
-        name: 1 - float(np.mean(hits(outputs[name], part.labels[name][1])))
-        for name in names
-    }
+    errors = errors_by_task(outputs, {name: part.labels[name][1] for name in names})
     found = {"errors": errors, "seconds": took.seconds}
     if method == "mrn":
         matrix = next(iter(mode_covariance(model, "feature").values()))
@@ -179,7 +177,7 @@ def train_and_test(options, method, part, seed, tick=lambda: None, callbacks=Non
 def summarize(runs):
     """Error by method and number of drawings, and paired differences to weight decay."""
     rows = []
-    runs = runs.assign(error=[np.mean(list(one.values())) for one in runs["errors"]])
+    runs = runs.assign(error=[mean_error(one) for one in runs["errors"]])
     for examples, of_count in runs.groupby("examples", sort=False):
         base = of_count[of_count.method == "decay"].set_index("seed")
         for method, group in of_count.groupby("method", sort=False):
@@ -347,7 +345,7 @@ class Characters(Experiment):
         return train_and_test(options, method, part, seed, tick, callbacks)
 
     def describe(self, found):
-        return f"error {np.mean(list(found['errors'].values())):.1%}"
+        return f"error {mean_error(found['errors']):.1%}"
 
     def errors(self, found):
         return found["errors"]

@@ -224,6 +224,19 @@ def hits(outputs, labels):
     return np.where(np.isnan(outputs).any(axis=-1), np.nan, found)
 
 
+def errors_by_task(outputs, labels):
+    """The share of examples of each task that were classified wrong, as `hits` says."""
+    return {
+        name: 1 - float(np.mean(hits(output, labels[name])))
+        for name, output in outputs.items()
+    }
+
+
+def mean_error(errors):
+    """The mean over the tasks of a dict of errors."""
+    return float(np.mean(list(errors.values())))
+
+
 def make_optimizer(optimizer, learning_rate, weight_decay=0.0):
     """An optimizer.
 
@@ -602,7 +615,7 @@ class Experiment:
             if len(values) > 1:
                 trials = [tried(value) for value in values]
                 found = run_all(results, trials, console, self.describe, options.strategy)
-                errors = [np.mean(list(one.values())) for one in found["errors"]]
+                errors = [mean_error(one) for one in found["errors"]]
                 # A setting with which training diverges has none.
                 best = values[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))]
             chosen = runs(best)

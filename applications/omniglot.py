@@ -44,9 +44,10 @@ from .experiment import (
     Table,
     decaying,
     digest_of,
+    errors_by_task,
     figure_of,
     held_out_by_task,
-    hits,
+    mean_error,
     predict_by_task,
     ticking,
     timed,
@@ -305,10 +306,9 @@ class Trainer:
         """The error of each task on its other part, NaN if the network diverged."""
         inputs = {n: self.tasks[n].images[test] for n, (_, test) in self.parts.items()}
         outputs = predict_by_task(model, inputs, 64)
-        return {
-            name: 1 - float(np.mean(hits(outputs[name], self.tasks[name].labels[test])))
-            for name, (_, test) in self.parts.items()
-        }
+        return errors_by_task(
+            outputs, {n: self.tasks[n].labels[test] for n, (_, test) in self.parts.items()}
+        )
 
 
 def _with_rate(options, method):
@@ -316,11 +316,6 @@ def _with_rate(options, method):
     own = type(options)(**vars(options))
     own.learning_rate = options.rates.get(method, options.learning_rate)
     return own
-
-
-def mean_error(errors):
-    """The mean over the tasks."""
-    return float(np.mean(list(errors.values())))
 
 
 def similarity(model, layer="fc"):

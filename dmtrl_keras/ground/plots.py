@@ -104,8 +104,8 @@ def plot_heat_map(
             if len(matrix) <= 12:
                 # Numbers of many cells would lie on each other.
                 size = min(10, 50 / len(matrix))
-                text = axes.text(column, row, f"{value:.2f}", ha="center", va="center")
-                text.set_fontsize(size)
+                text = f"{value:.2f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=size)
         figure.colorbar(image, ax=axes, shrink=0.8)
 
     owner = "plot_heat_map"

@@ -58,7 +58,7 @@ def mode_correlation(model: keras.Model, mode: str = "task") -> dict[str, np.nda
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
     found = _covariances(model, mode, "mode_correlation")
-    return {name: _correlation(matrix) for name, matrix in found.items()}
+    return {name: correlation(matrix) for name, matrix in found.items()}
 
 
 def _covariances(model: keras.Model, mode: str, owner: str) -> dict[str, np.ndarray]:
@@ -146,11 +146,13 @@ def task_correlation(model: keras.Model) -> dict[str, np.ndarray]:
     ['bottleneck', 'classifier']
     """
     found = _covariances(model, "task", "task_correlation")
-    return {name: _correlation(matrix) for name, matrix in found.items()}
+    return {name: correlation(matrix) for name, matrix in found.items()}
 
 
-def _correlation(matrix: np.ndarray) -> np.ndarray:
+def correlation(matrix: np.ndarray) -> np.ndarray:
+    """The correlations of a covariance; 0 where there is no variance."""
     # Products of variances beyond float32 are within float64.
     matrix = np.asarray(matrix, "float64")
     deviation = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
+    deviation = np.where(deviation == 0, np.inf, deviation)
     return matrix / deviation[..., :, None] / deviation[..., None, :]

@@ -124,7 +124,7 @@ class TensorNormalState(KernelState):
         self._tasks: int | None = None
         self._start: keras.Variable | None = None
         mean = regularizer.mean
-        if isinstance(mean, str) and mean == "shared":
+        if self._shared_mean:
             self._tasks = rest.index(self.names.index("task"))
         elif not (isinstance(mean, str) and mean == "zero"):
             value = self._kernel_now() if isinstance(mean, str) else self._given_mean(mean)

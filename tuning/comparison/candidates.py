@@ -18,6 +18,7 @@ from dmtrl_keras import (
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import CrossStitch
 from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.mrn.report import correlation
 from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
 
 from .. import application, hypermodels
@@ -318,13 +319,6 @@ class NormedRegressions(RelatedRegressions):
 
     def solve(self, x, y, hp):
         return norm_regression(x, y, self._penalty(hp.get("strength")), tolerance=1e-5)
-
-
-def correlation(covariance):
-    """Correlations of a covariance; 0 where there is no variance."""
-    deviation = np.sqrt(np.diagonal(covariance))
-    deviation = np.where(deviation > 0, deviation, np.inf)
-    return covariance / deviation[:, None] / deviation
 
 
 def _clustered(strength):

@@ -256,10 +256,11 @@ def plan(options, seconds):
     # A part of the examples takes its part of the time, if at all.
     curve = 1 + sum(options.fractions)
 
-    def need(trials, repeats, of=None):
+    def need(amount, of):
+        trials, repeats = amount
         return sum(
             (_TRIAL * (trials - 1) * CANDIDATES[m].folds + repeats * curve) * seconds[m]
-            for m in of or methods
+            for m in of
         )
 
     amounts = [
@@ -269,21 +270,17 @@ def plan(options, seconds):
         )
         for share in (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0)
     ]
-    cheap = False
     while True:
-        for trials, repeats in amounts:
-            if spent + need(trials, repeats) <= budget or len(methods) == 1 or cheap:
-                minutes = (spent + need(trials, repeats)) / 60
-                return Plan(methods, trials, repeats, too_slow, minutes)
+        fits = [one for one in amounts if spent + need(one, methods) <= budget]
         kept = options.baseline
         if kept not in methods:
             kept = next((name for name in ALONE if name in methods), methods[0])
-        others = [m for m in methods if m != kept]
-        slowest = max(others, key=seconds.get)
+        slowest = max(methods, key=lambda m: (m != kept, seconds[m]))
         # Methods of a moment are not what takes too long.
-        cheap = need(*amounts[-1], [slowest]) < budget / 50
-        if cheap:
-            continue
+        if fits or slowest == kept or need(amounts[-1], [slowest]) < budget / 50:
+            amount = fits[0] if fits else amounts[0]
+            minutes = (spent + need(amount, methods)) / 60
+            return Plan(methods, *amount, too_slow, minutes)
         methods.remove(slowest)
         too_slow[slowest] = (
             f"a training takes {seconds[slowest]:.0f} seconds, too long for a budget of "

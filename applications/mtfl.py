@@ -85,6 +85,7 @@ class Faces(typing.NamedTuple):
         glasses: ints `(n,)`, 0 (with) and 1.
         age: ints `(n,)`, numbers of groups, see `portraits.AGES`.
         race: ints `(n,)`.
+        years: float32 `(n,)`, the age.
     """
 
     images: np.ndarray
@@ -95,6 +96,7 @@ class Faces(typing.NamedTuple):
     glasses: np.ndarray | None
     age: np.ndarray | None = None
     race: np.ndarray | None = None
+    years: np.ndarray | None = None
 
 
 def some(faces, indices):
@@ -174,18 +176,71 @@ def _faces(root, name, size):
     return Faces(np.stack(images), np.float32(landmarks), *np.transpose(classes))
 
 
-def _of_portraits(options, console):
-    """`(training, testing)`, the latter None where the data set has no test part."""
+def of_portraits(options):
+    """`(faces, folds)` of UTKFace or Adience, the latter None where there are none."""
     found = load_portraits(options.data, options.size)
+    faces = Faces(
+        found.images,
+        None,
+        None,
+        found.gender,
+        None,
+        None,
+        found.age,
+        found.race,
+        found.years,
+    )
+    return faces, found.fold
+
+
+def _completely_labelled(options, console):
+    """`(training, testing)` of these, the latter None where there are no folds."""
+    faces, folds = of_portraits(options)
+    known = (faces.age >= 0) & (faces.gender >= 0)
     if console is not None:
         console.print(
-            f"{len(found.images)} faces; {found.left_out} whose labels are not known are "
-            "left out."
+            f"{known.sum()} faces; {len(known) - known.sum()} with a label that is not "
+            "known are left out."
         )
-    faces = Faces(found.images, None, None, found.gender, None, None, found.age, found.race)
-    if found.test is None:
-        return faces, None
-    return some(faces, ~found.test), some(faces, found.test)
+    if not known.any():
+        raise DataError(f"{options.data}: expected faces with age and gender. Found none.")
+    if folds is None:
+        return some(faces, known), None
+    test = folds == folds.max()
+    return some(faces, known & ~test), some(faces, known & test)
+
+
+def check_tasks(options, faces, known):
+    """Refuse tasks, of those that are known, that a data set does not have."""
+    for task in options.tasks:
+        if getattr(faces, task) is None:
+            has = [name for name in known if getattr(faces, name) is not None]
+            raise DataError(f"--tasks: {options.data} has {has}. Received: {task!r}.")
+
+
+def check_counts(options, count):
+    """Refuse parts of the training images that are larger than all."""
+    if max(options.training_images or [0]) > count:
+        raise DataError(
+            f"--training-images: there are {count}. Received: {options.training_images}."
+        )
+
+
+def apart(options, training):
+    """The training part, in two: the second one's faces are cut out, as test images."""
+    count, most = options.test_images, len(training.images) - 2
+    if count is None:
+        # The data set has no test part.
+        count = max(1, len(training.images) // 5)
+    if count > most:
+        raise DataError(
+            f"--test-images: expected at most {most}, so that two are left for "
+            f"training. Received: {count}."
+        )
+    rng = np.random.default_rng(options.seed)
+    order = rng.permutation(len(training.images))
+    testing = cut_out(some(training, order[:count]), options.extent, rng)
+    return some(training, order[count:]), testing
 
 
 # The places of the landmarks in a mirror image: eyes and corners of the mouth change sides.
@@ -445,15 +500,39 @@ def train(options, method, training, seed, tick, watch=None):
             verbose=0,
         )
         return Trained(model, inputs, mean, deviation)
-    every = keras.callbacks.CallbackList(callbacks, model=model)
+    fit_anew(
+        model,
+        lambda: data(some(cut_out(training, options.extent, rng), slice(count))),
+        options.epochs,
+        options.batch_size,
+        tick,
+        callbacks,
+        watched,
+    )
+    return Trained(model, inputs, mean, deviation)
+
+
+def fit_anew(model, data, epochs, batch_size, tick, callbacks=(), watched=None):
+    """Train on data that each epoch makes anew.
+
+    As arrays, since TensorFlow's generators make it return memory at every step, with
+    which a step of the small networks took twice as long.
+
+    Args:
+        model: a compiled Keras model.
+        data: function without arguments that returns the `(inputs, labels)` of an epoch.
+        epochs: int.
+        batch_size: int.
+        tick: function without arguments, called after each epoch.
+        callbacks: Keras callbacks, which see the end of each epoch.
+        watched: None, or `(inputs, labels)` of which these see the loss as `val_loss`.
+    """
+    every = keras.callbacks.CallbackList(list(callbacks), model=model)
     every.on_train_begin()
-    for epoch in range(options.epochs):
-        # Arrays, since TensorFlow's generators make it return memory at every step, with
-        # which a step of the small networks took twice as long.
-        part = some(cut_out(training, options.extent, rng), slice(count))
+    for epoch in range(epochs):
         fitted = model.fit(
-            *data(part),
-            batch_size=options.batch_size,
+            *data(),
+            batch_size=batch_size,
             initial_epoch=epoch,
             epochs=epoch + 1,
             validation_data=watched,
@@ -465,7 +544,6 @@ def train(options, method, training, seed, tick, watch=None):
         if model.stop_training:
             break
     every.on_train_end()
-    return Trained(model, inputs, mean, deviation)
 
 
 def _same(images):
@@ -838,39 +916,14 @@ class Mtfl(Experiment):
     def load(self, options, console=None):
         """`(training, testing, digest)`: two `Faces`, and a str that names the images."""
         if is_portraits(options.data):
-            training, testing = _of_portraits(options, console)
+            training, testing = _completely_labelled(options, console)
         else:
             training, testing = load_mtfl(options.data, options.size)
         if options.test_images is not None or testing is None:
-            training, testing = self._apart(options, training)
-        for task in options.tasks:
-            if getattr(training, task) is None:
-                has = [name for name in TASKS if getattr(training, name) is not None]
-                raise DataError(f"--tasks: {options.data} has {has}. Received: {task!r}.")
-        digest = digest_of([training.images, testing.images])
-        count, most = len(training.images), max(options.training_images or [0])
-        if most > count:
-            raise DataError(
-                f"--training-images: there are {count}. "
-                f"Received: {options.training_images}."
-            )
-        return training, testing, digest
-
-    def _apart(self, options, training):
-        """The training part, in two: the second one's faces are cut out, as test images."""
-        count, most = options.test_images, len(training.images) - 2
-        if count is None:
-            # The data set has no test part.
-            count = max(1, len(training.images) // 5)
-        if count > most:
-            raise DataError(
-                f"--test-images: expected at most {most}, so that two are left for "
-                f"training. Received: {count}."
-            )
-        rng = np.random.default_rng(options.seed)
-        order = rng.permutation(len(training.images))
-        testing = cut_out(some(training, order[:count]), options.extent, rng)
-        return some(training, order[count:]), testing
+            training, testing = apart(options, training)
+        check_tasks(options, training, TASKS)
+        check_counts(options, len(training.images))
+        return training, testing, digest_of([training.images, testing.images])
 
     def plan(self, options, data):
         """Part by part and seed by seed."""

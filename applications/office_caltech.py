@@ -70,6 +70,7 @@ from .experiment import (
 from .files import cached_arrays
 from .reading import DataError, read_arrays, reading
 from .results import mean_and_spread
+from .trunks import load_trunk
 
 METHODS = {
     "stl": {"prior": None, "layers": ("trunk", "bottleneck", "classifier")},
@@ -114,16 +115,7 @@ class Trunk:
         self, name, size, feature_layer=None, tune_from=None, scale=None, weights="imagenet"
     ):
         self._scale = scale
-        self._preprocess = None
-        if pathlib.Path(name).suffix == ".keras":
-            model = keras.saving.load_model(name)
-            model = _up_to(model, feature_layer)
-            small = keras.Input((size, size, 3))
-            copy = keras.models.clone_model(model, input_tensors=[small])
-            copy.set_weights(model.get_weights())
-            model = copy
-        else:
-            model = self._application(name, size, feature_layer, weights)
+        model, self._preprocess = load_trunk(name, size, feature_layer, weights)
         for layer in flatten_layers(model):
             if isinstance(layer, keras.layers.BatchNormalization):
                 # A few images of a few domains say little about the statistics.
@@ -139,21 +131,6 @@ class Trunk:
             border = model.get_layer(tune_from).output
             self.lower = keras.Model(model.input, border)
             self.upper = keras.Model(border, features, name="trunk")
-
-    def _application(self, name, size, feature_layer, weights):
-        if not callable(getattr(keras.applications, name, None)):
-            raise DataError(
-                "The trunk must be a class of keras.applications or a .keras file. "
-                f"Received: {name!r}."
-            )
-        make = getattr(keras.applications, name)
-        model = make(
-            weights=weights, include_top=False, pooling="avg", input_shape=(size, size, 3)
-        )
-        for module in vars(keras.applications).values():
-            if getattr(module, name, None) is make and hasattr(module, "preprocess_input"):
-                self._preprocess = module.preprocess_input
-        return _up_to(model, feature_layer)
 
     def run_lower(self, images):
         """The outputs of the frozen part, a float32 array."""
@@ -176,12 +153,6 @@ class Trunk:
         copy = keras.models.clone_model(self.upper)
         copy.set_weights(self.upper.get_weights())
         return copy
-
-
-def _up_to(model, layer):
-    """The functional model from the only input to a layer, or to the only output."""
-    (output,) = model.outputs if layer is None else [model.get_layer(layer).output]
-    return keras.Model([model.inputs[0]], output)
 
 
 class Trainer:

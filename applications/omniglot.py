@@ -55,7 +55,7 @@ from .experiment import (
 )
 from .mnist import rank, strengths
 from .reading import DataError
-from .results import half_interval, mean_and_spread
+from .results import mean_and_spread, paired
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 # Filters and side of the kernels; the units of the fully connected layer.
@@ -336,25 +336,6 @@ def similarity(model, layer="fc"):
 
 
 # --- tables -----------------------------------------------------------------------
-
-
-def paired(own, baseline):
-    """The mean difference of errors in points, with half of its 95% interval.
-
-    Args:
-        own: data frame of a method's runs, with `seed` and `error`.
-        baseline: likewise.
-
-    Returns:
-        A str; empty without a run of the same seed.
-    """
-    both = own.set_index("seed").error - baseline.set_index("seed").error
-    both = 100 * both.dropna()
-    if both.empty:
-        return ""
-    if len(both) < 2:
-        return f"{both.mean():+.1f}"
-    return f"{both.mean():+.1f} ± {half_interval(both):.1f}"
 
 
 def _groups(runs):

@@ -27,22 +27,24 @@ _IMAGE = re.compile(r".*\.(jpg|jpeg|png)", re.IGNORECASE)
 
 
 class Portraits(typing.NamedTuple):
-    """Faces.
+    """Faces; a class that is not known is -1, an age in years that is not NaN.
 
     Attributes:
         images: uint8 `(n, size, size, 3)`.
         age: ints `(n,)`, the number of the group in `AGES`.
+        years: float32 `(n,)`; of a group the middle.
         gender: ints `(n,)`, 0 (male) and 1.
-        race: ints `(n,)`, 0 to 4; None: not known.
-        test: bools `(n,)`, which ones are for testing; None: the data set does not say.
-        left_out: int, how many were left out, whose labels are not known.
+        race: ints `(n,)`, 0 to 4; None: the data set has none.
+        fold: ints `(n,)`, the number of the data set's own fold; None: it has none.
+        left_out: int, how many were left out, of which nothing is known.
     """
 
     images: np.ndarray
     age: np.ndarray
+    years: np.ndarray
     gender: np.ndarray
     race: np.ndarray | None
-    test: np.ndarray | None
+    fold: np.ndarray | None
     left_out: int
 
 
@@ -71,8 +73,7 @@ def load_portraits(path, size):
         size: int; images are scaled to this side.
 
     Returns:
-        `Portraits`, in the order of the files' names, or of Adience's lists, whose last
-        fold is for testing.
+        `Portraits`, in the order of the files' names, or of Adience's lists.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -96,13 +97,14 @@ def load_portraits(path, size):
         with reading(file):
             image = read_image(file).convert("RGB").resize((size, size))
             images.append(np.asarray(image, "uint8"))
-    _, age, gender, race, test = zip(*known)
+    _, years, gender, race, fold = zip(*known)
     return Portraits(
         np.stack(images),
-        np.array(age),
+        np.array([-1 if np.isnan(age) else age_group(age) for age in years]),
+        np.float32(years),
         np.array(gender),
         None if folds else np.array(race),
-        np.array(test) if folds else None,
+        np.array(fold) if folds else None,
         len(rows) - len(known),
     )
 
@@ -121,7 +123,7 @@ def _files(path):
 
 
 def _utkface(files):
-    """For each image `(file, age, gender, race, test)`, or None where the name has less."""
+    """For each image `(file, years, gender, race, fold)`, or None for a name with less."""
     rows = []
     for name, file in files.items():
         last = name.rpartition("/")[2]
@@ -132,7 +134,7 @@ def _utkface(files):
             rows.append(None)
             continue
         age, gender, race = map(int, found.groups()[:3])
-        rows.append((file, age_group(age), gender, race, False))
+        rows.append((file, age, gender, race, -1))
     return rows
 
 
@@ -155,17 +157,17 @@ def _adience(files, folds):
                     rows.append(None)
                     continue
                 image = _face(files, folder, row)
-                rows.append((image, *own, 0, fold == max(folds)))
+                rows.append((image, *own, -1, fold))
     return rows
 
 
 def _labels(row):
-    """`(age group, gender)`, or None where one of them is not known."""
+    """`(years, gender)`, NaN or -1 where one of them is not known, or None."""
     numbers = [int(number) for number in re.findall(r"\d+", row["age"] or "")]
-    gender = {"m": 0, "f": 1}.get((row["gender"] or "").strip().lower())
-    if not numbers or gender is None:
+    gender = {"m": 0, "f": 1}.get((row["gender"] or "").strip().lower(), -1)
+    if not numbers and gender < 0:
         return None
-    return age_group(sum(numbers) / len(numbers)), gender
+    return sum(numbers) / len(numbers) if numbers else np.nan, gender
 
 
 def _face(files, folder, row):

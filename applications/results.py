@@ -105,6 +105,25 @@ def half_interval(differences):
     return float(stats.t.ppf(0.975, count - 1) * stats.sem(differences))
 
 
+def paired(own, baseline):
+    """The mean difference of errors in points, with half of its 95% interval.
+
+    Args:
+        own: data frame of a method's runs, with `seed` and `error`.
+        baseline: likewise.
+
+    Returns:
+        A str; empty without a run of the same seed.
+    """
+    both = own.set_index("seed").error - baseline.set_index("seed").error
+    both = 100 * both.dropna()
+    if both.empty:
+        return ""
+    if len(both) < 2:
+        return f"{both.mean():+.1f}"
+    return f"{both.mean():+.1f} ± {half_interval(both):.1f}"
+
+
 def progress_bars(console):
     """Progress bars that say what is done, how much of it, and the time."""
     columns = (

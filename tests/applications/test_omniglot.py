@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from scipy import stats
 from searching import NUMBERS, Case, replace
 
 from applications import alphabets, image_tasks, omniglot
@@ -303,18 +302,6 @@ def test_cross_validation(tmp_path, rng, monkeypatch):
     )
     trainer = omniglot.Trainer(options, tasks, parts, 0)
     assert trainer.choose_shared_layers("ud-mtl") == {}
-
-
-def test_paired_differences(rng):
-    """The interval against SciPy's; splits that only one of them has are left out."""
-    own = pd.DataFrame({"seed": range(5), "error": rng.uniform(size=5)})
-    other = pd.DataFrame({"seed": range(1, 6), "error": rng.uniform(size=5)})
-    difference = 100 * (own.error[1:].to_numpy() - other.error[:4].to_numpy())
-    low, high = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-    expected = f"{difference.mean():+.1f} ± {(high - low) / 2:.1f}"
-    assert omniglot.paired(own, other) == expected
-    assert omniglot.paired(own[4:], other) == f"{difference[3]:+.1f}"
-    assert omniglot.paired(own[:1], other) == ""
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,17 @@ def write_utkface(folder, count=20):
 HEADER = "user_id\toriginal_image\tface_id\tage\tgender\tx\ty"
 
 
-def write_adience(folder, count=4):
-    """Five folds, each with a face whose age, and one whose gender is not known."""
+def write_adience(folder, count=5):
+    """Five folds, each with a face whose age, and one whose gender is not known.
+
+    Of a fifth face nothing is.
+    """
     for fold in range(5):
         lines = [HEADER]
         for number in range(count):
             user, image = f"{fold}@N0", f"{number}.png"
-            age = ["(25, 32)", "(0, 2)", "35", "None"][number % 4]
-            gender = "mfu"[number % 3]
+            age = ["(25, 32)", "(0, 2)", "35", "None", ""][number % 5]
+            gender = "mfufu"[number % 5]
             lines.append(f"{user}\t{image}\t{number}\t{age}\t{gender}\t0\t0")
             kind = ("faces", "coarse_tilt") if fold < 4 else ("aligned", "landmark")
             name = f"{kind[1]}_aligned_face.{number}.{image}"
@@ -66,23 +69,26 @@ def test_utkface(tmp_path):
         found = load_portraits(source, 6)
         assert found.images.shape == (20, 6, 6, 3) and found.left_out == 1
         number = found.images[:, 0, 0, 0].astype(int) // 10
-        assert sorted(number) == list(range(20)) and found.test is None
+        assert sorted(number) == list(range(20)) and found.fold is None
         assert found.gender.tolist() == (number % 2).tolist()
         assert found.race.tolist() == (number % 5).tolist()
         expected = [portraits.age_group(4 * n) for n in number]
         assert found.age.tolist() == expected
+        assert found.years.tolist() == (4 * number).tolist()
 
 
 def test_adience(tmp_path):
-    """Labels from the lists; the last fold is for testing."""
+    """Labels from the lists; what is not known is marked."""
     folder = write_adience(tmp_path / "adience")
     for source in (folder, zipped(folder, tmp_path / "adience.zip")):
         found = load_portraits(source, 6)
-        # Of four faces the third has no gender, the fourth no age.
-        assert len(found.images) == 10 and found.left_out == 10 and found.race is None
-        assert found.age.tolist() == [4, 0] * 5 and found.gender.tolist() == [0, 1] * 5
-        assert found.test.tolist() == [False] * 8 + [True] * 2
-        assert found.images[3, 0, 0, 0] == 50
+        # Of five faces the third has no gender, the fourth no age, the fifth neither.
+        assert len(found.images) == 20 and found.left_out == 5 and found.race is None
+        assert found.age.tolist() == [4, 0, 4, -1] * 5
+        assert found.gender.tolist() == [0, 1, -1, 1] * 5
+        np.testing.assert_array_equal(found.years, [28.5, 1, 35, np.nan] * 5)
+        assert found.fold.tolist() == np.repeat(range(5), 4).tolist()
+        assert found.images[5, 0, 0, 0] == 50
 
 
 def test_malformed(tmp_path):

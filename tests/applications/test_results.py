@@ -2,9 +2,16 @@
 
 import pandas as pd
 import pytest
+import scipy.stats
 
 from applications.files import UnusableFileError
-from applications.results import Results, markdown_table, mean_and_spread, write_block
+from applications.results import (
+    Results,
+    markdown_table,
+    mean_and_spread,
+    paired,
+    write_block,
+)
 
 
 def test_results_come_back(tmp_path):
@@ -101,3 +108,15 @@ def test_block_of_a_page(tmp_path):
     assert path.read_text() == expected
     with pytest.raises(ValueError, match="b:begin"):
         write_block(path, "b", "new")
+
+
+def test_paired_differences(rng):
+    """The interval against SciPy's; splits that only one of them has are left out."""
+    own = pd.DataFrame({"seed": range(5), "error": rng.uniform(size=5)})
+    other = pd.DataFrame({"seed": range(1, 6), "error": rng.uniform(size=5)})
+    difference = 100 * (own.error[1:].to_numpy() - other.error[:4].to_numpy())
+    low, high = scipy.stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    expected = f"{difference.mean():+.1f} ± {(high - low) / 2:.1f}"
+    assert paired(own, other) == expected
+    assert paired(own[4:], other) == f"{difference[3]:+.1f}"
+    assert paired(own[:1], other) == ""

@@ -17,7 +17,7 @@ def _room(name: str) -> Any:
     return importlib.import_module(f"tuning.comparison.{name}")
 
 
-def compare(x: Any, y: Any, folder: Any = None, **arguments: Any) -> Any:
+def compare(x: Any, y: Any = None, folder: Any = None, **arguments: Any) -> Any:
     """Train all methods that fit on the same examples, and say which one to use.
 
     Settings are chosen on a part of the training examples, with equally many trials for
@@ -27,8 +27,9 @@ def compare(x: Any, y: Any, folder: Any = None, **arguments: Any) -> Any:
 
     Args:
         x: dict from task to its examples, arrays or data frames; or an array, the same
-            examples for all tasks.
-        y: dict from task to labels: floats are regressions, ints classes.
+            examples for all tasks; or all that in one, a `Problem`.
+        y: dict from task to labels: floats are regressions, ints classes; of a `Problem`
+            nothing.
         folder: where results are written as they come, and found again by a later call;
             None: nowhere.
         **arguments: `methods`, `baseline`, `trials`, `repeats`, `epochs`, `batch_size`,
@@ -69,6 +70,7 @@ def table_problem(
     kind: str | None = None,
     categorical: Any = (),
     metric: str | None = None,
+    separator: str = ",",
 ) -> Any:
     """The problem of a CSV file, a row for each example.
 
@@ -80,11 +82,30 @@ def table_problem(
             values, classes if it has more that are no numbers, else a regression.
         categorical: columns that are categories although they look like numbers.
         metric: as for `compare`.
+        separator: what is between the columns.
 
     Raises:
         DataError: a `ValueError`, on what can't be read, with the row.
     """
-    return _room("problem").table_problem(path, task, target, kind, categorical, metric)
+    return _room("problem").table_problem(
+        path, task, target, kind, categorical, metric, separator
+    )
+
+
+def experiment_problem(name: str, folder: Any = None) -> Any:
+    """A small part of one of the data sets that this project's experiments are on.
+
+    Args:
+        name: `"digits"`, `"omniglot"` (ten alphabets), `"school"`, `"faces"` (attributes of
+            1,500 of MTFL's), `"office_caltech"`, `"outlier"` (the same, one domain
+            contradicts the others), `"mtal"` (digits and letters), `"mtal_unrelated"`
+            (digits and objects).
+        folder: path of the data, as for the experiment; of the digits none is needed.
+
+    Raises:
+        DataError: a `ValueError`, on an unknown name, on what can't be read.
+    """
+    return _room("experiments").problem_of(name, folder)
 
 
 def train(

@@ -1,6 +1,7 @@
 """The methods that are compared, each with what it can't be used on."""
 
 import functools
+import time
 import typing
 
 import keras
@@ -15,6 +16,7 @@ from dmtrl_keras import (
     relationship_regression,
     zip_tasks,
 )
+from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import CrossStitch
 from dmtrl_keras.losses import MaskedLoss
@@ -47,6 +49,10 @@ class Trained(typing.NamedTuple):
             else None.
         scale: what scales a table's rows: an object with `transform`; or None.
         relations: what was learned of the tasks, a `Relations`, or None.
+        step_ms: float, the median time of a step of training in milliseconds, without
+            tracing; None: there are no steps.
+        flops: int, operations with floats for one example of every task; None: they can't
+            be counted.
     """
 
     predict: typing.Callable
@@ -54,6 +60,8 @@ class Trained(typing.NamedTuple):
     model: typing.Any = None
     scale: typing.Any = None
     relations: typing.Any = None
+    step_ms: float | None = None
+    flops: int | None = None
 
 
 class Relations(typing.NamedTuple):
@@ -143,6 +151,7 @@ class Linear(Candidate):
         x = {t: scaler.transform(values)[known[t]] for t, values in x.items()}
         y = {t: labels[known[t]] for t, labels in y.items()}
         predict, weights, *relations = self.fit(problem, x, y, hp)
+        width = next(iter(x.values())).shape[1]
         return Trained(
             lambda new: predict(
                 {t: scaler.transform(v) for t, v in problem.by_task(new).items()}
@@ -150,7 +159,9 @@ class Linear(Candidate):
             weights,
             None,
             scaler,
-            *relations,
+            *(relations or [None]),
+            # A product and a sum for each slope, and the intercept.
+            flops=sum((2 * width + 1) * problem.outputs(t) for t in problem.tasks),
         )
 
     def fit(self, problem, x, y, hp):
@@ -384,16 +395,17 @@ class Network(Candidate):
         steps = -(-max(map(len, labels.values())) // size)
         # By the epochs of a whole training, of which successive halving takes a part.
         least = -(-LEAST_STEPS // options.epochs)
+        clock = StepClock()
         if problem.shared:
             times = -(-least // steps)
             x = np.concatenate([next(iter(inputs.values()))] * times)
             labels = {t: np.concatenate([own] * times) for t, own in labels.items()}
-            model.fit(x, labels, size, epochs, verbose=0)
+            model.fit(x, labels, size, epochs, verbose=0, callbacks=[clock])
         else:
             data = {t: (inputs[t], labels[t]) for t in problem.tasks}
             # Every method sees as many examples of a task, short ones repeatedly.
             stream = zip_tasks(data, size, epoch=max(steps, least), seed=seed)
-            model.fit(stream, epochs=epochs, shuffle=False, verbose=0)
+            model.fit(stream, epochs=epochs, shuffle=False, verbose=0, callbacks=[clock])
 
         def predict(new):
             inputs = scale.inputs(problem.by_task(new))
@@ -402,8 +414,59 @@ class Network(Candidate):
             outputs = model.predict(inputs, 256, verbose=0)
             return scale.outputs(outputs)
 
-        weights = trainable_parameters(model)
-        return Trained(predict, weights, model, scale.x, relations_of(model))
+        return Trained(
+            predict,
+            trainable_parameters(model),
+            model,
+            scale.x,
+            relations_of(model),
+            clock.median_ms(),
+            flops_of(model),
+        )
+
+
+class StepClock(keras.callbacks.Callback):
+    """How long the steps of a training take."""
+
+    def __init__(self):
+        super().__init__()
+        self._taken = []
+        self._started = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._taken.append(time.perf_counter() - self._started)
+
+    def median_ms(self):
+        """Their median in milliseconds, without the first one, which is traced."""
+        return 1000 * float(np.median(self._taken[1:] or self._taken))
+
+
+def flops_of(model):
+    """Operations with floats for one example of every task, by TensorFlow's profiler.
+
+    Kernels that are composed from factors, or mixed, are so once, however many examples
+    there are.
+
+    Args:
+        model: a functional Keras model.
+
+    Returns:
+        An int; None on other backends.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return None
+    profiler = tensorflow().compat.v1.profiler
+    specs = keras.tree.map_structure(
+        lambda x: tensorflow().TensorSpec((1, *x.shape[1:]), x.dtype), model.input
+    )
+    traced = tensorflow().function(lambda x: model(x, training=False))
+    graph = traced.get_concrete_function(specs).graph
+    counted = profiler.ProfileOptionBuilder.float_operation()
+    silent = profiler.ProfileOptionBuilder(counted).with_empty_output().build()
+    return int(profiler.profile(graph, options=silent).total_float_ops)
 
 
 def relations_of(model):

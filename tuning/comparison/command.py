@@ -2,6 +2,7 @@
 
     python -m dmtrl_keras.compare --csv FILE --task COLUMN --target COLUMN
     python -m dmtrl_keras.compare --model module:backbone --data module:data
+    python -m dmtrl_keras.compare --experiment omniglot --data FOLDER
 
 Settings are chosen on a part of the training examples, with equal trials for all methods;
 then each is trained on the same draws, and tested. Results are written as they come: called
@@ -20,8 +21,10 @@ from ..own import checked_data, function_of
 from .candidates import CANDIDATES
 from .compared import compare_on
 from .example import EXAMPLES, METHODS, write_example
+from .experiments import PRESETS
+from .experiments import problem_of as experiment_problem
 from .problem import BINARY, CLASSES, METRICS, REGRESSION, Problem, table_problem
-from .report import curve_rows, methods_rows, to_json, write_report
+from .report import COSTS, curve_rows, methods_rows, to_json, write_report
 from .script import write_script
 from .search import Options
 
@@ -43,12 +46,24 @@ def parser():
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--csv", type=pathlib.Path, help="a table with a row per example")
     source.add_argument(
-        "--data", metavar="MODULE:FUNCTION", help="returns a dict, as for searches"
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="returns the backbone of each task; with --data",
+    )
+    source.add_argument(
+        "--experiment",
+        choices=list(PRESETS),
+        help="a small part of one of this project's data sets; with --data",
     )
     source.add_argument(
         "--example",
         choices=list(EXAMPLES),
         help="a table that is at hand, which is written to --output as a file for --csv",
+    )
+    p.add_argument(
+        "--data",
+        metavar="MODULE:FUNCTION|FOLDER",
+        help="of --model: returns a dict, as for searches; of --experiment: its folder",
     )
     p.add_argument("--task", help="of --csv: the column that says whose example it is")
     p.add_argument("--target", help="of --csv: the column to be predicted")
@@ -65,17 +80,25 @@ def parser():
         help="of --csv: columns that are categories although they look like numbers",
     )
     p.add_argument(
-        "--model", metavar="MODULE:FUNCTION", help="returns the backbone; for --data"
-    )
-    p.add_argument(
         "--methods",
         nargs="+",
         choices=list(CANDIDATES),
         help="by default all that fit; of an example some",
     )
     p.add_argument("--metric", choices=list(METRICS), help="by the kind of the tasks")
-    p.add_argument("--trials", type=arguments.whole(1), default=own.trials)
-    p.add_argument("--repeats", type=arguments.REPEATS, default=own.repeats)
+    p.add_argument("--separator", default=",", help="of --csv: what is between its columns")
+    p.add_argument(
+        "--trials",
+        type=arguments.whole(1),
+        default=own.trials,
+        help="settings that are tried of each method that has some",
+    )
+    p.add_argument(
+        "--repeats",
+        type=arguments.REPEATS,
+        default=own.repeats,
+        help="draws of the training part, the same for all methods",
+    )
     p.add_argument(
         "--budget",
         type=arguments.real(above=0),
@@ -94,11 +117,23 @@ def parser():
         default=own.epochs,
         help="of networks; at least 600 steps in all, few examples are repeated",
     )
-    p.add_argument("--batch-size", type=arguments.whole(1), default=own.batch_size)
+    p.add_argument(
+        "--batch-size", type=arguments.whole(1), default=own.batch_size, help="of networks"
+    )
     share = arguments.real(above=0, below=1)
-    p.add_argument("--validation", type=share, default=own.validation)
-    p.add_argument("--test", type=share, default=own.test)
-    p.add_argument("--seed", type=arguments.SEED, default=own.seed)
+    p.add_argument(
+        "--validation",
+        type=share,
+        default=own.validation,
+        help="the share of the training part by which settings are chosen",
+    )
+    p.add_argument(
+        "--test",
+        type=share,
+        help="the share of the examples that are tested on, where no test part is given; "
+        "by default 0.3, of an experiment its own",
+    )
+    p.add_argument("--seed", type=arguments.SEED, default=own.seed, help="of the draws")
     p.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/compare"))
     return p
 
@@ -110,8 +145,10 @@ def main(given=None):
     options = arguments.parse_arguments(p, given)
     if options.csv is not None and not (options.task and options.target):
         p.error("--csv needs --task COLUMN and --target COLUMN")
-    if (options.data is None) != (options.model is None):
-        p.error("--data and --model MODULE:FUNCTION go together")
+    if options.model is not None and options.data is None:
+        p.error("--model MODULE:FUNCTION needs --data MODULE:FUNCTION")
+    if options.data is not None and not (options.model or options.experiment):
+        p.error("--data needs --model MODULE:FUNCTION or --experiment NAME")
     console = make_console()
     with files.working_in(options.output), options.strategy.scope():
         if options.example is not None:
@@ -147,7 +184,10 @@ def problem_of(p, options):
             options.kind,
             options.categorical,
             options.metric,
+            options.separator,
         )
+    if options.experiment is not None:
+        return experiment_problem(options.experiment, options.data)
     try:
         make, data = function_of(options.model), function_of(options.data)
     except ValueError as error:
@@ -160,12 +200,11 @@ def problem_of(p, options):
 def shown(found, rows_of=methods_rows):
     """A table of the terminal, a data frame of strings."""
     header, rows = rows_of(found)
-    # The time of a prediction is in the report: 80 columns have no room for it.
-    if header[-1] == "ms":
-        header, rows = header[:-1], {name: row[:-1] for name, row in rows.items()}
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         [[text for text, _ in row] for row in rows.values()], columns=header
     )
+    # 80 columns have no room for these.
+    return frame.drop(columns=list(COSTS), errors="ignore")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from . import search, statistics
 from .candidates import CANDIDATES
 from .problem import Problem
 
-experiment = application("experiment")
 results_of = application("results")
+DataError = application("reading").DataError
 
 
 @dataclasses.dataclass
@@ -22,7 +22,9 @@ class Comparison:
     Attributes:
         table: data frame, a row for each method: `title`, `error` and `spread` over the
             draws, `delta` (Delta_m against the baseline, per cent), its interval `low` and
-            `high`, `p` (Wilcoxon, Holm), `weights`, `seconds`, `predict_ms`.
+            `high`, `p` (Wilcoxon, Holm), `weights`, `flops` (operations for one example of
+            every task), `seconds`, `step_ms` and `predict_ms` (of a step of training, of
+            one prediction); NaN where there are no steps, or operations can't be counted.
         by_task: data frame, the mean error of each method (rows) on each task.
         errors: dict from method to array `(draws, tasks)`.
         chosen: dict from method to its hyperparameters.
@@ -53,12 +55,13 @@ class Comparison:
         return f"<p>{self.sentence}</p>{self.table.to_html()}"
 
 
-def compare(x, y, folder=None, told=lambda text: None, **arguments):
+def compare(x, y=None, folder=None, told=lambda text: None, **arguments):
     """Train all methods that fit on the same examples, and say which one to use.
 
     Args:
-        x: dict from task to its examples; or an array, the same examples for all tasks.
-        y: dict from task to labels.
+        x: dict from task to its examples; or an array, the same examples for all tasks; or
+            a `Problem`.
+        y: dict from task to labels; None with a `Problem`.
         folder: where results are written as they come, and found again by a later call;
             None: nowhere.
         told: function of a str, for what is done.
@@ -70,6 +73,13 @@ def compare(x, y, folder=None, told=lambda text: None, **arguments):
     names = {field.name for field in dataclasses.fields(search.Options)}
     own = {k: v for k, v in arguments.items() if k in names}
     rest = {k: v for k, v in arguments.items() if k not in names}
+    if isinstance(x, Problem):
+        if y is not None or rest:
+            raise DataError(
+                "`compare`: expected nothing of a problem beside a `Problem`. "
+                f"Received: {['y'] * (y is not None) + list(rest)}."
+            )
+        return compare_on(x, search.Options(**own), folder, told)
     return compare_on(Problem(x, y, **rest), search.Options(**own), folder, told)
 
 
@@ -78,6 +88,8 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             return compare_on(problem, options, temporary, told)
+    if options.test is None:
+        options = dataclasses.replace(options, test=problem.test_share)
     for note in problem.notes:
         told(note)
     methods, left_out = search.methods_of(problem, options)
@@ -93,7 +105,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     left_out |= plan.too_slow
     options = dataclasses.replace(options, repeats=plan.repeats)
     errors, chosen, valid = {}, {}, {}
-    weights, seconds, predicting, relations = {}, {}, {}, {}
+    weights, relations, costs = {}, {}, {}
     for method in plan.methods:
         chosen[method], valid[method] = choosers[method].choose(plan.trials)
         runs = _runs(problem, options, method, chosen[method], results, data)
@@ -103,8 +115,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
         if learned:
             mean = np.mean([matrix for _, matrix in learned], axis=0)
             relations[method] = learned[0][0], mean
-        seconds[method] = float(np.mean([r["seconds"] for r in runs]))
-        predicting[method] = float(np.median([r["predict_ms"] for r in runs]))
+        costs[method] = _costs(runs)
         told(f"{CANDIDATES[method].title}: error {np.nanmean(errors[method]):.4g}")
     baseline = options.baseline or baseline_of(plan.methods, valid)
     options = dataclasses.replace(options, baseline=baseline)
@@ -112,8 +123,7 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     table = statistics.against(errors, baseline)
     table.insert(0, "title", [CANDIDATES[m].title for m in table.index])
     table["weights"] = pd.Series(weights)
-    table["seconds"] = pd.Series(seconds)
-    table["predict_ms"] = pd.Series(predicting)
+    table = table.join(pd.DataFrame(costs).T)
     found = statistics.recommend(
         errors, baseline, order_of(plan.methods, baseline, weights)
     )
@@ -134,6 +144,19 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
         curve,
         relations,
     )
+
+
+def _costs(runs):
+    """What a method costs, by the columns of a comparison's table."""
+    # Runs of an earlier version have no steps and operations.
+    found = {
+        name: np.array([run.get(name) for run in runs], float)
+        for name in ("flops", "seconds", "step_ms", "predict_ms")
+    }
+    return {
+        name: float(values.mean() if name == "seconds" else np.median(values))
+        for name, values in found.items()
+    }
 
 
 def _planned(options, choosers, results, data, told):

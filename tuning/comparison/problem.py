@@ -96,6 +96,8 @@ class Problem:
 
     Attributes:
         notes: list of str, what was done to the data.
+        test_share: float, the share of the examples that a draw tests on, where there is no
+            test part and nothing else is asked for.
 
     Raises:
         DataError: on data in another form.
@@ -106,6 +108,7 @@ class Problem:
     ):
         _check_arguments(x, y, backbone, metric)
         self.notes = []
+        self.test_share = 0.3
         self.tasks = list(y)
         self.shared = not isinstance(x, Mapping)
         self.x = {t: _examples(x if self.shared else x[t]) for t in y}
@@ -310,7 +313,9 @@ class Problem:
         return found
 
 
-def table_problem(path, task=None, target=None, kind=None, categorical=(), metric=None):
+def table_problem(
+    path, task=None, target=None, kind=None, categorical=(), metric=None, separator=","
+):
     """The problem of a file, a row for each example.
 
     Args:
@@ -320,8 +325,9 @@ def table_problem(path, task=None, target=None, kind=None, categorical=(), metri
         kind: as for `from_table`, as is `metric`.
         categorical: columns that are categories although they look like numbers.
         metric: str, or None.
+        separator: str, of the columns.
     """
-    table = read_tabular(path, task, target, categorical, classes=True)
+    table = read_tabular(path, task, target, categorical, separator, classes=True)
     return from_table(table, kind, metric)
 
 

@@ -109,7 +109,7 @@ def methods_rows(c):
         "95%",
         "p",
     ]
-    header += ["Weights", "Seconds", "ms"]
+    header += ["Weights", "Seconds", *COSTS]
     rows = {}
     for name, row in c.table.iterrows():
         spread = "" if np.isnan(row.spread) else f" ± {row.spread:.4f}"
@@ -125,9 +125,21 @@ def methods_rows(c):
             ("-" if base else _p(row.p), None if base else row.p),
             (f"{int(row.weights):,}", int(row.weights)),
             (f"{row.seconds:.1f}", row.seconds),
-            (f"{row.predict_ms:.2f}", row.predict_ms),
+            *(_cost(row[column], text) for column, text in COSTS.values()),
         ]
     return header, rows
+
+
+# Columns that only the report has room for.
+COSTS = {
+    "MFLOP": ("flops", lambda value: f"{value / 1e6:.3g}"),
+    "ms a step": ("step_ms", "{:.2f}".format),
+    "ms a prediction": ("predict_ms", "{:.2f}".format),
+}
+
+
+def _cost(value, text):
+    return ("-", None) if np.isnan(value) else (text(value), value)
 
 
 def _p(value):
@@ -169,8 +181,9 @@ def _how(c):
         f"{len(c.tasks)} tasks, {draws} draws, the same for all methods. Against the "
         "baseline: how far the error is below it, the mean over tasks; the interval is a "
         "bootstrap over the draws, p is Wilcoxon's over tasks and draws, corrected for the "
-        "number of methods by Holm. Seconds are those of one training, ms the milliseconds "
-        "of one prediction among as many as the test part has."
+        "number of methods by Holm. Seconds are those of one training; MFLOP are a million "
+        "operations with floats, for one example of every task; a prediction is one among "
+        "as many as the test part has."
     )
 
 

@@ -1,5 +1,6 @@
 """`best.py`: the script that trains what was recommended."""
 
+import pathlib
 import pprint
 
 from .. import application
@@ -30,9 +31,10 @@ for task, outputs in predicted.items():  # in the order of its rows; logits of c
 if trained.model is not None:
     trained.model.save(pathlib.Path(__file__).with_name("best.keras"))
 '''
-_TABLE = (
-    """problem = table_problem({path!r}, {task!r}, {target!r}, {kind!r}, {categorical!r})"""
-)
+_TABLE = """problem = table_problem(
+    {path!r}, {task!r}, {target!r}, {kind!r}, {categorical!r}{more}
+)"""
+_EXPERIMENT = """problem = experiment_problem({name!r}, {folder!r})"""
 _OWN = """data = {data}()
 x, y = data["train"]
 problem = Problem(x, y, backbone={model}, metric={metric!r})"""
@@ -55,7 +57,12 @@ def write_script(comparison, options, path):
             target=options.target,
             kind=options.kind,
             categorical=list(options.categorical),
+            more="" if options.separator == "," else f", separator={options.separator!r}",
         )
+    elif options.experiment is not None:
+        imports = "from dmtrl_keras.compare import experiment_problem, train"
+        folder = options.data and str(pathlib.Path(options.data).absolute())
+        problem = _EXPERIMENT.format(name=options.experiment, folder=folder)
     else:
         imports, names = "from dmtrl_keras.compare import Problem, train", []
         for name in ("data", "model"):

@@ -37,7 +37,7 @@ class Options:
         batch_size: int.
         validation: float, the share of the training part by which settings are chosen.
         test: float, the share of the examples that are for testing, where no test part is
-            given.
+            given; None: what suits the problem.
         seed: int.
     """
 
@@ -50,7 +50,7 @@ class Options:
     epochs: int = 30
     batch_size: int = 32
     validation: float = 0.25
-    test: float = 0.3
+    test: float | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -58,7 +58,9 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise DataError(f"`{name}`: expected a positive int. Received: {value!r}.")
-        shares = {"validation": self.validation, "test": self.test}
+        shares = {"validation": self.validation}
+        if self.test is not None:
+            shares["test"] = self.test
         if isinstance(self.fractions, (int, float, str)):
             raise DataError(f"`fractions`: expected a list. Received: {self.fractions!r}.")
         shares |= {f"fractions[{n}]": value for n, value in enumerate(self.fractions)}
@@ -95,7 +97,8 @@ def draw(problem, options, number):
     if problem.test is not None:
         return problem.everything(), None
     seed = options.seed + 1000 * number
-    return problem.split(problem.everything(), options.test, seed)
+    share = problem.test_share if options.test is None else options.test
+    return problem.split(problem.everything(), share, seed)
 
 
 class Trial(typing.NamedTuple):
@@ -346,6 +349,8 @@ def run(problem, options, method, values, number, results, data, fraction=1.0):
         "errors": problem.errors(y, outputs),
         "weights": trained.weights,
         "predict_ms": 1000 * predicting / sum(len(own) for own in y.values()),
+        "step_ms": trained.step_ms,
+        "flops": trained.flops,
     }
     if trained.relations is not None:
         title, matrix = trained.relations

@@ -31,6 +31,9 @@ from dmtrl_keras.dmtrl.strength import (
 from dmtrl_keras.ground.plots import plot_eigenvectors, plot_heat_map, plot_hinton
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.layers import task_layers
+from dmtrl_keras.monitoring.gradients import gradient_cosines, task_affinity
+from dmtrl_keras.monitoring.groups import task_groups
+from dmtrl_keras.monitoring.relations import task_relations
 from dmtrl_keras.mrn.network import relationship_network
 from dmtrl_keras.mrn.regression import RelatedRegressions, relationship_regression
 from dmtrl_keras.mrn.report import (
@@ -84,6 +87,7 @@ __all__ = [
     "export_tasks",
     "factorization_report",
     "factorize",
+    "gradient_cosines",
     "kernel_sharing_ratio",
     "label_similarity",
     "layers",
@@ -107,9 +111,12 @@ __all__ = [
     "sharing_strength",
     "sharing_strength_of",
     "single_task",
+    "task_affinity",
     "task_correlation",
     "task_covariance",
+    "task_groups",
     "task_layers",
+    "task_relations",
     "task_similarity",
     "task_similarity_matrix",
     "task_summary",

@@ -330,6 +330,19 @@ def cases():
         "dmtrl_keras.task_summary": Case(model=plain, verbose=False),
         "dmtrl_keras.zip_tasks": Case(datasets={"a": (x, y)}, batch_size=2, seed=1),
         "callbacks.TaskImprovement": Case(baseline={"val_a_loss": 0.5}),
+        "callbacks.TaskMonitor": Case(data=(x, y)),
+        "metrics.improvement": Case(results={"a": 1.0}, baseline={"a": 0.5}),
+        **{
+            f"dmtrl_keras.{name}": Case(
+                skip=["x", "y", "sample_weight"],
+                model=trained,
+                x=np.ones((8, 3)),
+                y={task: np.ones((8, 2)) for task in "ab"},
+            )
+            for name in ("gradient_cosines", "task_affinity")
+        },
+        "dmtrl_keras.task_groups": Case(affinity=np.eye(3), most=2),
+        "dmtrl_keras.task_relations": Case(model=trained),
         "conversion.register_rule": Case(
             lambda function, classes, **given: function(classes, **given), classes=Unknown
         ),

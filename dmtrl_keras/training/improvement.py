@@ -6,10 +6,94 @@ from typing import Any
 import keras
 import numpy as np
 
-from dmtrl_keras.ground.validation import check_number, refusal
+from dmtrl_keras.ground.validation import check_number, is_real, refusal
 
 # Parts of the names of metrics of which more is better; of all others less is.
 _HIGHER = ("acc", "auc", "precision", "recall", "f1", "iou", "r2", "similarity")
+
+
+def improvement(
+    results: Mapping[str, Any],
+    baseline: Mapping[str, float],
+    higher: Collection[str] | None = None,
+) -> tuple[float, float]:
+    """How much better than single-task learning: Delta_m, and of the worst task.
+
+    `Delta_m = 100 / M sum_m s_m (R_m - B_m) / |B_m|` (Vandenhende et al., "Multi-Task
+    Learning for Dense Prediction Tasks: A Survey", 2021, section 4.1), over the M metrics
+    of the baseline; `s_m` is 1 where more is better, else -1.
+
+    Args:
+        results: dict from name to value, such as of `evaluate(..., return_dict=True)`; it
+            may have others, too.
+        baseline: dict from name to what single-task learning has.
+        higher: names of which more is better. None: those with a part that says so, such as
+            `"gender_accuracy"` or `"smile_auc"`.
+
+    Returns:
+        `(mean, worst)`, floats in per cent.
+
+    Raises:
+        ValueError: on malformed arguments, on names that are not in the results.
+
+    Example:
+
+    >>> from dmtrl_keras.metrics import improvement
+    >>> alone = {"age_mae": 4.0, "gender_accuracy": 0.8}
+    >>> together = {"loss": 1.3, "age_mae": 3.0, "gender_accuracy": 0.76}
+    >>> tuple(round(value, 6) for value in improvement(together, alone))
+    (10.0, -5.0)
+    """
+    baseline, better = _checked(baseline, higher, "improvement")
+    if not isinstance(results, Mapping):
+        raise refusal("results", results, "improvement", "a dict from name to value")
+    gains = _gains(results, baseline, better, "improvement", "results")
+    return float(100 * np.mean(gains)), float(100 * np.min(gains))
+
+
+def _checked(
+    baseline: Any, higher: Any, owner: str
+) -> tuple[dict[str, float], frozenset[str]]:
+    """The baseline, and of which of its names more is better."""
+    if not isinstance(baseline, Mapping) or not baseline:
+        what = "a dict from names in the logs to values"
+        raise refusal("baseline", baseline, owner, what)
+    for name, value in baseline.items():
+        check_number(f"baseline[{name!r}]", value, owner, low=-np.inf)
+        if not value:
+            what = "other than zero, to which nothing can be relative"
+            raise refusal(f"baseline[{name!r}]", value, owner, what)
+    if higher is None:
+        higher = [n for n in baseline if any(part in n.lower() for part in _HIGHER)]
+    listed = isinstance(higher, (list, tuple, set, frozenset))
+    if not listed or not all(name in list(baseline) for name in higher):
+        raise refusal("higher", higher, owner, f"names of {list(baseline)}")
+    return dict(baseline), frozenset(higher)
+
+
+def _gains(
+    found: Mapping[str, Any],
+    baseline: Mapping[str, float],
+    higher: frozenset[str],
+    owner: str,
+    where: str,
+) -> list[float]:
+    """By how much each value is better, a share of the baseline's."""
+    missing = [name for name in baseline if name not in found]
+    if missing:
+        raise ValueError(
+            f"{owner}: expected names that are in the {where} for `baseline`. "
+            f"Received: {missing}. In the {where} are: {sorted(map(str, found))}."
+        )
+    gains = []
+    for name, value in baseline.items():
+        own = np.asarray(found[name], object)
+        if own.ndim or not is_real(own.item()):
+            raise refusal(f"{where}[{name!r}]", found[name], owner, "a number")
+        gains.append(
+            (1 if name in higher else -1) * (float(own.item()) - value) / abs(value)
+        )
+    return gains
 
 
 class TaskImprovement(keras.callbacks.Callback):
@@ -59,37 +143,14 @@ class TaskImprovement(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        if not isinstance(baseline, Mapping) or not baseline:
-            what = "a dict from names in the logs to values"
-            raise refusal("baseline", baseline, owner, what)
-        for name, value in baseline.items():
-            check_number(f"baseline[{name!r}]", value, owner, low=-np.inf)
-            if not value:
-                what = "other than zero, to which nothing can be relative"
-                raise refusal(f"baseline[{name!r}]", value, owner, what)
-        if higher is None:
-            higher = [n for n in baseline if any(part in n.lower() for part in _HIGHER)]
-        listed = isinstance(higher, (list, tuple, set, frozenset))
-        if not listed or not all(name in list(baseline) for name in higher):
-            raise refusal("higher", higher, owner, f"names of {list(baseline)}")
-        self.baseline = dict(baseline)
-        self.higher = frozenset(higher)
+        self.baseline, self.higher = _checked(baseline, higher, owner)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
-        missing = [name for name in self.baseline if name not in logs]
         of_validation = all(name.startswith("val_") for name in self.baseline)
         if of_validation and not any(name.startswith("val_") for name in logs):
             return
-        if missing:
-            raise ValueError(
-                f"{type(self).__name__}: `baseline` has names that are not in the logs. "
-                f"Received: {missing}. In the logs are: {sorted(logs)}."
-            )
-        gains = [
-            (1 if name in self.higher else -1) * (float(logs[name]) - value) / abs(value)
-            for name, value in self.baseline.items()
-        ]
+        gains = _gains(logs, self.baseline, self.higher, type(self).__name__, "logs")
         prefix = "val_" if of_validation else ""
         logs[f"{prefix}improvement"] = float(100 * np.mean(gains))
         logs[f"{prefix}worst_improvement"] = float(100 * np.min(gains))

@@ -19,7 +19,17 @@ def few_steps(request):
 
     With `-m long` the same test runs as users run it, traced.
     """
+    yield from _eagerly(request.param == "eager")
+
+
+@pytest.fixture
+def few_eager_steps():
+    """Likewise, for a command that another test runs traced."""
+    yield from _eagerly(True)
+
+
+def _eagerly(eager):
     config = tensorflow().config
-    config.run_functions_eagerly(request.param == "eager")
+    config.run_functions_eagerly(eager)
     yield
     config.run_functions_eagerly(False)

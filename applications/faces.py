@@ -9,6 +9,8 @@ library's ways to share the kernels of all layers but the last:
 - `stl`: nothing is shared;
 - `hard`: the first N layers are (UD-MTL), by default all;
 - `laf`, `tucker`, `tt`: DMTRL;
+- `tucker-alone`: each task has factors of its own, a control: what it gains is none of the
+  sharing's;
 - `similar` (MTAL), `stitch`, `nddr`, `drn`, `mrn`;
 - `trace`, `deviation`: norms of the kernels of all tasks;
 - `trn`: all layers are shared, and the outputs held to the similarity of the labels.
@@ -33,7 +35,13 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from dmtrl_keras import Relation, TaskRelationModel, multitask, parameterizations
+from dmtrl_keras import (
+    MultiTaskModel,
+    Relation,
+    TaskRelationModel,
+    multitask,
+    parameterizations,
+)
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.losses import MaskedLoss
@@ -95,6 +103,7 @@ HOW = {
     "laf": Method("DMTRL-LAF", *_TOLERANCE),
     "tucker": Method("DMTRL-Tucker", *_TOLERANCE),
     "tt": Method("DMTRL-TT", *_TOLERANCE),
+    "tucker-alone": Method("Tucker factors of each task by itself", *_TOLERANCE),
     "similar": Method("similar kernels (MTAL)", "thresholds", "threshold"),
     "stitch": Method("Cross-Stitch"),
     "nddr": Method("NDDR"),
@@ -195,19 +204,34 @@ class Network:
     def make(self, method):
         """The network, not compiled."""
         o = self.options
+        if method == "tucker-alone":
+            return self._alone("tucker")
+        return self._together(method, list(o.tasks))
+
+    def _alone(self, method):
+        """A network of each task, side by side."""
+        found = {task: self._together(method, [task]) for task in self.options.tasks}
+        inputs = keras.Input(next(iter(found.values())).input_shape[1:], name="image")
+        outputs = {task: model(inputs)[task] for task, model in found.items()}
+        return MultiTaskModel(inputs, outputs)
+
+    def _together(self, method, tasks):
+        """The network of some tasks."""
+        o = self.options
         backbone = self.backbone()
         own = _layers_of(backbone, o.share_until)
         heads = {
             task: TASKS[task] if task != "years" else layers.Dense(1, name="years_head")
-            for task in o.tasks
+            for task in tasks
         }
         with warnings.catch_warnings():
             # How many weights there are, the results say.
             warnings.simplefilter("ignore", UserWarning)
             model = multitask(
                 backbone,
-                list(o.tasks),
+                tasks,
                 heads=heads,
+                name=tasks[0] if len(tasks) == 1 else None,
                 share_until=o.share_until,
                 verbose=False,
                 **self._sharing(method, own, backbone),

@@ -49,6 +49,9 @@ def test_every_method_builds(method):
     names = {layer.name for layer in task_layers(model)}
     stacked = {"conv1", "conv2", "conv3", "fc1", "fc2"}
     assert names & stacked == (set() if method in ("hard", "trn") else stacked)
+    if method == "tucker-alone":
+        own = [layer for layer in task_layers(model) if layer.name == "conv1"]
+        assert [layer.tasks for layer in own] == [1, 1, 1]
 
 
 def test_shared_layers():

@@ -74,16 +74,23 @@ def cached_arrays(path, make):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Wait for others that change a file, and let no other change it meanwhile."""
+def locked(path, keep=False):
+    """Wait for others that change a file, and let no other change it meanwhile.
+
+    Args:
+        path: path of the file.
+        keep: bool, whether the lock's file stays. Where many processes come and go it
+            must: one that waits for a file that is removed has a lock that no other sees.
+    """
     path = pathlib.Path(path).resolve()
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, timeout=60):
         try:
             yield
         finally:
-            # Beside a page nothing is left.
-            lock.unlink(missing_ok=True)
+            if not keep:
+                # Beside a page nothing is left.
+                lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

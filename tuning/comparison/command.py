@@ -134,6 +134,12 @@ def parser():
         "by default 0.3, of an experiment its own",
     )
     p.add_argument("--seed", type=arguments.SEED, default=own.seed, help="of the draws")
+    p.add_argument(
+        "--worker",
+        metavar="NAME",
+        help="do a part of the trainings for a call with the same other arguments, from "
+        "another process or machine that has the same folder; end when all are done",
+    )
     p.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/compare"))
     return p
 
@@ -150,7 +156,8 @@ def main(given=None):
     if options.data is not None and not (options.model or options.experiment):
         p.error("--data needs --model MODULE:FUNCTION or --experiment NAME")
     console = make_console()
-    with files.working_in(options.output), options.strategy.scope():
+    name = "lock" if options.worker is None else f"lock-{options.worker}"
+    with files.working_in(options.output, name=name), options.strategy.scope():
         if options.example is not None:
             found = write_example(options.example, options.output)
             options.csv, options.task, options.target = found
@@ -159,7 +166,10 @@ def main(given=None):
         problem = problem_of(p, options)
         names = [field.name for field in dataclasses.fields(Options)]
         own = Options(**{n: getattr(options, n) for n in names if hasattr(options, n)})
-        found = compare_on(problem, own, options.output, console.print)
+        found = compare_on(problem, own, options.output, console.print, options.worker)
+        if found is None:
+            console.print("All trainings are done.")
+            return None
         experiment.Table("Methods", shown(found)).print(console)
         console.print(found.sentence, highlight=False)
         files.write(options.output / "results.json", json.dumps(to_json(found), indent=1))

@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 
 from .. import application
-from . import search, statistics
+from . import search, statistics, workers
 from .candidates import CANDIDATES
 from .problem import Problem
 
-results_of = application("results")
 DataError = application("reading").DataError
 
 
@@ -83,8 +82,20 @@ def compare(x, y=None, folder=None, told=lambda text: None, **arguments):
     return compare_on(Problem(x, y, **rest), search.Options(**own), folder, told)
 
 
-def compare_on(problem, options, folder=None, told=lambda text: None):
-    """As `compare`, on a `Problem` with `Options`."""
+def compare_on(problem, options, folder=None, told=lambda text: None, worker=None):
+    """As `compare`, on a `Problem` with `Options`.
+
+    Args:
+        problem: `Problem`.
+        options: `Options`.
+        folder: as for `compare`.
+        told: likewise.
+        worker: str, the name of a process that does a part of the trainings for another
+            one, which has the same folder; None: it is that one.
+
+    Returns:
+        A `Comparison`; of a worker None.
+    """
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             return compare_on(problem, options, temporary, told)
@@ -95,15 +106,23 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
     methods, left_out = search.methods_of(problem, options)
     for name, reason in left_out.items():
         told(f"{CANDIDATES[name].title}: left out, {reason}.")
-    results = results_of.Results(f"{folder}/runs.jsonl")
+    results = workers.SharedResults(f"{folder}/runs.jsonl")
+    claims = workers.Claims(f"{folder}/claims", worker or "chief")
     data = problem.digest()
     choosers = {
         method: search.Chooser(problem, options, method, results, data)
         for method in methods
     }
-    plan = _planned(options, choosers, results, data, told)
+    plan = _planned(options, choosers, results, data, told, claims)
     left_out |= plan.too_slow
     options = dataclasses.replace(options, repeats=plan.repeats)
+    jobs = {
+        method: _job(problem, options, choosers[method], plan.trials, results, data, told)
+        for method in plan.methods
+    }
+    workers.together(jobs, claims, told)
+    if worker is not None:
+        return None
     errors, chosen, valid = {}, {}, {}
     weights, relations, costs = {}, {}, {}
     for method in plan.methods:
@@ -116,7 +135,6 @@ def compare_on(problem, options, folder=None, told=lambda text: None):
             mean = np.mean([matrix for _, matrix in learned], axis=0)
             relations[method] = learned[0][0], mean
         costs[method] = _costs(runs)
-        told(f"{CANDIDATES[method].title}: error {np.nanmean(errors[method]):.4g}")
     baseline = options.baseline or baseline_of(plan.methods, valid)
     options = dataclasses.replace(options, baseline=baseline)
     curve = _curve(problem, options, chosen, errors, results, data, told)
@@ -159,7 +177,33 @@ def _costs(runs):
     }
 
 
-def _planned(options, choosers, results, data, told):
+def _job(problem, options, chooser, trials, results, data, told):
+    """All trainings of a method, as `workers.together` takes them."""
+    # That it is done, with what.
+    mark = {
+        "data": data,
+        "done": chooser.method,
+        "trials": trials,
+        **{
+            name: getattr(options, name)
+            for name in ("repeats", "epochs", "batch_size", "validation", "test", "seed")
+        },
+        "fractions": list(options.fractions),
+    }
+
+    def do():
+        values, _ = chooser.choose(trials)
+        for fraction in sorted({*options.fractions, 1.0}):
+            own = (problem, options, chooser.method, values, results, data, fraction)
+            runs = _runs(*own)
+        error = np.nanmean(_errors(problem, runs))
+        told(f"{chooser.candidate.title}: error {error:.4g}")
+        results.add(mark, {"error": float(error)})
+
+    return lambda: results.get(mark) is not None, do
+
+
+def _planned(options, choosers, results, data, told, claims):
     """The plan, after every method was trained with its defaults; kept for a later call."""
     if options.budget is None:
         return search.plan(options, dict.fromkeys(choosers, 0.0))
@@ -174,12 +218,23 @@ def _planned(options, choosers, results, data, told):
     }
     found = results.get(settings)
     if found is None:
+        jobs = {
+            f"{method}-defaults": (chooser.has_defaults, chooser.defaults)
+            for method, chooser in choosers.items()
+        }
+        workers.together(jobs, claims, told)
         seconds = {}
         for method, chooser in choosers.items():
             seconds[method] = chooser.defaults().seconds
             told(f"{CANDIDATES[method].title}: {seconds[method]:.1f} s with its defaults")
-        found = search.plan(options, seconds)._asdict()
-        results.add(settings, found)
+        # Of several processes the first.
+        made = search.plan(options, seconds)._asdict()
+        once = (
+            lambda: results.get(settings) is not None,
+            lambda: results.add(settings, made),
+        )
+        workers.together({"plan": once}, claims)
+        found = results.get(settings)
     plan = search.Plan(**found)
     told(
         f"Planned: {plan.trials} trials and {plan.repeats} draws of each of "

@@ -142,10 +142,19 @@ class Chooser:
         """The trial of the defaults, at full length."""
         return self._tried(dict(self.space.values), self.epochs)
 
+    def has_defaults(self):
+        """Whether that was trained already."""
+        settings = self._settings(dict(self.space.values), self.epochs)
+        return self.results.get(settings) is not None
+
+    def _settings(self, values, epochs):
+        """What names a trial."""
+        settings = _settings(self.options, self.data, self.method, values, epochs)
+        return {**settings, "validation": self.options.validation}
+
     def _tried(self, values, epochs):
         o = self.options
-        settings = _settings(o, self.data, self.method, values, epochs)
-        settings["validation"] = o.validation
+        settings = self._settings(values, epochs)
         found = self.results.get(settings)
         if found is None:
             train, _ = draw(self.problem, o, 0)

@@ -81,7 +81,8 @@ def test_resumed(tmp_path, monkeypatch):
     assert first.recommendation.method in ("ridge", "pooled")
     assert list(first.table.index) == ["ridge", "pooled"]
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * (2 + 2)
+    # Of each method two trials, two draws, and that it is done.
+    assert len(lines) == 2 * (2 + 2 + 1)
     monkeypatch.setattr(CANDIDATES["ridge"], "train", None)
     again = compare(*data, tmp_path, **arguments)
     assert again.sentence == first.sentence

@@ -8,6 +8,8 @@ library's ways to share the kernels of all layers but the last:
 
 - `stl`: nothing is shared;
 - `hard`: the first N layers are (UD-MTL), by default all;
+- `hard-large`: all are, sqrt(T) times as wide, which is about as many weights as those of
+  `stl` (of the paper's network only);
 - `laf`, `tucker`, `tt`: DMTRL;
 - `tucker-alone`: each task has factors of its own, a control: what it gains is none of the
   sharing's;
@@ -100,6 +102,7 @@ _TOLERANCE, _STRENGTH = ("tolerances", "tolerance"), ("strengths", "strength")
 HOW = {
     "stl": Method("STL"),
     "hard": Method("UD-MTL", "shared_layers", "N"),
+    "hard-large": Method("UD-MTL-Large"),
     "laf": Method("DMTRL-LAF", *_TOLERANCE),
     "tucker": Method("DMTRL-Tucker", *_TOLERANCE),
     "tt": Method("DMTRL-TT", *_TOLERANCE),
@@ -181,11 +184,11 @@ class Network:
                 options.trunk, options.size, options.feature_layer, options.weights
             )
 
-    def backbone(self):
+    def backbone(self, wider=1.0):
         """A new backbone of all tasks; of a trunk, with its weights."""
         o = self.options
         if self._trunk is None:
-            return make_cnn(o.size, o.width, o.stride, o.dropout)
+            return make_cnn(o.size, wider * o.width, o.stride, o.dropout)
         new = keras.models.clone_model(self._trunk)
         new.set_weights(self._trunk.get_weights())
         if o.share_until is not None:
@@ -218,7 +221,7 @@ class Network:
     def _together(self, method, tasks):
         """The network of some tasks."""
         o = self.options
-        backbone = self.backbone()
+        backbone = self.backbone(len(tasks) ** 0.5 if method == "hard-large" else 1.0)
         own = _layers_of(backbone, o.share_until)
         heads = {
             task: TASKS[task] if task != "years" else layers.Dense(1, name="years_head")
@@ -243,7 +246,7 @@ class Network:
     def _sharing(self, method, own, backbone):
         """Arguments of `multitask`."""
         o = self.options
-        if method in ("hard", "trn"):
+        if method in ("hard", "hard-large", "trn"):
             count = len(own)
             if method == "hard" and o.shared_layers is not None:
                 count = o.shared_layers[0]
@@ -601,6 +604,8 @@ class FacesExperiment(Experiment):
             p.error(f"--tasks: expected two different tasks at least, got {tasks}")
         if options.share_until is not None and options.trunk == "paper":
             p.error("--share-until: expected a --trunk with it")
+        if options.trunk != "paper" and "hard-large" in options.methods:
+            p.error("--methods: expected 'hard-large' with the paper's network only")
 
     def load(self, options, console=None):
         """`(training, testing, folds, digest)`.

@@ -48,10 +48,21 @@ def test_every_method_builds(method):
     }
     names = {layer.name for layer in task_layers(model)}
     stacked = {"conv1", "conv2", "conv3", "fc1", "fc2"}
-    assert names & stacked == (set() if method in ("hard", "trn") else stacked)
+    assert names & stacked == (
+        set() if method in ("hard", "hard-large", "trn") else stacked
+    )
     if method == "tucker-alone":
         own = [layer for layer in task_layers(model) if layer.name == "conv1"]
         assert [layer.tasks for layer in own] == [1, 1, 1]
+
+
+def test_as_many_weights():
+    """The wide network has about those of four single ones."""
+    more = ["--tasks", "pose", "gender", "smile", "glasses", "--width", "0.1"]
+    options = faces.parse(given("x", *more))
+    options.width = 0.1
+    one, four = (faces.Network(options).make(m) for m in ("hard-large", "stl"))
+    assert 0.9 < one.count_params() / four.count_params() < 1.1
 
 
 def test_shared_layers():
@@ -211,6 +222,7 @@ def test_table():
         (["--tasks", "pose"], "two different tasks"),
         (["--extent", "0.5", "0.4"], "the least and the most"),
         (["--share-until", "conv1"], "expected a --trunk"),
+        (["--methods", "hard-large", "--trunk", "VGG16"], "paper's network only"),
     ],
 )
 def test_wrong_arguments(more, message, capsys):

@@ -177,6 +177,7 @@ def multitask(
     heads = checked_heads(heads, names)
     prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
     fusion_of = _fusion_of(between, surveyed)
+    _check_layers(surveyed, choose, fusion_of, backbone.name)
     if start is not None:
         check_one_of("start", start, ("common", "apart"), owner)
     if start is None and is_trained(backbone):
@@ -193,6 +194,22 @@ def multitask(
         print_report(model)
     _warn_of_growth(model)
     return model
+
+
+def _check_layers(
+    surveyed: Survey,
+    choose: Callable[[str, bool], Parameterization],
+    fusion_of: Callable[[str], Any],
+    name: str,
+) -> None:
+    """Refuse layers that can't be converted and would have to be."""
+    weighted = set(surveyed.weighted.values())
+
+    def apart(layer: str) -> bool:
+        own = layer in weighted and choose(layer, True).name != "hard"
+        return own or fusion_of(layer) is not None
+
+    surveyed.check(name, apart)
 
 
 def _warn_of_growth(model: keras.Model) -> None:
@@ -461,9 +478,9 @@ class _Builder:
 
     def _converted(self, call: "_Call") -> Any:
         """A call as one for all tasks: shared, with T kernels, grouped, or task by task."""
-        operation, rule = call.operation, rules.rule_of(call.operation)
-        # The survey refuses a backbone with operations that have none.
-        assert rule is not None
+        operation = call.operation
+        # What no rule knows is refused where it would have to be converted.
+        rule = rules.rule_of(operation) or rules.unknown(operation)
         plain = (id(operation), "plain") in self._made
         if self._stays_plain(call, rule):
             form = call.features[0].common

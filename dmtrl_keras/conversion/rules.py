@@ -101,6 +101,11 @@ def rule_of(operation: Any) -> "Rule | None":
     return _OPERATION if known and is_keras_operation(operation) else None
 
 
+def unknown(operation: Any) -> "Rule":
+    """What stands for the rule of an operation that has none, and stays as it is."""
+    return _UNKNOWN if getattr(operation, "weights", None) else _OPERATION
+
+
 def alone(operation: Any) -> Any:
     """An operation without what only training needs, see `Rule.alone`."""
     rule = rule_of(operation)
@@ -522,7 +527,14 @@ def _never(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> bool:
     return False
 
 
+class _Unknown(Rule):
+    """Layers with weights that can't be converted, and stay as they are."""
+
+    has_weights = True
+
+
 _TASK_LAYER = _TaskLayer()
+_UNKNOWN = _Unknown()
 # Operations of `keras.ops` that take every number for itself.
 _OPERATION = _OnlyIf(_same_channels)
 

@@ -31,6 +31,10 @@ class Survey:
         poolings: names of the pooling layers, but for global ones.
         layers: all layers, such a dict.
         calls: how often each operation is called, by id.
+        problems: why operations can't be converted, by id.
+        ancestors: ids of the operations that an operation depends on, and its own, by id.
+        weighted: the names of the layers with weights, by id.
+        names: the names of all operations, by id.
     """
 
     shared: frozenset[int]
@@ -38,6 +42,42 @@ class Survey:
     poolings: list[str]
     layers: dict[str, str]
     calls: collections.Counter[int]
+    problems: dict[int, str]
+    ancestors: dict[int, frozenset[int]]
+    weighted: dict[int, str]
+    names: dict[int, str]
+
+    def check(self, name: str, apart: Callable[[str], bool]) -> None:
+        """Refuse layers that would have to be converted, and can't be.
+
+        Those that serve all tasks as they are need no rule: before `share_until`, and
+        where neither they nor anything that they depend on is each task's own.
+
+        Args:
+            name: str, of the backbone.
+            apart: function of a layer's name, which has weights or something between the
+                tasks after it, that says whether its weights, or what comes from it, are
+                each task's own.
+
+        Raises:
+            ValueError: with a line for each of them.
+        """
+        own = {
+            number
+            for number, layer in self.names.items()
+            if number not in self.shared and apart(layer)
+        }
+        problems = [
+            text for number, text in self.problems.items() if self.ancestors[number] & own
+        ]
+        if problems:
+            lines = "\n".join(f"- {line}" for line in problems)
+            raise ValueError(
+                f"multitask: model {name!r} has {len(problems)} layers that can't be "
+                "converted (see `dmtrl_keras.conversion.register_rule`; before "
+                "`share_until`, and with `sharing='hard'` up to them, they stay as they "
+                f"are):\n{lines}"
+            )
 
 
 class _Surveyed:
@@ -52,9 +92,12 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
     """Look at every layer of the backbone.
 
     Raises:
-        ValueError: if layers can't be converted, or there is no layer `share_until`.
+        ValueError: if there is no layer `share_until`.
     """
     problems: dict[int, str] = {}
+    ancestors: dict[int, frozenset[int]] = {}
+    weighted: dict[int, str] = {}
+    every: dict[int, str] = {}
     names: dict[str, frozenset[int]] = {}
     with_weights: dict[str, str] = {}
     poolings: list[str] = []
@@ -74,14 +117,17 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
         if problem is not None:
             place = "/".join((*path, operation.name))
             problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
-        elif rule is not None and rule.has_weights and not calls[id(operation)]:
+        if _has_weights(operation, rule):
+            weighted[id(operation)] = operation.name
             with_weights.setdefault(operation.name, type(operation).__name__)
+        every[id(operation)] = operation.name
         if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
             layers.setdefault(operation.name, type(operation).__name__)
             if isinstance(operation, POOLINGS):
                 poolings.append(operation.name)
         calls[id(operation)] += 1
         ids = frozenset([id(operation)]).union(*(value.ids for value in values))
+        ancestors[id(operation)] = ancestors.get(id(operation), frozenset()) | ids
         args, kwargs = replaced(_Surveyed, args, kwargs, lambda value: value.spec)
         outputs = output_spec(operation, args, kwargs)
         outputs = tree.map_structure(lambda spec: _Surveyed(spec, ids), outputs)
@@ -93,12 +139,6 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
         names[operation.name] = names.get(operation.name, frozenset()) | ids
 
     run(backbone, tree.map_structure(_Surveyed, backbone.input), visit, leave)
-    if problems:
-        lines = "\n".join(f"- {line}" for line in problems.values())
-        raise ValueError(
-            f"multitask: model {backbone.name!r} has {len(problems)} layers that can't be "
-            f"converted (see `dmtrl_keras.conversion.register_rule`):\n{lines}"
-        )
     names.update({x.name: frozenset() for x in tree.flatten(backbone.input)})
     if share_until is not None and share_until not in names:
         raise ValueError(
@@ -106,7 +146,23 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
             f"Received: share_until={share_until!r}. Its layers are: {list(names)}."
         )
     shared = frozenset() if share_until is None else names[share_until]
-    return Survey(shared, with_weights, poolings, layers, calls)
+    return Survey(
+        shared,
+        with_weights,
+        poolings,
+        layers,
+        calls,
+        problems,
+        ancestors,
+        weighted,
+        every,
+    )
+
+
+def _has_weights(operation: Any, rule: rules.Rule | None) -> bool:
+    if rule is None:
+        return bool(getattr(operation, "weights", None))
+    return rule.has_weights
 
 
 def _problem(

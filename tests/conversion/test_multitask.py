@@ -647,7 +647,9 @@ def test_registered_layer(rng):
 def test_channels_first_is_refused():
     """The layout is channels-last."""
     inputs = keras.Input((6, 8, 8))
-    x = kl.MaxPooling2D(2, data_format="channels_first", name="pool")(inputs)
+    x = kl.MaxPooling2D(2, data_format="channels_first", name="pool")(
+        kl.Conv2D(6, 1, name="before")(inputs)
+    )
     with pytest.raises(ValueError, match="MaxPooling2D 'pool': channels_first"):
         multitask(keras.Model(inputs, x), 2)
 

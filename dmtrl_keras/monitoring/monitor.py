@@ -34,7 +34,8 @@ class TaskMonitor(keras.callbacks.Callback):
     matrices (DMTRL), similar kernels (MTAL), weights of Cross-Stitch layers, similarities
     (TRN); and, on some `data`, the `gradient_cosines` and the `task_affinity` (TAG). The
     same matrices are images, heat maps with the names of the tasks, where Matplotlib is
-    installed. With more than ten tasks the pairs have no scalars, but their mean.
+    installed. With more than ten tasks the pairs have no scalars, but their mean. Epochs
+    with weights that are not finite are left out.
 
     Args:
         log_dir: folder of TensorBoard, as for Keras's `TensorBoard`; the values are in its
@@ -100,7 +101,7 @@ class TaskMonitor(keras.callbacks.Callback):
             self._writer = tensorflow().summary.create_file_writer(folder)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if (epoch + 1) % self.every:
+        if (epoch + 1) % self.every or self._diverged():
             return
         found: dict[str, Any] = {"epoch": epoch, **self._strengths()}
         found |= task_relations(self.model)
@@ -121,6 +122,11 @@ class TaskMonitor(keras.callbacks.Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _diverged(self) -> bool:
+        """Whether there are weights of which nothing can be said."""
+        weights = map(keras.ops.convert_to_numpy, self.model.trainable_variables)
+        return not all(np.isfinite(weight).all() for weight in weights)
 
     def _strengths(self) -> dict[str, float]:
         """The sharing strength of factorised layers, and its chance level."""

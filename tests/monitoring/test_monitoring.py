@@ -331,6 +331,20 @@ def test_monitor_changes_nothing(data):
         plain.fit(data[0], np.ones((20, 5)), verbose=0, callbacks=[TaskMonitor()])
 
 
+def test_monitor_of_a_network_that_diverged(data):
+    """Training goes on; there is nothing to say."""
+    model = network("tucker", tolerance=0.5)
+    monitor = TaskMonitor(data=data)
+    spoilt = {
+        "on_epoch_begin": lambda epoch, logs: model.trainable_variables[0].assign(
+            np.nan * np.ones(model.trainable_variables[0].shape)
+        )
+    }
+    spoil = keras.callbacks.LambdaCallback(**spoilt)
+    model.fit(*data, epochs=2, verbose=0, callbacks=[spoil, monitor])
+    assert monitor.history == []
+
+
 def test_improvement():
     """By hand; of names that are there."""
     alone = {"a_mae": 2.0, "b_accuracy": 0.5, "c_gain": -1.0}

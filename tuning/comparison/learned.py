@@ -1,0 +1,166 @@
+"""What a network learned of its tasks: a matrix for each layer that says something."""
+
+import typing
+
+import keras
+import numpy as np
+
+from dmtrl_keras import TaskRelations
+from dmtrl_keras.ground.keras_private import flatten_layers
+from dmtrl_keras.ground.validation import task_names
+from dmtrl_keras.layers import NDDR, CrossStitch, TaskLayer
+from dmtrl_keras.mrn.report import correlation
+from dmtrl_keras.mrn.state import TensorNormalState
+from dmtrl_keras.parameterizations import SimilarKernels, StoredOnce
+
+
+class Learned(typing.NamedTuple):
+    """What one layer, or a relation, learned.
+
+    Attributes:
+        title: str, what it is, and of which layer.
+        matrix: array `(n, n)`; NaN where nothing was learned.
+        names: list of n str, of the rows and of the columns.
+        of_tasks: bool, whether it is about tasks, not about classes or features.
+        shares: bool, whether the values are from 0 on.
+        variances: array `(n,)`, of a covariance whose correlations these are; or None.
+    """
+
+    title: str
+    matrix: np.ndarray
+    names: list
+    of_tasks: bool = True
+    shares: bool = False
+    variances: np.ndarray | None = None
+
+
+def learned_of(model):
+    """What a network learned of its tasks, and of classes and features.
+
+    Priors say covariances of each mode that they learn (DRN Eq. 8 and 13), Cross-Stitch its
+    weights (MTAL Eq. 1), NDDR how large the kernels are through which a task sees others,
+    layers of similar kernels what share of a task's kernels comes from which task (MTAL Eq.
+    5, 6), TRN's relations the similarity of the tasks' features (TRN Eq. 13).
+
+    Args:
+        model: a built Keras model.
+
+    Returns:
+        A list of `Learned`, in the order of the layers; relations come last, that of the
+        outputs as the last one.
+    """
+    found, seen = [], set()
+    for layer in flatten_layers(model):
+        names = names_of(model, layer, getattr(layer, "tasks", 0))
+        if isinstance(layer, CrossStitch):
+            alpha = _array(layer.alpha)
+            title = f"weights of {layer.name}"
+            if alpha.ndim == 3:
+                alpha, title = alpha.mean(axis=-1), f"{title}, the mean over the channels"
+            found.append(Learned(title, alpha, names))
+        elif isinstance(layer, NDDR):
+            title = f"size of the kernels of {layer.name}, as shares"
+            matrix = nddr_shares(_array(layer.kernel), layer.tasks)
+            found.append(Learned(title, matrix, names, shares=True))
+        elif isinstance(layer, TaskLayer) and layer.tasks > 1:
+            found += _similar(layer, names)
+        # A layer comes before the child that holds its kernel, which has the same prior.
+        prior = getattr(layer, "prior", None)
+        if isinstance(prior, TensorNormalState) and id(prior) not in seen:
+            seen.add(id(prior))
+            found += _covariances(model, layer, prior)
+    for term in getattr(model, "terms", ()):
+        if isinstance(term, TaskRelations):
+            found += _relations(term, list(model.task_names))
+    return found
+
+
+def _array(tensor):
+    return keras.ops.convert_to_numpy(tensor).astype("float64")
+
+
+def names_of(model, layer, count):
+    """The names of a layer's tasks, from any layer that knows them; else `task_0`, ..."""
+    if not count:
+        return []
+    unnamed = task_names(count, "report")
+    for one in (layer, *flatten_layers(model), model):
+        names = getattr(one, "task_names", ())
+        if len(names) == count and tuple(names) != unnamed:
+            return list(names)
+    return list(unnamed)
+
+
+def nddr_shares(kernel, tasks):
+    """How much of what a task gets through an NDDR layer is from which task.
+
+    `||W_ts||_F / sum over r of ||W_tr||_F`, where `W_ts` makes features of task t of those
+    of task s.
+
+    Args:
+        kernel: array `(T * C, T * C)`, of the layer.
+        tasks: int T.
+
+    Returns:
+        An array `(T, T)`, whose row t sums to 1.
+    """
+    channels = len(kernel) // tasks
+    blocks = kernel.reshape(tasks, channels, tasks, channels)
+    sizes = np.sqrt(np.square(blocks).sum(axis=(1, 3))).T
+    return sizes / np.maximum(sizes.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+
+
+def _similar(layer, names):
+    """Of layers of similar kernels, and of those in which equal ones are stored once."""
+    if isinstance(layer.sharing, SimilarKernels):
+        title = f"from which task the kernels of {layer.name} are"
+        return [Learned(title, _array(layer.task_matrix).T, names, shares=True)]
+    if isinstance(layer.sharing, StoredOnce):
+        title = f"share of the kernels of {layer.name} in common"
+        return [Learned(title, _array(layer.task_matrix), names, shares=True)]
+    return []
+
+
+def _covariances(model, layer, prior):
+    found = []
+    for mode, matrix in prior.covariances.items():
+        of_tasks = mode == "task"
+        title = "learned correlation" + ("" if of_tasks else f" by {mode}")
+        matrix = np.asarray(matrix, "float64")
+        if matrix.ndim == 3:
+            # `each`: of these there may be hundreds.
+            title += f", the mean of {len(matrix)} covariances"
+            matrix = matrix.mean(axis=0)
+        size = len(matrix)
+        found.append(
+            Learned(
+                f"{title}, {layer.name}",
+                correlation(matrix),
+                names_of(model, layer, size) if of_tasks else list(map(str, range(size))),
+                of_tasks,
+                variances=np.diag(matrix),
+            )
+        )
+    return found
+
+
+def _relations(term, tasks):
+    """TRN's similarities, of each relation and of the labels."""
+    found = []
+    similarities = term.similarities()
+    for name in sorted(similarities, key=lambda name: name == "output"):
+        pairs = similarities[name]
+        sides = {side for pair in pairs for side in pair}
+        of_tasks, names = sides <= set(tasks), tasks
+        if not of_tasks:
+            # Relations may be of groups of tasks.
+            names = [t for t in tasks if t in sides] + sorted(sides - set(tasks))
+        matrix = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(matrix, 1)
+        for (one, other), value in pairs.items():
+            i, j = names.index(one), names.index(other)
+            matrix[i, j] = matrix[j, i] = value
+        of = {"output": "the outputs", "label": "the labels"}.get(name, name)
+        title = f"similarity of {of}"
+        found.append(Learned(title, matrix, names, of_tasks, shares=True))
+    return found

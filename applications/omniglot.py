@@ -35,6 +35,7 @@ from dmtrl_keras import (
     zip_tasks,
 )
 from dmtrl_keras.layers import NDDR, CrossStitch
+from dmtrl_keras.monitoring.relations import cosines
 from dmtrl_keras.mrn.network import PRIORS, prior_by_name
 
 from .alphabets import load_alphabets, split
@@ -328,11 +329,9 @@ def similarity(model, layer="fc"):
     (own,) = [one for one in task_layers(model) if one.name == layer] or [None]
     if own is None or own.rank is None:
         return None
-    matrix = np.abs(keras.ops.convert_to_numpy(own.task_matrix).astype("float64"))
-    matrix = np.exp(matrix - matrix.max(axis=0))
-    unit = matrix / np.linalg.norm(matrix, axis=0)
-    pairs = np.triu_indices(unit.shape[1], 1)
-    return [round(float(value), 4) for value in (unit.T @ unit)[pairs]]
+    matrix = cosines(keras.ops.convert_to_numpy(own.task_matrix).astype("float64"))
+    pairs = np.triu_indices(len(matrix), 1)
+    return [round(float(value), 4) for value in matrix[pairs]]
 
 
 # --- tables -----------------------------------------------------------------------

@@ -144,5 +144,44 @@ def train(
     return _room("search").train(problem, method, values, epochs, batch_size, seed)
 
 
+def report(what: Any, path: Any = None) -> Any:
+    """A page of tables and figures, of a comparison or of any network of several tasks.
+
+    Of a comparison: the methods, the learning curve, who gains and who loses, what was
+    learned of the tasks. Of a network: what every layer shares and costs (`task_summary`),
+    the sharing strength of its layers (DMTRL Eq. 9) beside what chance makes, similar
+    kernels (MTAL Eq. 3-6), and as heat maps with the tasks' names the correlations that
+    priors learned (DRN Eq. 8, 13), the weights of Cross-Stitch and NDDR, TRN's similarities
+    (Eq. 13).
+
+    Args:
+        what: what `compare` returned, or a built Keras model: a `MultiTaskModel`, a
+            `TaskRelationModel`, or any other; one without layers of several tasks has
+            nothing to report, which the page says.
+        path: path of the HTML file to write, one file that needs no network; None: none.
+
+    Returns:
+        An object that shows itself in a notebook; `html` is the page as a string, and
+        `write(path)` writes it.
+
+    Raises:
+        ValueError: on what is neither, on a model that is not built, on kernels with values
+            that are not finite where a prior learned from them.
+
+    Example:
+
+    >>> import keras
+    >>> from dmtrl_keras import MultiTaskModel, layers
+    >>> from dmtrl_keras.compare import report
+    >>> inputs, tasks = keras.Input((8,)), ["age", "pose"]
+    >>> x = layers.TuckerDense(16, tasks=2, rank=2, shared_input=True, name="fc")(inputs)
+    >>> outputs = layers.TaskSplit(tasks)(layers.CrossStitch(tasks)(x))
+    >>> page = report(MultiTaskModel(inputs, outputs, name="faces"))
+    >>> page.title, "sharing strength" in page.html.lower()
+    ('What the tasks of faces share', True)
+    """
+    return _room("report").report(what, path)
+
+
 if __name__ == "__main__":
     _room("command").main()

@@ -209,7 +209,7 @@ def _print(model: keras.Model, tasks: int, rows: Sequence[LayerSummary]) -> None
         if len(alike) > 1:
             layer = f"{row.layer} to {alike[-1].layer} ({len(alike)} {row.kind})"
             sharing = "(each one)"
-        shape = _short_shape(row.output_shape)
+        shape = short_shape(row.output_shape)
         cells.append([layer, shape, sharing, *_numbers(alike)])
     cells.append(["Total", "", "", *_numbers(rows)])
     totals = [sum(getattr(row, name) for row in rows) for name in _NUMBERS]
@@ -239,10 +239,11 @@ def _alike(rows: Sequence[LayerSummary]) -> list[list[LayerSummary]]:
 def _numbers(rows: Sequence[LayerSummary]) -> list[str]:
     """The sums of some rows; of the FLOPs three digits are enough."""
     *parameters, flops = (sum(getattr(row, name) for row in rows) for name in _NUMBERS)
-    return [*(f"{count:,}" for count in parameters), _short(flops)]
+    return [*(f"{count:,}" for count in parameters), short_number(flops)]
 
 
-def _short(number: float) -> str:
+def short_number(number: float) -> str:
+    """Three digits and a unit, such as `1.25M`."""
     for unit in ("", "k", "M", "G", "T"):
         if number < 999.5 or unit == "T":
             break
@@ -250,7 +251,7 @@ def _short(number: float) -> str:
     return f"{number:.3g}{unit}" if unit else f"{number}"
 
 
-def _short_shape(shape: Any) -> str:
+def short_shape(shape: Any) -> str:
     """A shape without the batch, such as `8x8x64`; of several tensors as it is."""
     if not isinstance(shape, tuple) or any(isinstance(d, tuple) for d in shape):
         return str(shape)

@@ -143,15 +143,15 @@ class TaskMonitor(keras.callbacks.Callback):
             summary.scalar(name, value)
             return
         tasks = self.model.task_names
-        pairs = np.argwhere(~np.eye(len(value), dtype=bool))
-        if np.allclose(value, value.T):
+        pairs = np.argwhere(~np.eye(len(value), dtype=bool) & np.isfinite(value))
+        if np.allclose(value, value.T, equal_nan=True):
             pairs = pairs[pairs[:, 0] < pairs[:, 1]]
         if len(value) <= MOST_TASKS:
             for i, j in pairs:
                 summary.scalar(f"{name}/{tasks[i]}-{tasks[j]}", value[i, j])
         else:
             summary.scalar(f"{name}/mean", value[tuple(pairs.T)].mean())
-        image = _image(title, value, tasks)
+        image = _image(title, np.nan_to_num(value), tasks)
         if image is not None:
             summary.image(name, image[None])
 

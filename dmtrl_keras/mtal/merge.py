@@ -229,25 +229,6 @@ def _pairs(layer: TaskLayer) -> tuple[np.ndarray, np.ndarray]:
     return group * size + one, group * size + other
 
 
-def shared_with(layer: TaskLayer) -> np.ndarray:
-    """The share of each task's kernels that have a similar one of another task.
-
-    Args:
-        layer: a layer with `SimilarKernels`.
-
-    Returns:
-        A float64 array `(T, T)`; entry `(i, j)` is of task i's kernels those with a similar
-        one of task j, 1 on the diagonal.
-    """
-    tasks, count = layer.tasks, _compared(layer)[-2]
-    one, other = _pairs(layer)
-    # Row `a * T + t` is a kernel of task t.
-    related = np.zeros((count * tasks, tasks), bool)
-    related[one, other % tasks] = True
-    related[np.arange(count * tasks), np.arange(count * tasks) % tasks] = True
-    return related.reshape(count, tasks, tasks).mean(axis=0)
-
-
 def _sharing_of(layer: TaskLayer, tolerance: float) -> KernelSharing:
     sharing, shape = layer.sharing, _compared(layer)
     assert isinstance(sharing, SimilarKernels)

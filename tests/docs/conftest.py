@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 def pytest_configure(config):
     """The marker, where this folder alone is tested."""
     config.addinivalue_line(
-        "markers", "browser: needs the built site and Chromium; run with -m browser"
+        "markers",
+        "browser: needs Chromium, most of them the built site; run with -m browser",
     )
 
 

@@ -244,9 +244,9 @@ def test_relations_of_every_kind(data):
     drn = network("independent", prior=TensorNormalRegularizer(0.1, update_every=1))
     drn.fit(x, y, verbose=0)
     found = task_relations(drn)
-    assert list(found) == ["correlation, conv", "correlation, fc"]
+    assert list(found) == ["learned correlation, conv", "learned correlation, fc"]
     for name, matrix in task_correlation(drn).items():
-        np.testing.assert_allclose(found[f"correlation, {name}"], matrix, atol=1e-6)
+        np.testing.assert_allclose(found[f"learned correlation, {name}"], matrix, atol=1e-6)
     tucker = network("tucker", tolerance=0.5)
     for name, strength in sharing_strength(tucker).items():
         matrix = task_relations(tucker)[f"cosine of S, {name}"]
@@ -254,37 +254,19 @@ def test_relations_of_every_kind(data):
         assert mean == pytest.approx(strength, abs=1e-5)
     stitch = network("independent", between={"conv": CrossStitch})
     (title,) = task_relations(stitch)
-    assert title.startswith("weights, ")
+    assert title.startswith("weights of ")
     np.testing.assert_allclose(task_relations(stitch)[title].sum(axis=1), 1, atol=1e-6)
-    similar = task_relations(network("similar"))["similar kernels, conv"]
-    assert np.all(np.diag(similar) == 1) and similar.shape == (3, 3)
+    (similar,) = task_relations(network("similar")).values()
+    np.testing.assert_allclose(similar.sum(axis=1), 1, atol=1e-6)
+    (sizes,) = task_relations(network("independent", between={"conv": NDDR})).values()
+    np.testing.assert_allclose(sizes.sum(axis=1), 1, atol=1e-6)
     related = TaskRelationModel(network(), Relation("output", 0.1))
     related.compile("sgd", "mse")
     related.fit(x, y, verbose=0)
     values = related.similarities()["output"]
-    matrix = task_relations(related)["similarity, output"]
+    matrix = task_relations(related)["similarity of the outputs"]
     assert matrix[1, 0] == pytest.approx(values["age", "gender"])
-    assert (
-        task_relations(network())
-        == {}
-        == task_relations(network("independent", between={"conv": NDDR}))
-    )
-
-
-def test_similar_kernels_by_hand():
-    """The share of a task's kernels that have a similar one, pair by pair."""
-    model = network("similar")
-    (layer,) = [one for one in model.layers if one.name == "conv"]
-    kernel = np.array(layer.stacked.tensors()["kernel"])
-    threshold = float(layer.sharing.threshold_at(0))
-    rows = {t: kernel[..., t].reshape(9, 2 * 4).T for t in range(3)}
-    expected = np.eye(3)
-    for i, j in itertools.permutations(range(3), 2):
-        unit = [rows[k] / np.linalg.norm(rows[k], axis=1, keepdims=True) for k in (i, j)]
-        # Slices are compared with those of the same index.
-        expected[i, j] = np.mean(np.sum(unit[0] * unit[1], axis=1) >= threshold)
-    found = task_relations(model)["similar kernels, conv"]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert task_relations(network()) == {}
 
 
 def test_monitor(data, tmp_path):

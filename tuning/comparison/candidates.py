@@ -10,7 +10,6 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from dmtrl_keras import (
-    TaskRelationModel,
     TensorNormalRegularizer,
     norm_regression,
     relationship_regression,
@@ -18,8 +17,8 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.layers import CrossStitch
 from dmtrl_keras.losses import MaskedLoss
+from dmtrl_keras.monitoring.relations import learned_of
 from dmtrl_keras.mrn.report import correlation
 from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
 
@@ -476,22 +475,11 @@ def relations_of(model):
         A `Relations`, or None.
     """
     tasks = list(model.task_names)
-    for layer in reversed(list(flatten_layers(model))):
-        if isinstance(layer, CrossStitch):
-            alpha = keras.ops.convert_to_numpy(layer.alpha)
-            return Relations(f"weights of {layer.name}", alpha)
-        prior = getattr(layer, "prior", None)
-        covariances = getattr(prior, "covariances", {})
-        if "task" in covariances and len(covariances["task"]) == len(tasks):
-            title = f"learned correlation, {layer.name}"
-            return Relations(title, correlation(covariances["task"]))
-    if isinstance(model, TaskRelationModel):
-        matrix = np.eye(len(tasks))
-        for (one, other), value in model.similarities().get("output", {}).items():
-            i, j = tasks.index(one), tasks.index(other)
-            matrix[i, j] = matrix[j, i] = value
-        return Relations("similarity of the outputs", matrix)
-    return None
+    found = [one for one in learned_of(model) if one.of_tasks and one.names == tasks]
+    if not found:
+        return None
+    # A pair that is not compared is one of which nothing is known.
+    return Relations(found[-1].title, np.nan_to_num(found[-1].matrix))
 
 
 def _loss(problem, task):

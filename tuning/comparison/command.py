@@ -24,7 +24,7 @@ from .example import EXAMPLES, METHODS, write_example
 from .experiments import PRESETS
 from .experiments import problem_of as experiment_problem
 from .problem import BINARY, CLASSES, METRICS, REGRESSION, Problem, table_problem
-from .report import COSTS, curve_rows, methods_rows, to_json, write_report
+from .report import COSTS, curve_rows, methods_rows, report, to_json
 from .script import write_script
 from .search import Options
 
@@ -173,7 +173,7 @@ def main(given=None):
         experiment.Table("Methods", shown(found)).print(console)
         console.print(found.sentence, highlight=False)
         files.write(options.output / "results.json", json.dumps(to_json(found), indent=1))
-        write_report(found, options.output / "report.html")
+        report(found, options.output / "report.html")
         write_script(found, options, options.output / "best.py")
         if len(found.curve):
             experiment.Table("Learning curve", shown(found, curve_rows)).print(console)

@@ -51,7 +51,9 @@ class Comparison:
     relations: dict
 
     def _repr_html_(self):
-        return f"<p>{self.sentence}</p>{self.table.to_html()}"
+        from .report import methods_page  # which imports this class
+
+        return methods_page(self)._repr_html_()
 
 
 def compare(x, y=None, folder=None, told=lambda text: None, **arguments):

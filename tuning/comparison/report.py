@@ -1,103 +1,78 @@
-"""`report.html`: one file that works offline, with tables that sort and figures."""
+"""`report`: of a comparison or of a network, a page with tables and figures."""
 
-import html
 import json
 
+import keras
 import numpy as np
+import plotly.colors
 import plotly.graph_objects as go
-import plotly.offline
 
-from .. import application
+from dmtrl_keras.ground.validation import check_path, refusal
+
 from ..oracles import pareto_front
-
-files = application("files")
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem;
-       padding: 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.answer { border-left: 4px solid #2e7d32; padding: .5rem 1rem; font-size: 1.1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884;
-         white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
-tr.chosen { font-weight: 600; }
-figure { margin: 1rem 0; overflow-x: auto; }
-@media print { th button::after { content: ""; } body { max-width: none; } }
-"""
-
-_SCRIPT = """
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
-    const cell = button.parentElement, body = cell.closest("table").tBodies[0];
-    const column = cell.cellIndex, up = cell.getAttribute("aria-sort") !== "ascending";
-    for (const other of cell.parentElement.cells) other.removeAttribute("aria-sort");
-    cell.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const value = row => {
-      const raw = row.cells[column].dataset.value;
-      return raw === undefined || raw === "" ? -Infinity : isNaN(raw) ? raw : Number(raw);
-    };
-    const order = (a, b) => { const x = value(a), y = value(b);
-      return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); };
-    body.append(...[...body.rows].sort(order));
-  });
-}
-"""
+from .compared import Comparison
+from .network_report import network_page
+from .page import Page, heat_map, height_with_legend, labels
 
 
-def write_report(comparison, path):
-    """Write the report of a comparison.
+def report(what, path=None):
+    """A report of a comparison or of a network; it shows itself in notebooks.
 
     Args:
-        comparison: `Comparison`.
-        path: path of the HTML file.
+        what: a `Comparison`, or a built Keras model.
+        path: path of the HTML file to write; None: none.
+
+    Returns:
+        A `Page`.
     """
-    c = comparison
-    parts = [
-        f"<p class='answer'>{html.escape(c.sentence)}</p>",
-        "<h2>Methods</h2>",
-        _table("methods", *methods_rows(c), chosen=c.recommendation.method),
-        f"<p>{html.escape(_how(c))}</p>",
-    ]
+    check_path("path", path, "report")
+    if isinstance(what, Comparison):
+        page = comparison_page(what)
+    elif isinstance(what, keras.Model):
+        page = network_page(what)
+    else:
+        expected = "a Comparison, as `compare` returns, or a Keras model"
+        raise refusal("what", what, "report", expected)
+    if path is not None:
+        page.write(path)
+    return page
+
+
+def methods_page(c):
+    """The sentence and the table of methods alone."""
+    page = Page("Which method for these tasks")
+    page.text(c.sentence, answer=True)
+    page.table("methods", *methods_rows(c), chosen=c.recommendation.method)
+    page.text(_how(c))
+    return page
+
+
+def comparison_page(c):
+    """All that a comparison says."""
+    page = methods_page(c)
     if c.left_out:
-        items = "".join(
-            f"<li>{html.escape(f'{name}: {reason}')}</li>"
-            for name, reason in c.left_out.items()
-        )
-        parts.append(f"<h2>Left out</h2><ul>{items}</ul>")
+        page.heading("Left out")
+        page.items(f"{name}: {reason}" for name, reason in c.left_out.items())
     if len(c.curve):
-        parts += [
-            "<h2>Where sharing begins to pay</h2>",
-            _figure(curve_figure(c), "curve"),
-            _table("fractions", *curve_rows(c)),
-        ]
-    parts += [
-        "<h2>Error and size</h2>",
-        _figure(size_figure(c), "size"),
-        "<h2>Which tasks gain, and which lose</h2>",
-        _figure(gain_figure(c), "gains"),
-        "<h2>Errors by task</h2>",
-        _table("tasks", *task_rows(c), chosen=c.recommendation.method),
-    ]
+        page.heading("Where sharing begins to pay")
+        page.figure("curve", curve_figure(c), height_with_legend(len(c.table)))
+        page.table("fractions", *curve_rows(c))
+    page.heading("Error and size")
+    page.figure("size", size_figure(c), height_with_legend(len(c.table) + 1))
+    if len(c.table) > 1:
+        page.heading("Which tasks gain, and which lose")
+        page.text("By how many per cent an error is below the baseline's.")
+        page.figure("gains", gain_figure(c))
+    page.heading("Errors by task")
+    page.table("tasks", *task_rows(c), chosen=c.recommendation.method)
     if c.relations:
-        parts.append("<h2>What was learned of the tasks</h2>")
-        for method, (title, _) in c.relations.items():
-            heading = html.escape(f"{c.table.loc[method].title}: {title}")
-            figure = _figure(relation_figure(c, method), f"relations-{method}")
-            parts += [f"<h3>{heading}</h3>", figure]
-    text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which method for these tasks</title><style>{_STYLE}</style>
-<script>{plotly.offline.get_plotlyjs()}</script></head><body>
-<h1>Which method for these tasks</h1>
-{"".join(parts)}
-<script>{_SCRIPT}</script></body></html>
-"""
-    files.write(path, text)
+        page.heading("What was learned of the tasks")
+        for method, (title, matrix) in c.relations.items():
+            page.heading(f"{c.table.loc[method].title}: {title}", 3)
+            limit = max(1.0, float(np.abs(matrix).max()))
+            figure = heat_map(matrix, c.tasks, c.tasks, limit)
+            page.figure(f"relations-{method}", figure)
+    return page
 
 
 def methods_rows(c):
@@ -187,61 +162,56 @@ def _how(c):
     )
 
 
-def _table(identity, header, rows, chosen=None):
-    heads = "".join(
-        f"<th scope='col'><button type='button'>{html.escape(h)}</button></th>"
-        for h in header
-    )
-    body = ""
-    for name, cells in rows.items():
-        mark = " class='chosen'" if name == chosen else ""
-        body += f"<tr{mark}>"
-        for text, value in cells:
-            shown = "" if value is None else html.escape(str(value), quote=True)
-            body += f'<td data-value="{shown}">{html.escape(text)}</td>'
-        body += "</tr>"
-    return (
-        f"<div class='scroll'><table id='{identity}'><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+# Of methods in the same order, the same in all figures; colours repeat after ten.
+_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "star")
 
 
-def _figure(figure, identity):
-    figure.update_layout(
-        margin={"l": 10, "r": 10, "t": 30, "b": 10},
-        autosize=True,
-        # Beside the figure there is no room for it on a phone.
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-    )
-    options = {"include_plotlyjs": False, "full_html": False, "div_id": identity}
-    own = figure.to_html(config={"responsive": True, "displaylogo": False}, **options)
-    return f"<figure>{own}</figure>"
+def _markers(c):
+    colours = plotly.colors.qualitative.D3
+    return {
+        method: {
+            "color": colours[number % len(colours)],
+            "symbol": _SYMBOLS[number % len(_SYMBOLS)],
+            "size": 9,
+        }
+        for number, method in enumerate(c.table.index)
+    }
+
+
+def _bars(deviation):
+    """Error bars, thin enough for what is below them; of one draw there are none."""
+    shown = [None if np.isnan(value) else float(value) for value in np.ravel(deviation)]
+    return {"array": shown, "thickness": 1, "width": 3}
 
 
 def size_figure(c):
     """Mean error against the number of weights, with the Pareto front."""
     values = np.array([c.table.weights, c.table.error], float).T
-    front = pareto_front(values)
+    front = values[pareto_front(values)]
+    front = front[np.argsort(front[:, 0])]
     figure = go.Figure()
-    order = np.argsort(values[front][:, 0])
     figure.add_scatter(
-        x=values[front][order, 0],
-        y=values[front][order, 1],
+        x=front[:, 0].tolist(),
+        y=front[:, 1].tolist(),
         mode="lines",
+        line={"color": "#888", "dash": "dot", "shape": "hv"},
         name="Pareto front",
         hoverinfo="skip",
     )
-    figure.add_scatter(
-        x=values[:, 0],
-        y=values[:, 1],
-        mode="markers+text",
-        text=c.table.title,
-        textposition="top center",
-        name="methods",
-        cliponaxis=False,
-        error_y={"array": c.table.spread.fillna(0)},
-    )
-    figure.update_xaxes(type="log", title="weights")
+    markers = _markers(c)
+    for method, row in c.table.iterrows():
+        figure.add_scatter(
+            x=[int(row.weights)],
+            y=[float(row.error)],
+            error_y=_bars(row.spread),
+            mode="markers",
+            marker=markers[method],
+            name=labels([row.title])[0],
+            cliponaxis=False,
+        )
+    # The digits between powers of ten lie on each other where there are many.
+    wide = values[:, 0].max() > 30 * values[:, 0].min()
+    figure.update_xaxes(type="log", title="weights", dtick=1 if wide else None, nticks=8)
     figure.update_yaxes(title="mean error")
     return figure
 
@@ -249,13 +219,15 @@ def size_figure(c):
 def curve_figure(c):
     """Mean error by the share of the training examples."""
     figure = go.Figure()
+    markers = _markers(c)
     for method, own in c.curve.groupby("method", sort=False):
         figure.add_scatter(
-            x=100 * own.fraction,
-            y=own.error,
-            error_y={"array": own.spread.fillna(0)},
+            x=(100 * own.fraction).tolist(),
+            y=own.error.tolist(),
+            error_y=_bars(own.spread),
             mode="lines+markers",
-            name=c.table.loc[method].title,
+            marker=markers[method],
+            name=labels([c.table.loc[method].title])[0],
         )
     figure.update_xaxes(title="training examples, %")
     figure.update_yaxes(title="mean error")
@@ -267,34 +239,8 @@ def gain_figure(c):
     base = c.by_task.loc[c.baseline]
     others = [m for m in c.by_task.index if m != c.baseline]
     gains = 100 * (base - c.by_task.loc[others]) / base.replace(0, np.nan)
-    figure = go.Figure(
-        go.Heatmap(
-            z=gains.to_numpy(),
-            x=c.tasks,
-            y=[c.table.loc[m].title for m in others],
-            colorscale="PiYG",
-            zmid=0,
-            colorbar={"title": "%"},
-        )
-    )
-    return figure
-
-
-def relation_figure(c, method):
-    """What a method learned of the tasks, a heat map; the mean over the draws."""
-    figure = go.Figure(
-        go.Heatmap(
-            z=c.relations[method][1],
-            x=c.tasks,
-            y=c.tasks,
-            colorscale="PiYG",
-            zmid=0,
-            zmin=-1,
-            zmax=1,
-        )
-    )
-    figure.update_yaxes(autorange="reversed", scaleanchor="x")
-    return figure
+    titles = [c.table.loc[m].title for m in others]
+    return heat_map(gains.to_numpy(), titles, c.tasks, unit="%", values="+.0f")
 
 
 def to_json(c):

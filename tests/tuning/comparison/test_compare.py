@@ -146,7 +146,7 @@ def test_networks(rng):
     methods = ["stl", "stitch", "nddr", "trn"]
     found = compare(x["a"], y, methods=methods, **settings)
     assert found.table.weights["stl"] < found.table.weights["stitch"]
-    assert set(found.relations) == {"stitch", "trn"}
+    assert set(found.relations) == {"stitch", "nddr", "trn"}
     assert all(matrix.shape == (2, 2) for _, matrix in found.relations.values())
 
 

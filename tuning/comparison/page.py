@@ -182,7 +182,7 @@ class Page:
 
 def _table(identity, header, rows, chosen=None):
     words = [
-        all(isinstance(cells[column][1], str | None) for cells in rows.values())
+        {type(cells[column][1]) for cells in rows.values()} - {type(None)} == {str}
         for column in range(len(header))
     ]
     kinds = [" class='words'" if each else "" for each in words]

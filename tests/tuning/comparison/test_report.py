@@ -280,6 +280,9 @@ def test_comparison(tmp_path):
     short = found._repr_html_()
     assert found.sentence in short and "plotly" not in short
     assert short.count("<tr") == 3 and "linear, all shared" in short
+    # Words stand on the left, numbers on the right, also where there are none.
+    heads = re.findall(r"<th scope='col'( class='words')?>", short)
+    assert [bool(words) for words in heads] == [True] + 9 * [False]
     page = report(found, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == page.html
     assert set(figures(page)) == {"size", "gains"}

@@ -265,10 +265,48 @@ def decaying(options, steps, weight_decay=0.0):
     return make_optimizer(options.optimizer, rate, weight_decay)
 
 
+class Tick:
+    """What a run calls after each epoch, and what knows the network of the run.
+
+    Args:
+        function: function without arguments.
+
+    Attributes:
+        model: the Keras model that was trained last, if with the callbacks of `ticking`;
+            None: there was none.
+    """
+
+    def __init__(self, function):
+        self._function = function
+        self.model = None
+
+    def __call__(self):
+        self._function()
+
+
+class _EachEpoch(keras.callbacks.Callback):
+    """Calls a function after each epoch, and tells a `Tick` what is trained."""
+
+    def __init__(self, tick):
+        super().__init__()
+        self._tick = tick
+
+    def on_train_begin(self, logs=None):
+        if isinstance(self._tick, Tick):
+            self._tick.model = self.model
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._tick()
+
+
 def ticking(tick, callbacks):
-    """Callbacks of Keras: some, or None, and a tick after each epoch."""
-    each = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: tick())
-    return [each, *(callbacks or ())]
+    """Callbacks of Keras: some, or None, and a tick after each epoch.
+
+    Args:
+        tick: function without arguments, or a `Tick`, which has the model then.
+        callbacks: None, or a list.
+    """
+    return [_EachEpoch(tick), *(callbacks or ())]
 
 
 def _needed(method):
@@ -380,7 +418,8 @@ class Experiment:
             method: a key of `methods`.
             part: as from `draw` or `hold_out`.
             seed: int.
-            tick: function without arguments, called after each epoch.
+            tick: function without arguments, called after each epoch, by `ticking`: in a
+                search it is a `Tick`, by which the network that was trained last is kept.
             callbacks: None, or Keras callbacks that see the loss on what is tested on as
                 `val_loss`.
 

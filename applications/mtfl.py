@@ -527,7 +527,7 @@ def fit_anew(model, data, epochs, batch_size, tick, callbacks=(), watched=None):
         callbacks: Keras callbacks, which see the end of each epoch.
         watched: None, or `(inputs, labels)` of which these see the loss as `val_loss`.
     """
-    every = keras.callbacks.CallbackList(list(callbacks), model=model)
+    every = keras.callbacks.CallbackList(ticking(tick, callbacks), model=model)
     every.on_train_begin()
     for epoch in range(epochs):
         fitted = model.fit(
@@ -538,7 +538,6 @@ def fit_anew(model, data, epochs, batch_size, tick, callbacks=(), watched=None):
             validation_data=watched,
             verbose=0,
         )
-        tick()
         logs = {name: values[-1] for name, values in fitted.history.items()}
         every.on_epoch_end(epoch, logs)
         if model.stop_training:

@@ -64,6 +64,7 @@ from .experiment import (
     held_out_by_task,
     hits,
     predict_by_task,
+    ticking,
     timed,
     trainable_parameters,
 )
@@ -257,8 +258,7 @@ class Trainer:
                 labels = np.concatenate([labels, known], axis=1)
             data[name] = domain.x[parts[name]], labels
         stream = zip_tasks(data, o.batch_size, epoch=o.steps, seed=seed)
-        model.fit(stream, shuffle=False, verbose=0)
-        self.tick()
+        model.fit(stream, shuffle=False, verbose=0, callbacks=ticking(self.tick, None))
         return model
 
     def correct(self, model, parts):

@@ -2,6 +2,8 @@
 
 hypermodel = Factorized("tucker", backbone, {"age": "mse", "gender": "mse"}, heads=...)
 tuner = keras_tuner.BayesianOptimization(hypermodel, "val_loss")
+
+`Several` is one space of several families.
 """
 
 import warnings
@@ -117,6 +119,10 @@ class MultiTask(kt.HyperModel):
         is_model = isinstance(self._backbone, keras.Model)
         return self._backbone if is_model else self._backbone()
 
+    def lack(self):
+        """Why the family can't be used here, a str; None if it can."""
+        return None
+
     def space(self, hp):
         """What declares hyperparameters."""
         return Space(hp, self.tune, self.per_layer)
@@ -167,6 +173,7 @@ def _new(value):
     return keras.tree.map_structure(copy, value)
 
 
+_OWN_EXAMPLES = "the tasks' examples are not the same"
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
@@ -198,6 +205,10 @@ class CutSharing(MultiTask):
     methods = ("cut",)
     defaults = {"share_until": None}
 
+    def lack(self):
+        enough = len(_names(self.backbone(), _has_kernel)) > 1
+        return None if enough else "the network has one layer with a kernel"
+
     def network(self, hp):
         backbone, until = self.backbone(), self.defaults["share_until"]
         # With the last one shared it would be `"hard"`.
@@ -217,6 +228,9 @@ class Fusion(MultiTask):
     """
 
     methods = ("stitch", "nddr")
+
+    def lack(self):
+        return None if self.shared_input else _OWN_EXAMPLES
 
     def network(self, hp):
         backbone = self.backbone()
@@ -256,13 +270,18 @@ class Factorized(MultiTask):
     methods = ("laf", "tucker", "tt")
     defaults = {"tolerance": 0.1, "task_rank": None}
 
+    def lack(self):
+        if self.method == "laf" and self.defaults["task_rank"] is not None:
+            return (
+                "LAF has no other rank than that of the tasks, which the tolerance chooses"
+            )
+        return None
+
     def network(self, hp):
         tolerance, task_rank = self.defaults["tolerance"], self.defaults["task_rank"]
-        if self.method == "laf" and task_rank is not None:
-            raise ValueError(
-                "Factorized: LAF has no other rank than that of the tasks, which the "
-                f"tolerance chooses. Received: task_rank={task_rank!r}."
-            )
+        lack = self.lack()
+        if lack is not None:
+            raise ValueError(f"Factorized: {lack}. Received: task_rank={task_rank!r}.")
         by = {"sharing": self.method, "task_rank": task_rank}
         if "sharing" not in self.tune:
             return super().network(hp, tolerance=tolerance, **by)
@@ -283,6 +302,10 @@ class Similar(MultiTask):
 
     methods = ("similar",)
     defaults = {"threshold": 0.4}
+
+    def lack(self):
+        found = _names(self.backbone(), lambda one: isinstance(one, _CONVOLUTIONS))
+        return None if found else "the network has no convolution"
 
     def network(self, hp):
         threshold = self.defaults["threshold"]
@@ -319,6 +342,9 @@ class RelationNetwork(MultiTask):
     methods = ("trn",)
     defaults = {"output_weight": 0.01, "momentum": 0.99, "share_until": None}
 
+    def lack(self):
+        return None if self.shared_input else _OWN_EXAMPLES
+
     def network(self, hp):
         weight, momentum = self.defaults["output_weight"], self.defaults["momentum"]
         if "sharing" in self.tune:
@@ -345,3 +371,81 @@ FAMILIES = {
     )
     for method in family.methods
 }
+
+
+class Several(MultiTask):
+    """A network of one of several families: one space of them all.
+
+    The first hyperparameter, `method`, is the family. Those of a family have its name
+    before their own, as `tucker/tolerance`, and are active only where it is chosen;
+    `learning_rate`, `optimizer` and `loss_weight/<task>` are of all.
+
+    Args:
+        methods: names, keys of `FAMILIES`; None: all. Those that can't be used are left
+            out.
+        backbone: as for `MultiTask`.
+        losses: likewise.
+        defaults: dict from a name to the `defaults` of its family.
+        **options: further arguments of `MultiTask`.
+
+    Attributes:
+        families: dict from each name to its hypermodel.
+        left_out: dict from the names of those that can't be used to the reason.
+
+    Raises:
+        ValueError: on unknown methods, and if none can be used.
+
+    Example:
+
+    >>> import keras
+    >>> import keras_tuner
+    >>> backbone = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.Dense(8, "relu", name="fc")]
+    ... )
+    >>> hypermodel = Several(
+    ...     ["tucker", "mrn", "similar"], backbone, {"age": "mse", "income": "mse"}, heads=1
+    ... )
+    >>> hypermodel.left_out
+    {'similar': 'the network has no convolution'}
+    >>> hp = keras_tuner.HyperParameters()
+    >>> hp.values = {"method": "mrn"}
+    >>> model = hypermodel.build(hp)
+    >>> sorted(hp.values)
+    ['learning_rate', 'method', 'mrn/epsilon', 'mrn/strength']
+    """
+
+    methods = ("several",)
+
+    def __init__(self, methods, backbone, losses, defaults=None, **options):
+        super().__init__("several", backbone, losses, **options)
+        methods, defaults = list(FAMILIES if methods is None else methods), defaults or {}
+        unknown = sorted({*methods, *defaults} - {*FAMILIES})
+        if unknown:
+            raise ValueError(
+                f"Several: expected methods from {list(FAMILIES)}. Received: {unknown}."
+            )
+        made = {
+            name: FAMILIES[name](
+                name, backbone, losses, defaults=defaults.get(name), **options
+            )
+            for name in methods
+        }
+        lacks = {name: family.lack() for name, family in made.items()}
+        self.left_out = {name: lack for name, lack in lacks.items() if lack is not None}
+        self.families = {n: family for n, family in made.items() if n not in self.left_out}
+        if not self.families:
+            raise ValueError(
+                f"Several: none of the methods can be used. Received: {self.left_out}."
+            )
+
+    def network(self, hp):
+        def of(name):
+            return self.families[name].network(hp)
+
+        return self.space(hp).chosen(list(self.families), of)[1]
+
+    def build(self, hp):
+        if len(self.families) > 1:
+            # Before those of all families.
+            hp.Choice("method", list(self.families))
+        return super().build(hp)

@@ -14,12 +14,14 @@ from keras_tuner.engine.trial import Trial
 from threadpoolctl import threadpool_limits
 
 from . import application
+from .spaces import set_defaults
 
 files = application("files")
 
 # Knowles (2006) takes 0.05 for the sum beside the maximum.
 _SUM = 0.05
 _ENDED = ("COMPLETED", "FAILED")
+_ROUND = "tuner/round"
 
 
 def scalarize(values, weights):
@@ -73,7 +75,8 @@ def pareto_front(values):
 class SearchOracle:
     """To be mixed into an oracle of Keras Tuner.
 
-    - The first trial has the default values.
+    - The first trial has the default values; or the first ones have, with what `firsts`
+      has for each of them.
     - With several `objectives` (`keras_tuner.Objective`s), the trials so far are scored by
       `scalarize` with new random weights before each new trial (with equal
       ones for Hyperband, which compares trials), so that the trials spread along the front.
@@ -84,6 +87,7 @@ class SearchOracle:
     """
 
     objectives = ()
+    firsts = ({},)
     silence = float("inf")
     random_weights = True
     _tuners = frozenset()
@@ -176,19 +180,22 @@ class SearchOracle:
         if len(self.objectives) > 1:
             self._score()
         response = super().populate_space(trial_id)
-        if not self.trials and response["status"] == "RUNNING":
+        if response["status"] != "RUNNING" or response["values"].get(_ROUND):
+            return response
+        # Those of Hyperband's later rounds go on from others.
+        begun = sum(
+            not one.hyperparameters.values.get(_ROUND) for one in self.trials.values()
+        )
+        if begun < len(self.firsts):
             given = response["values"]
-            response["values"] = self._defaults() | {
+            response["values"] = self._defaults(self.firsts[begun]) | {
                 name: value for name, value in given.items() if name.startswith("tuner/")
             }
         return response
 
-    def _defaults(self):
+    def _defaults(self, others):
         hp = self.get_space()
-        hp.values = {}
-        for one in hp.space:
-            if hp.is_active(one):
-                hp.values[one.name] = one.default
+        set_defaults(hp, others)
         return hp.values
 
     def _score(self):
@@ -271,7 +278,17 @@ class HyperbandOracle(SearchOracle, kt.oracles.HyperbandOracle):
 TUNERS = ("random", "bayesian", "hyperband", "grid")
 
 
-def make_oracle(tuner, space, objectives, max_trials, seed, budget, factor=3, silence=None):
+def make_oracle(
+    tuner,
+    space,
+    objectives,
+    max_trials,
+    seed,
+    budget,
+    factor=3,
+    silence=None,
+    firsts=({},),
+):
     """An oracle by name.
 
     Args:
@@ -283,6 +300,8 @@ def make_oracle(tuner, space, objectives, max_trials, seed, budget, factor=3, si
         budget: int, the most epochs (or steps) of a trial, for Hyperband.
         factor: int, of Hyperband.
         silence: seconds after which a worker is given up; None: never.
+        firsts: dicts of what the first trials have other than the defaults. (A grid begins
+            with the defaults.)
 
     Returns:
         A `SearchOracle`.
@@ -310,6 +329,8 @@ def make_oracle(tuner, space, objectives, max_trials, seed, budget, factor=3, si
         kind = {"random": RandomOracle, "grid": GridOracle}[tuner]
         oracle = kind(max_trials=max_trials, **common)
     oracle.objectives = list(objectives)
+    if tuner != "grid":
+        oracle.firsts = tuple(firsts)
     if silence is not None:
         oracle.silence = silence
     oracle.verbose = 0

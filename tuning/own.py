@@ -14,13 +14,13 @@ from dmtrl_keras import zip_tasks
 from dmtrl_keras.ground.backend import tensorflow
 
 from . import application
-from .hypermodels import FAMILIES, MultiTask
-from .studies import Study
+from .hypermodels import FAMILIES, MultiTask, Several
+from .spaces import explore
+from .studies import ALL, Study
 
 arguments = application("arguments")
 experiment = application("experiment")
 DataError = application("reading").DataError
-files = application("files")
 
 
 class Whole(MultiTask):
@@ -36,7 +36,7 @@ class Own(Study):
     """A user's own backbone and data, by any family.
 
     Args:
-        family: one of `families`; `"own"`: the model as it is.
+        family: one of `families`, or as for `Study`; `"own"`: the model as it is.
         given: list of str, the arguments of `parser`.
         tune: as for `Study`.
         per_layer: bool, whether ranks or thresholds are searched for each layer.
@@ -49,14 +49,17 @@ class Own(Study):
     name = "own"
     families = (*FAMILIES, "own")
     objectives = {"task_loss": "min", "parameters": "min", "seconds": "min"}
-    _trained = None
 
     def __init__(self, family, given, tune, per_layer, validation_share, model):
         super().__init__(family, tune, validation_share)
         parser = self.parser()
         self.options = self.parse(parser, given)
         self.given["model"] = model
-        self._declared = False
+        if self.methods == [ALL]:
+            self.methods = list(FAMILIES)
+        whole = "own" in self.methods
+        if whole and self.several:
+            parser.error("--methods: a model that is tuned as it is has no other family")
         try:
             make, data = function_of(model), function_of(self.options.data)
         except ValueError as error:
@@ -64,27 +67,40 @@ class Own(Study):
         try:
             _check_call("--data", self.options.data, data)
             if not isinstance(make, keras.Model):
-                _check_call("--model", model, make, *([None] * (family == "own")))
+                _check_call("--model", model, make, *([None] * whole))
         except TypeError as error:
             parser.error(str(error))
         if not isinstance(make, keras.Model):
             make = _making_models(make, model, parser)
         self._data = checked_data(data(), self.options.data)
-        kind = FAMILIES.get(family, Whole)
-        self.hypermodel = kind(
-            family,
-            make,
-            self._data["losses"],
-            heads=self._data.get("heads"),
-            metrics=self._data.get("metrics"),
-            tune=tune,
-            per_layer=per_layer,
-            shared_input=not self.per_task,
-            optimizer=self.options.optimizer,
-            learning_rate=self.options.learning_rate,
-            loss_weights=self.options.loss_weights,
-            defaults={name: getattr(self.options, name) for name in kind.defaults},
-        )
+        common = {
+            "heads": self._data.get("heads"),
+            "metrics": self._data.get("metrics"),
+            "tune": tune,
+            "per_layer": per_layer,
+            "shared_input": not self.per_task,
+            "optimizer": self.options.optimizer,
+            "learning_rate": self.options.learning_rate,
+            "loss_weights": self.options.loss_weights,
+        }
+        kinds = {name: FAMILIES.get(name, Whole) for name in self.methods}
+        defaults = {name: self._given_of(kind) for name, kind in kinds.items()}
+        losses = self._data["losses"]
+        if not self.several:
+            ((name, kind),) = kinds.items()
+            self.hypermodel = kind(name, make, losses, defaults=defaults[name], **common)
+            return
+        try:
+            found = Several(self.methods, make, losses, defaults=defaults, **common)
+        except ValueError as error:
+            parser.error(f"--methods: {error}")
+        self.hypermodel, self.left_out = found, found.left_out
+        self.methods = list(found.families)
+
+    def _given_of(self, kind):
+        """A family's defaults that were given as arguments."""
+        found = {name: getattr(self.options, name) for name in kind.defaults}
+        return {name: value for name, value in found.items() if value is not None}
 
     @staticmethod
     def parser():
@@ -104,7 +120,9 @@ class Own(Study):
             "--task-rank", type=arguments.whole(1), help="of Tucker and TT; by default full"
         )
         p.add_argument("--threshold", type=arguments.real(least=0, most=1), default=0.4)
-        p.add_argument("--strength", type=positive, default=0.1, help="of a prior")
+        p.add_argument(
+            "--strength", type=positive, help="of a prior or a norm; by default its own"
+        )
         p.add_argument("--epsilon", type=positive, default=1e-2, help="of a prior")
         p.add_argument("--update-every", type=arguments.whole(1), default=10)
         p.add_argument("--output-weight", type=positive, default=0.01, help="TRN's λ")
@@ -122,10 +140,10 @@ class Own(Study):
     def tasks(self):
         return list(self._data["losses"])
 
+    def declare(self, hp):
+        explore(hp, self.hypermodel.build, self.methods)
+
     def settings(self, hp):
-        if not self._declared:
-            self.hypermodel.build(hp)
-            self._declared = True
         return {
             name: value
             for name, value in hp.values.items()
@@ -138,7 +156,9 @@ class Own(Study):
         return options
 
     def config(self, settings):
-        return {**self.describe(), "hyperparameters": settings}
+        own = self.own(settings)
+        method = own.pop("method") if self.several else self.family
+        return {**self.describe(), "method": method, "hyperparameters": own}
 
     def learn(self, options, validation, repeat, tick, callbacks):
         seed = options.seed + repeat
@@ -161,7 +181,7 @@ class Own(Study):
         found = model.evaluate(self._stream(options, test), verbose=0, return_dict=True)
         # Keras's losses by task are means over batches, of which the last one is smaller.
         found |= self._losses(model, test, options.batch_size)
-        self._trained = model
+        self.model = model
         return {
             # Without penalties, and with equal weights, which may be searched for.
             "task_loss": float(np.mean([found[f"{task}_loss"] for task in self.tasks])),
@@ -215,12 +235,6 @@ class Own(Study):
             count = arguments.whole_batches(options, len(x))
             data = data.shuffle(len(x), seed, True).take(count)
         return data.batch(options.batch_size).prefetch(tensorflow().data.AUTOTUNE)
-
-    def keep(self, folder):
-        path = folder / "best.keras"
-        with files.replacing(path) as part:
-            self._trained.save(part)
-        return path
 
 
 def function_of(name):

@@ -3,6 +3,7 @@
     python -m tuning.search --experiment mnist --method tucker --tuner bayesian
     python -m tuning.search --experiment mtfl --method trn --data FOLDER --width 8
     python -m tuning.search --model module:backbone --data module:data --method tt
+    python -m tuning.search --model module:backbone --data module:data --method all
 
 What follows the arguments of the search are those of the experiment, its default settings:
 the first trial. Trials are compared on a part of the training data; the test part is
@@ -38,6 +39,7 @@ reading = application("reading")
 results = application("results")
 
 _DEFAULT_TRIALS = 20
+_TRIALS_OF_METHOD = 3
 # A process that was killed so often in one trial was killed by it.
 _MOST_STARTS = 3
 
@@ -86,7 +88,7 @@ class Search(kt.Tuner):
         self._ran = True
         values = ", ".join(
             f"{name}={_short(value)}"
-            for name, value in trial.hyperparameters.values.items()
+            for name, value in self.study.own(trial.hyperparameters.values).items()
         )
         self.console.print(f"Trial {trial.trial_id}: {values}", highlight=False)
         self._ended = threading.Event()
@@ -120,6 +122,7 @@ class Search(kt.Tuner):
             steps = options.repeats * study.ticks(own)
             bar = progress.add_task(f"trial {trial.trial_id}", total=steps)
             for repeat in range(options.repeats):
+                study.model = None
                 keras.utils.clear_session()
                 gc.collect()
                 with own.strategy.scope():
@@ -152,6 +155,8 @@ class Search(kt.Tuner):
         self._ended.set()
         if trial.status == "COMPLETED":
             done = self.oracle.get_trial(trial.trial_id)
+            # Before it is recorded, after which nothing is trained again.
+            self._keep(done)
             text = ", ".join(
                 f"{name} {_short(done.metrics.get_best_value(name))}"
                 for name in self.search_options.objectives
@@ -160,6 +165,23 @@ class Search(kt.Tuner):
             text = f"failed, {reason_of(trial)}"
         self.console.print(f"Trial {trial.trial_id}: {text}", highlight=False)
         super().on_trial_end(trial)
+
+    def _keep(self, trial):
+        """Keep the model of the best trial so far, of several repeats the last one's."""
+        if _is_worker():
+            # The chief, which has the results of all, trains the best at the end.
+            return
+        objectives = self.oracle.objectives
+        own = oracles.objective_values(trial, objectives)
+        others = [
+            oracles.objective_values(one, objectives)
+            for one in self.oracle.trials.values()
+            if one.status == "COMPLETED" and one.trial_id != trial.trial_id
+        ]
+        if all(own < other for other in others):
+            self.study.keep(self.search_options.directory)
+        # Not in memory beside the next one.
+        self.study.model = None
 
 
 class _counted:
@@ -224,12 +246,13 @@ def _short(value):
 # --- what comes of it ---------------------------------------------------------------
 
 
-def table_of(trials, objectives):
+def table_of(trials, objectives, own=dict):
     """All completed trials, the best first.
 
     Args:
         trials: list of Keras Tuner's trials.
         objectives: list of `keras_tuner.Objective`.
+        own: function of the values of a trial's hyperparameters, as `Study.own`.
 
     Returns:
         A data frame: the trial, results, hyperparameters, and with several objectives
@@ -240,7 +263,7 @@ def table_of(trials, objectives):
     for trial in done:
         row = {"trial": trial.trial_id}
         row |= {name: trial.metrics.get_best_value(name) for name in trial.metrics.metrics}
-        rows.append(row | trial.hyperparameters.values)
+        rows.append(row | own(trial.hyperparameters.values))
     frame = pd.DataFrame(rows)
     values = np.array([oracles.objective_values(t, objectives) for t in done])
     if len(objectives) > 1:
@@ -297,10 +320,13 @@ def finish(study, trials, options, objectives, console):
             f"All {len(trials)} trials failed; the reasons are above. Delete {folder} to "
             "try the same again."
         )
-    frame = table_of(trials, objectives)
+    frame = table_of(trials, objectives, study.own)
     by_id = {trial.trial_id: trial for trial in trials}
     text = shown(frame, options)
     experiment.Table("Best trials", text).print(console)
+    if study.several:
+        of_each = shown(frame.drop_duplicates("method"), options, len(frame))
+        experiment.Table("Best trial of each method", of_each).print(console)
     files.write(folder / "trials.md", results.markdown_table(text))
     files.write(folder / "trials.csv", frame.to_csv(index=False))
     if len(objectives) > 1:
@@ -318,9 +344,10 @@ def finish(study, trials, options, objectives, console):
     name = objectives[0].name
     default = None if first.empty else float(first[name].iloc[0])
     said = "failed" if default is None else f"{name} {_short(default)}"
+    whose = f" of {study.methods[0]}" if study.several else ""
     verdict = (
-        f"Validation: the default settings (trial {min(by_id)}) {said}, the best (trial "
-        f"{best.trial_id}) {name} {_short(validation[name])}."
+        f"Validation: the default settings{whose} (trial {min(by_id)}) {said}, the best "
+        f"(trial {best.trial_id}) {name} {_short(validation[name])}."
     )
     console.print(verdict, highlight=False)
     test = tested(study, settings, best.trial_id, options, console)
@@ -395,7 +422,13 @@ def parser():
     what.add_argument("--experiment", choices=studies.EXPERIMENTS)
     what.add_argument("--model", metavar="MODULE:FUNCTION", help="your own; needs --data")
     p.add_argument(
-        "--method", required=True, help="a family, or the experiment's name of it"
+        "--method",
+        "--methods",
+        nargs="+",
+        required=True,
+        dest="methods",
+        help="a family, or the experiment's name of it; 'all', or several: the method is "
+        "searched for, too",
     )
     p.add_argument("--tuner", choices=oracles.TUNERS, default="bayesian")
     p.add_argument(
@@ -421,7 +454,8 @@ def parser():
     p.add_argument(
         "--max-trials",
         type=arguments.whole(1),
-        help=f"by default {_DEFAULT_TRIALS}, and all for grid and hyperband",
+        help=f"by default {_DEFAULT_TRIALS}, with several methods at least "
+        f"{_TRIALS_OF_METHOD} for each, and all for grid and hyperband",
     )
     p.add_argument("--repeats", type=arguments.REPEATS, default=1)
     p.add_argument(
@@ -459,13 +493,17 @@ def make_study(p, options, rest):
     """
     name = options.experiment
     families = Own.families if name is None else studies.families_of(name)
-    if options.method not in families:
-        p.error(f"--method: expected one of {list(families)}, got {options.method!r}")
+    methods = list(dict.fromkeys(options.methods))
+    if methods != [studies.ALL] and not {*methods} <= {*families}:
+        known = f"{studies.ALL!r} or some of {list(families)}"
+        p.error(f"--method: expected {known}, got {' '.join(methods)!r}")
     given = [*rest, "--seed", str(options.seed)]
     how = (options.tune, options.per_layer, options.validation_share)
     if name is None:
-        return Own(options.method, given, *how, options.model)
-    study = studies.ExperimentStudy(name, options.method, given, *how)
+        return Own(methods, given, *how, options.model)
+    study = studies.ExperimentStudy(name, methods, given, *how)
+    if not study.methods:
+        p.error(f"--method: none of {methods} fits the arguments of {name}")
     if options.patience is not None and not study.early_stopping:
         p.error(f"--patience: {name} trains without epochs, it can't be stopped early")
     return study
@@ -627,16 +665,23 @@ def run(p, study, options, objectives):
     same = None if _is_worker() else check_same(p, study, options, objectives)
     space = kt.HyperParameters()
     with study.options.strategy.scope():
-        study.settings(space)
+        study.declare(space)
     if not space.space:
-        p.error(f"--tune: {options.method} has nothing to search for in {options.tune}")
+        p.error(f"--tune: {study.family} has nothing to search for in {options.tune}")
     study.load()
     if same is not None:
         _write(options.directory / "search.json", same)
-    limit = options.max_trials
+    limit, count = options.max_trials, len(study.methods)
     if limit is None and options.tuner in ("random", "bayesian"):
-        limit = _DEFAULT_TRIALS
+        of_all = _TRIALS_OF_METHOD * count if study.several else 0
+        limit = max(_DEFAULT_TRIALS, of_all)
     console = experiment.make_console()
+    for name, reason in study.left_out.items():
+        console.print(f"{name} is left out: {reason}.", highlight=False)
+    if study.several:
+        console.print(f"Methods: {', '.join(study.methods)}", highlight=False)
+        if limit is not None and limit < count:
+            console.print(f"{limit} trials are not one for each of {count} methods.")
     oracle = oracles.make_oracle(
         options.tuner,
         space,
@@ -646,6 +691,7 @@ def run(p, study, options, objectives):
         getattr(study.options, study.budget),
         options.factor,
         options.worker_timeout,
+        study.firsts(),
     )
     tuner = Search(study, oracle, options, console)
     try:

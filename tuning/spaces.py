@@ -4,6 +4,34 @@
 _RATES = {"adam": 1, "adamw": 1, "rmsprop": 1, "sgd": 10}
 
 
+def explore(hp, declare, methods):
+    """Declare the hyperparameters of all methods that `Space.chosen` chooses from.
+
+    Args:
+        hp: `keras_tuner.HyperParameters`, which have the default values afterwards.
+        declare: function of `hp`, which declares those of the chosen method.
+        methods: list of names.
+    """
+    for name in methods:
+        set_defaults(hp, {"method": name} if len(methods) > 1 else {})
+        declare(hp)
+    set_defaults(hp)
+
+
+def set_defaults(hp, others=()):
+    """Give all active hyperparameters their defaults, but for other values of some."""
+    hp.values = dict(others)
+    for one in hp.space:
+        if hp.is_active(one):
+            hp.values.setdefault(one.name, one.default)
+
+
+def of_method(values):
+    """Values of hyperparameters as the chosen method alone has them, a dict."""
+    own = f"{values['method']}/"
+    return {name.removeprefix(own): value for name, value in values.items()}
+
+
 class Space:
     """Declares hyperparameters, and gives their values.
 
@@ -20,6 +48,29 @@ class Space:
         self.hp = hp
         self.tune = tune
         self.per_layer = per_layer
+
+    def chosen(self, methods, declare):
+        """One of several methods, and what is declared for it alone.
+
+        Of several, the hyperparameter `method` says which; those of each have its name
+        before their own, and are active only where it is chosen. A method's are declared
+        when it is the chosen one, as Keras Tuner's searches and `explore` expect.
+
+        Args:
+            methods: list of names.
+            declare: function of a name that declares hyperparameters.
+
+        Returns:
+            `(name, found)`: the chosen one, and what `declare` returned for it.
+        """
+        if len(methods) == 1:
+            return methods[0], declare(methods[0])
+        chosen, found = self.hp.Choice("method", list(methods)), None
+        for name in methods:
+            with self.hp.conditional_scope("method", [name]), self.hp.name_scope(name):
+                if name == chosen:
+                    found = declare(name)
+        return chosen, found
 
     def around(self, name, default, factor):
         """A positive number, from `default / factor` to `default * factor`, logarithmic."""

@@ -10,6 +10,7 @@ from searching import Case, replace
 from sklearn import preprocessing
 
 from applications import mtfl
+from applications.experiment import Tick
 from applications.mtfl import Faces, cut_out, load_mtfl, normalized_mean_error
 from applications.reading import DataError
 from applications.results import Results
@@ -217,9 +218,9 @@ def test_mlp(rng):
     options = ["--data", "x", *SMALL, "--network", "mlp", "--tasks", "landmarks", "smile"]
     options = mtfl.parse([*options, "--components", "4", "--units", "8"])
     ticks = []
-    found = mtfl.train_and_test(
-        options, "trn-wrong", faces(rng), faces(rng, 10), 0, lambda: ticks.append(1)
-    )
+    tick = Tick(lambda: ticks.append(1))
+    found = mtfl.train_and_test(options, "trn-wrong", faces(rng), faces(rng, 10), 0, tick)
+    assert tick.model.task_names == ("landmarks", "smile")
     assert set(found["errors"]) == {"landmarks", "smile"} and ticks == [1]
     assert set(found["similarity"]) == {"output", "hidden", "labels"}
     # The control does not look at the labels.

@@ -12,6 +12,7 @@ from test_domains import write_features, write_images
 
 from applications import domains as data
 from applications import office_caltech as office
+from applications.experiment import Tick
 from dmtrl_keras import task_correlation
 
 TINY = ["--steps", "3", "--bottleneck", "4", "--draws", "2", "--fractions", "0.3"]
@@ -139,6 +140,8 @@ def test_same_run_gives_the_same(tmp_path, rng):
     domains, classes = office.load_features(tmp_path)
     trainer = office.Trainer(options, domains, len(classes), lambda: (6,))
     parts = {name: np.arange(8) for name in domains}
+    ticks = []
+    trainer.tick = Tick(lambda: ticks.append(1))
     for method in ("drn", "stl"):
         first = trainer.train(method, parts, 0, 0.01, 1e-2).get_weights()
         other = trainer.train(method, parts, 1, 0.01, 1e-2).get_weights()
@@ -146,7 +149,10 @@ def test_same_run_gives_the_same(tmp_path, rng):
         assert any(not np.array_equal(a, b) for a, b in zip(first, other))
         for a, b in zip(first, again):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    slow = trainer.train("stl", parts, 0, 1e-9, 1e-2).get_weights()
+    slow = trainer.train("stl", parts, 0, 1e-9, 1e-2)
+    # As many as trainings, of which the last one's network is known.
+    assert len(ticks) == 7 and trainer.tick.model is slow
+    slow = slow.get_weights()
     assert any(not np.allclose(a, b, atol=1e-4) for a, b in zip(slow, first))
 
 

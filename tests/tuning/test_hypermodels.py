@@ -12,7 +12,8 @@ from dmtrl_keras import TaskRelationModel, parameterizations, task_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.regularizers import MeanDeviation, TraceNorm
 from tuning import hypermodels
-from tuning.hypermodels import FAMILIES, TUNABLE
+from tuning.hypermodels import FAMILIES, TUNABLE, Several
+from tuning.spaces import explore, of_method, set_defaults
 
 TASKS = {"a": "mse", "b": "mse"}
 
@@ -168,6 +169,57 @@ def test_trials_have_nothing_in_common():
         np.testing.assert_array_equal(old, new)
 
 
+def test_several_families_are_each_alone():
+    """Of each the hyperparameters that it has alone, and nothing of others."""
+    own = {"heads": 1, "tune": TUNABLE, "per_layer": True}
+    hypermodel = Several(None, backbone, TASKS, **own)
+    assert list(hypermodel.families) == list(FAMILIES) and not hypermodel.left_out
+    space = kt.HyperParameters()
+    explore(space, hypermodel.build, list(hypermodel.families))
+    assert space.space[0].name == "method" and space.values["method"] == "independent"
+    for method in FAMILIES:
+        hp = space.copy()
+        set_defaults(hp, {"method": method})
+        alone = kt.HyperParameters()
+        model = FAMILIES[method](method, backbone, TASKS, **own).build(alone)
+        assert of_method(hp.values) == {"method": method, **alone.values}
+        common = ("optimizer", "learning_rate", "loss_weight")
+        names = {one.name for one in alone.space if not one.name.startswith(common)}
+        found = {one.name for one in space.space if one.name.startswith(f"{method}/")}
+        assert found == {f"{method}/{name}" for name in names}
+        if method in ("mrn", "tucker", "trn"):
+            joint = hypermodel.build(hp)
+            assert type(joint) is type(model)
+            assert joint.count_params() == model.count_params()
+
+
+def test_several_values_are_used():
+    hypermodel = Several(
+        ["tucker", "mrn"], backbone, TASKS, heads=1, defaults={"mrn": {"strength": 0.3}}
+    )
+    hp = kt.HyperParameters()
+    hp.values = {"method": "mrn", "mrn/epsilon": 0.02}
+    layer = next(layer for layer in task_layers(hypermodel.build(hp)) if layer.prior)
+    assert layer.kernel_regularizer.strength == 0.3
+    assert layer.kernel_regularizer.epsilon["task"] == 0.02
+
+
+def test_what_does_not_fit_is_left_out():
+    dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="fc")])
+    rank = {"task_rank": 2}
+    hypermodel = Several(
+        None, dense, TASKS, heads=1, shared_input=False, defaults={"laf": rank, "tt": rank}
+    )
+    left_out = hypermodel.left_out
+    assert set(left_out) == {"cut", "similar", "stitch", "nddr", "trn", "laf"}
+    assert "no convolution" in left_out["similar"] and "one layer" in left_out["cut"]
+    assert "not the same" in left_out["trn"] and "no other rank" in left_out["laf"]
+    with pytest.raises(ValueError, match=r"Several: none .*'similar': 'the network has"):
+        Several(["similar"], dense, TASKS)
+    with pytest.raises(ValueError, match=r"Several: expected .* Received: \['own'\]"):
+        Several(["own", "laf"], dense, TASKS)
+
+
 def test_fixed_where_it_is_not_searched():
     hp = kt.HyperParameters()
     hypermodel = FAMILIES["tucker"](
@@ -208,3 +260,26 @@ def test_keras_tuner_takes_them(tmp_path, rng):
     tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
     (model,) = tuner.get_best_models()
     assert np.isfinite(model.predict(x, verbose=0)["a"]).all()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="Keras Tuner's logs are TensorFlow's"
+)
+def test_keras_tuner_takes_several(tmp_path, rng):
+    """Keras Tuner's own search finds the hyperparameters of all of them."""
+    x = rng.normal(size=(12, 6, 6, 1))
+    y = {task: rng.normal(size=(12, 1)) for task in TASKS}
+    # One for all trials, as in `examples/search.py`.
+    whole = backbone()
+    tuner = kt.RandomSearch(
+        Several(["hard", "laf", "mrn"], whole, TASKS, heads=1),
+        kt.Objective("val_a_loss", "min"),
+        max_trials=2,
+        directory=tmp_path,
+    )
+    names = {one.name for one in tuner.oracle.get_space().space}
+    own = {"laf/tolerance", "mrn/strength", "mrn/epsilon"}
+    assert names == {"method", "learning_rate", *own}
+    tuner.search(x, y, validation_data=(x, y), epochs=1, verbose=0)
+    assert len(tuner.get_best_models(2)) == 2

@@ -86,6 +86,26 @@ def test_defaults_first(oracle, tuner):
     assert len(one.trials) == 6
 
 
+@pytest.mark.parametrize("tuner", oracles.TUNERS)
+def test_what_the_first_trials_have(oracle, tuner):
+    """The defaults of each kind before all else; a grid has an order of its own."""
+    trials = 11 if tuner == "hyperband" else 4
+    one = oracle(tuner, trials=trials, firsts=({"kind": "one"}, {"kind": "two"}))
+    loss = {"one": 2.0, "two": 1.0}
+    while run(one, lambda values: {"loss": loss[values["kind"]] + values["x"] ** 2}):
+        pass
+    trials = [trial.hyperparameters.values for trial in one.trials.values()]
+    own = [{n: v for n, v in t.items() if not n.startswith("tuner/")} for t in trials]
+    assert own[0] == {"x": 0.25, "kind": "one"}
+    assert tuner == "grid" or own[1] == {"x": 0.25, "kind": "two", "units": 3}
+    assert all(("units" in values) == (values["kind"] == "two") for values in own)
+    if tuner == "hyperband":
+        again = [t for t in trials if t["tuner/round"]]
+        assert again
+        for trial in again:
+            assert trial["x"] == trials[int(trial["tuner/trial_id"])]["x"]
+
+
 def test_front_is_covered(oracle):
     """x**2 and (x - 2)**2: the front is [0, 2], and trials are found all along it."""
 

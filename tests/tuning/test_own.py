@@ -10,6 +10,7 @@ import pytest
 
 from tuning import own as users
 from tuning.hypermodels import TUNABLE
+from tuning.spaces import set_defaults
 
 
 def part(count, per_task=False):
@@ -52,16 +53,46 @@ def test_own_data(monkeypatch, per_task, few_steps):
     given = own(monkeypatch, data(per_task, validation=part(4, per_task)))
     assert len(given._parts(True, 0)[1][1]["a"]) == 4
     hp = kt.HyperParameters()
+    study.declare(hp)
     options = study.with_settings(study.settings(hp))
     found = study.learn(options, True, 0, lambda: None, study.stopping(1))
     expected = (found["val_a_loss"] + found["val_b_loss"]) / 2
     assert found["task_loss"] == pytest.approx(expected, rel=1e-5)
     x, y = study._parts(True, 0)[1]
     own_x = x["a"] if per_task else x
-    outputs = study._trained.predict({"a": own_x, "b": own_x} if per_task else x, verbose=0)
+    outputs = study.model.predict({"a": own_x, "b": own_x} if per_task else x, verbose=0)
     error = np.mean((outputs["a"] - y["a"]) ** 2)
     assert found["val_a_loss"] == pytest.approx(error, rel=1e-4)
     assert set(study.objectives) <= set(found)
+
+
+def test_several_families(monkeypatch):
+    """`all` is what fits; a family's strength is its own where none is given."""
+    study = own(monkeypatch, data(), ["all"], "--task-rank", "2")
+    assert set(study.left_out) == {"cut", "similar", "laf"}
+    assert study.family == "all" and study.describe()["method"] == study.methods
+    assert study.firsts()[1] == {"method": "hard"}
+    hp = kt.HyperParameters()
+    study.declare(hp)
+    set_defaults(hp, {"method": "trace"})
+    settings = study.settings(hp)
+    assert settings["trace/strength"] == 1e-3
+    config = study.config(settings)
+    weights = {"loss_weight/a", "loss_weight/b"}
+    names = {"optimizer", "learning_rate/adam", "strength", *weights}
+    assert config["method"] == "trace" and set(config["hyperparameters"]) == names
+    per_task = own(monkeypatch, data(True), ["trn", "hard"])
+    assert per_task.methods == ["hard"] and not per_task.several
+
+
+def test_several_families_are_refused(monkeypatch, capsys):
+    for methods, message in (
+        (["own", "hard"], "as it is has no other family"),
+        (["similar", "cut"], "none of the methods can be used.*no convolution"),
+    ):
+        with pytest.raises(SystemExit):
+            own(monkeypatch, data(), methods)
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_model_that_is_none(monkeypatch, capsys):
@@ -73,7 +104,7 @@ def test_model_that_is_none(monkeypatch, capsys):
             functions["m:backbone"] = lambda hp: {}
         study = users.Own(method, ["--data", "m:data"], TUNABLE, False, 0.25, "m:backbone")
         with pytest.raises(SystemExit):
-            study.settings(kt.HyperParameters())
+            study.declare(kt.HyperParameters())
         last = capsys.readouterr().err.splitlines()[-1]
         assert "--model m:backbone: expected a function that returns a Keras model" in last
         assert last.endswith("Received: dict.")
@@ -101,7 +132,7 @@ def test_functions_that_need_more(monkeypatch, capsys):
         assert re.search(message, capsys.readouterr().err.splitlines()[-1])
     study = users.Own("own", ["--data", "m:data"], TUNABLE, False, 0.25, "json:dumps")
     with pytest.raises(TypeError, match=r"^--model json:dumps: .* not JSON serializable"):
-        study.settings(kt.HyperParameters())
+        study.declare(kt.HyperParameters())
 
 
 @pytest.mark.parametrize(

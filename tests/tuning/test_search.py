@@ -175,6 +175,45 @@ def test_command(users, tmp_path, monkeypatch, capsys, few_steps):
     assert "other ['repeats']" in capsys.readouterr().err
 
 
+def test_all_methods(users, tmp_path, capsys, few_steps):
+    """One search of methods and their settings; the file names the method."""
+    given = ["--model", "users_own:backbone", "--tuner", "random", "--max-trials", "3"]
+    methods = ["--methods", "mrn", "similar", "hard"]
+    found = search.main([*given, *methods, *users])
+    printed = capsys.readouterr().out
+    assert "similar is left out: the network has no convolution." in printed
+    assert "Best trial of each method" in printed
+    table = found["table"].set_index("trial")
+    assert table.method["0"] == "mrn" and table.method["1"] == "hard"
+    assert table.strength["0"] == 0.1 and np.isnan(table.strength["1"])
+    written = json.loads((tmp_path / "search" / "best.json").read_text())
+    assert written["method"] == found["best"]["method"]
+    own_names = {"mrn": {"strength", "epsilon"}, "hard": set()}[written["method"]]
+    assert set(written["hyperparameters"]) == {"learning_rate", *own_names}
+    # Another set of methods is another search.
+    with pytest.raises(SystemExit):
+        search.main([*given, "--methods", "mrn", "hard", "laf", *users])
+    assert "has a search with other ['method']" in capsys.readouterr().err
+
+
+def test_the_best_model_so_far_is_kept(users, tmp_path, monkeypatch):
+    """Always that of the best trial; at the end that of the whole training part."""
+    kept, losses = [], iter([3.0, 4.0, 1.0, 2.0, 5.0])
+
+    def learn(self, options, validation, repeat, tick, callbacks):
+        self.model = next(losses)
+        return {"task_loss": self.model}
+
+    monkeypatch.setattr(own.Own, "learn", learn)
+    monkeypatch.setattr(own.Own, "keep", lambda self, folder: kept.append(self.model))
+    search.main([*TUCKER, *users, "--max-trials", "4"])
+    assert kept == [3.0, 1.0, 5.0]
+    # Resumed, one that is worse changes nothing.
+    losses = iter([2.5])
+    search.main([*TUCKER, *users, "--max-trials", "5"])
+    assert kept == [3.0, 1.0, 5.0]
+
+
 def test_several_objectives(users, tmp_path, few_eager_steps):
     """The Pareto front, printed, drawn, and each of its settings in a file."""
     arguments = ["--objective", "task_loss", "val_a_accuracy", "parameters", "--repeats"]
@@ -238,7 +277,8 @@ def test_tuners(users, tuner, monkeypatch):
         (["--objective", "niceness"], "say niceness:min or niceness:max"),
         (["--objective", "task_loss", "task_loss"], "expected different ones"),
         (["--tune", "nothing"], "invalid choice"),
-        (["--method", "dmtrl"], "expected one of"),
+        (["--method", "dmtrl"], "expected 'all' or some of"),
+        (["--method", "all", "laf"], "expected 'all' or some of"),
         (["--data", "users_own:none"], "users_own:none"),
         (["--data", "users_own"], "expected MODULE:FUNCTION"),
     ],

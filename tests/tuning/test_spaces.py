@@ -1,7 +1,7 @@
 import keras_tuner as kt
 import pytest
 
-from tuning.spaces import Space
+from tuning.spaces import Space, explore, of_method
 
 
 def test_defaults_are_the_given_settings():
@@ -60,6 +60,39 @@ def test_task_rank():
     assert space.task_rank(5) == 5
     (own,) = (one for one in hp.space if one.name == "task_rank")
     assert (own.min_value, own.max_value) == (2, 5)
+
+
+def test_one_of_several_methods():
+    """What a method declares is active only with it, and has its name before its own."""
+    declared = {
+        "prior": lambda space: space.prior(0.1, 0.01),
+        "none": lambda space: (),
+        "layers": lambda space: space.factorization(["fc"], 0.2),
+    }
+
+    def declare(hp):
+        space = Space(hp, per_layer=True)
+        return space.chosen(list(declared), lambda name: declared[name](space))
+
+    hp = kt.HyperParameters()
+    explore(hp, declare, list(declared))
+    assert hp.space[0].name == "method"
+    assert hp.values == {"method": "prior", "prior/strength": 0.1, "prior/epsilon": 0.01}
+    assert [one.name for one in hp.space[3:]] == [
+        f"layers/{name}" for name in ("ranks", "tolerance", "rank/fc")
+    ]
+    values = {"method": "layers", "layers/ranks": "layers", "layers/rank/fc": 0.3}
+    hp.values = dict(values)
+    assert declare(hp) == ("layers", (None, {"fc": 0.3}))
+    assert {one.name for one in hp.space if hp.is_active(one)} == set(values)
+    assert of_method(values) == {"method": "layers", "ranks": "layers", "rank/fc": 0.3}
+
+
+def test_one_method_has_nothing_to_choose():
+    hp = kt.HyperParameters()
+    space = Space(hp)
+    found = space.chosen(["one"], lambda name: space.around(name, 1.0, 2))
+    assert found == ("one", 1.0) and hp.values == {"one": 1.0}
 
 
 def test_tasks_are_asked_for_where_they_are_needed():

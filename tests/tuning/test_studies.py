@@ -11,6 +11,7 @@ from PIL import Image
 
 from tuning import studies
 from tuning.hypermodels import TUNABLE
+from tuning.spaces import set_defaults
 
 
 def make(name, monkeypatch, method=None, per_layer=True):
@@ -66,7 +67,7 @@ def test_settings(name, monkeypatch, tmp_path):
     path = tmp_path / "best.json"
     path.write_text(json.dumps(study.config(settings)))
     options = study.experiment.parse(["--config", str(path)])
-    assert options.methods == [study.method]
+    assert options.methods == [*study.methods]
     for key, value in settings.items():
         assert getattr(options, key) == value, key
     assert options.optimizer == "rmsprop"
@@ -83,6 +84,62 @@ def test_every_method_has_a_space(name, monkeypatch):
         hp = kt.HyperParameters()
         study.settings(hp)
         assert {"optimizer", f"loss_weight/{study.tasks()[0]}"} <= set(hp.values)
+
+
+@pytest.mark.parametrize("name", studies.EXPERIMENTS)
+def test_all_methods(name, monkeypatch, tmp_path):
+    """One space of all; the file of the settings has a method, and what is its own."""
+    study, case = make(name, monkeypatch, ["all"])
+    hp = kt.HyperParameters()
+    study.declare(hp)
+    assert hp.space[0].name == "method" and hp.space[0].values == study.methods
+    assert len(study.methods) > 1
+    for method in study.methods:
+        set_defaults(hp, {"method": method})
+        settings = study.settings(hp)
+        alone, other = make(name, monkeypatch, method)[0], kt.HyperParameters()
+        assert settings == {**alone.settings(other), "methods": [method]}
+        # Nothing of others.
+        assert study.own(hp.values) == {**other.values, "method": method}
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(study.config(settings)))
+    assert study.experiment.parse(["--config", str(path)]).methods == [method]
+    found = study.learn(study.with_settings(settings), True, 0, None, None)
+    assert found["error"] == pytest.approx(case.error)
+
+
+def test_methods_that_do_not_fit():
+    """What the experiment itself leaves out."""
+    tasks = ["--tasks", "one=sample", "two=sample", "--group", "own"]
+    study = studies.ExperimentStudy("mtal", ["all"], tasks, TUNABLE, False, 0.25)
+    assert set(study.left_out) == {"mtal_r"}
+    assert "mtal_r" not in study.methods and "mtal" in study.methods
+
+
+class Saved:
+    """A model that is saved as its number; 0 can't be."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def save(self, path):
+        if not self.number:
+            raise ValueError("no config")
+        path.write_text(str(self.number))
+
+
+def test_models_are_kept(tmp_path):
+    """The last one only; none that is not that of the settings."""
+    study, path = studies.Study("laf", (), 0.25), tmp_path / "best.keras"
+    for number in (1, 2):
+        study.model = Saved(number)
+        assert study.keep(tmp_path) == path and path.read_text() == str(number)
+    study.model = Saved(0)
+    with pytest.warns(UserWarning, match="could not be saved: no config"):
+        assert study.keep(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    study.model = None
+    assert study.keep(tmp_path) is None
 
 
 def test_budget():

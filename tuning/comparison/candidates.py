@@ -345,21 +345,20 @@ class Network(Candidate):
         name: str.
         title: str.
         method: str, of `hypermodels.FAMILIES`.
-        lack: function of a problem, or None.
         fixed: dict of the family's `defaults`.
     """
 
     has_epochs = True
 
-    def __init__(self, name, title, method, lack=None, fixed=None):
+    def __init__(self, name, title, method, fixed=None):
         self.name, self.title, self.method = name, title, method
-        self._lack = lack
         self._fixed = fixed or {}
 
     def lack(self, problem):
         if problem.backbone is None and not problem.tabular:
             return "examples that are no rows of numbers need a backbone"
-        return None if self._lack is None else self._lack(problem)
+        # However many columns a table has, once they are encoded.
+        return self.hypermodel(problem, width=1).lack()
 
     def hypermodel(self, problem, width=None):
         """The hypermodel of its family.
@@ -536,25 +535,6 @@ class _scales:
         }
 
 
-def _no_convolution(problem):
-    kinds = hypermodels._CONVOLUTIONS
-    layers = [] if problem.backbone is None else flatten_layers(backbone_of(problem))
-    if any(isinstance(layer, kinds) for layer in layers):
-        return None
-    return "the network has no convolution"
-
-
-def _no_own_examples(problem):
-    return None if problem.shared else "the tasks' examples are not the same"
-
-
-def _no_cut(problem):
-    if problem.backbone is None:
-        return None
-    kernels = hypermodels._names(backbone_of(problem), hypermodels._has_kernel)
-    return None if len(kernels) > 1 else "the network has one layer with a kernel"
-
-
 for _one in (
     RidgeByTask(),
     Pooled(),
@@ -565,17 +545,17 @@ for _one in (
     RelatedRegressions(),
     Network("stl", "STL", "independent"),
     Network("hard", "hard sharing", "hard"),
-    Network("cut", "hard sharing up to a layer", "cut", lack=_no_cut),
-    Network("stitch", "Cross-Stitch", "stitch", lack=_no_own_examples),
-    Network("nddr", "NDDR", "nddr", lack=_no_own_examples),
+    Network("cut", "hard sharing up to a layer", "cut"),
+    Network("stitch", "Cross-Stitch", "stitch"),
+    Network("nddr", "NDDR", "nddr"),
     Network("deviation", "near their mean", "deviation"),
     Network("trace", "trace norm", "trace"),
     Network("laf", "DMTRL-LAF", "laf", fixed={"tolerance": 0.3}),
     Network("tucker", "DMTRL-Tucker", "tucker", fixed={"tolerance": 0.3}),
     Network("tt", "DMTRL-TT", "tt", fixed={"tolerance": 0.3}),
-    Network("similar", "similar kernels (MTAL)", "similar", lack=_no_convolution),
+    Network("similar", "similar kernels (MTAL)", "similar"),
     Network("drn", "DRN", "drn"),
     Network("mrn", "MRN", "mrn"),
-    Network("trn", "TRN", "trn", lack=_no_own_examples),
+    Network("trn", "TRN", "trn"),
 ):
     register(_one)

@@ -16,7 +16,6 @@ from dmtrl_keras import (
     zip_tasks,
 )
 from dmtrl_keras.ground.backend import tensorflow
-from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.losses import MaskedLoss
 from dmtrl_keras.monitoring.relations import learned_of
 from dmtrl_keras.mrn.report import correlation

@@ -765,8 +765,7 @@ class FacesExperiment(Experiment):
         return [path]
 
 
-EXPERIMENT = FacesExperiment()
-parse, main = EXPERIMENT.parse, EXPERIMENT.main
+parse, main = FacesExperiment().parse, FacesExperiment().main
 
 if __name__ == "__main__":
     main()

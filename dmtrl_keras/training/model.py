@@ -46,6 +46,7 @@ from dmtrl_keras.ground.validation import (
     refusal,
 )
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
+from dmtrl_keras.training.class_weights import with_class_weight
 from dmtrl_keras.training.lengths import (
     PRESENT,
     Piece,
@@ -555,7 +556,10 @@ class MultiTaskModel(ModelOfReplicas):
         Args:
             *args: as in Keras.
             **kwargs: as in Keras. `validation_data` may be data of each task, as in
-                `evaluate`.
+                `evaluate`. `class_weight` is a dict from task to a dict from class to
+                weight, `{"gender": {0: 1.0, 1: 3.0}}`; tasks and classes that are not in
+                it have weight 1, and it comes on top of `sample_weight`. Labels are classes
+                or one-hot; missing ones stay missing.
 
         Raises:
             ValueError: on training data of different lengths, or a dict of data sets:
@@ -563,6 +567,10 @@ class MultiTaskModel(ModelOfReplicas):
                 inputs.
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        if given.get("class_weight") is not None:
+            names = ("x", "y", "sample_weight", "class_weight")
+            weighted = with_class_weight(self, *(given.get(name) for name in names))
+            return self.fit(**{**given, **dict(zip(names, (*weighted, None)))})
         x, y = given.get("x"), given.get("y")
         if isinstance(x, Mapping) and are_data_sets(self, x, y):
             kinds = {task: type(own).__name__ for task, own in x.items()}

@@ -11,6 +11,7 @@ from applications import faces
 from applications.reading import DataError
 from dmtrl_keras import task_layers
 
+EXPERIMENT = faces.FacesExperiment()
 SMALL = "--size 16 --width 0.02 --steps 3 --epochs 1 --batch-size 8 --repeats 1".split()
 
 
@@ -125,11 +126,11 @@ def test_folds_of_adience(tmp_path):
     """Each seed tests on another fold, and trains on the others; labels may be missing."""
     data = write_adience(tmp_path / "adience")
     options = faces.parse(given(data))
-    loaded = faces.EXPERIMENT.load(options)
+    loaded = EXPERIMENT.load(options)
     assert options.tasks == ["gender", "age"]
     tested = set()
     for seed in range(5):
-        part = faces.EXPERIMENT.draw(options, loaded, seed)
+        part = EXPERIMENT.draw(options, loaded, seed)
         assert (len(part.training.images), len(part.testing.images)) == (16, 4)
         tested |= {int(image[0, 0, 0]) // 40 for image in part.testing.images}
         assert not set(part.training.images[:, 0, 0, 0]) & set(
@@ -137,9 +138,9 @@ def test_folds_of_adience(tmp_path):
         )
     assert tested == set(range(5))
     with pytest.raises(DataError, match="there are 16"):
-        faces.EXPERIMENT.load(faces.parse(given(data, "--training-images", "17")))
+        EXPERIMENT.load(faces.parse(given(data, "--training-images", "17")))
     with pytest.raises(DataError, match="'smile'"):
-        faces.EXPERIMENT.load(faces.parse(given(data, "--tasks", "smile", "age")))
+        EXPERIMENT.load(faces.parse(given(data, "--tasks", "smile", "age")))
 
 
 def test_missing_labels(mtfl):
@@ -147,8 +148,8 @@ def test_missing_labels(mtfl):
     parts = {}
     for share in ("0", "0.5"):
         options = faces.parse(given(mtfl, "--missing", share))
-        loaded = faces.EXPERIMENT.load(options)
-        parts[share] = [faces.EXPERIMENT.draw(options, loaded, seed) for seed in (0, 1)]
+        loaded = EXPERIMENT.load(options)
+        parts[share] = [EXPERIMENT.draw(options, loaded, seed) for seed in (0, 1)]
     for full, part in zip(*parts.values()):
         np.testing.assert_array_equal(full.training.images, part.training.images)
         assert all(known.all() for known in full.known.values())

@@ -77,6 +77,7 @@ options, ticks, seen = study.with_settings(settings), [], []
 watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda n, logs: seen.append(logs))
 found = study.learn(options, True, 0, lambda: ticks.append(1), [watch])
 assert set(study.objectives) <= set(found) and 0 < found["error"] < 1
+assert set(study.model.task_names) == set(TASKS)
 assert len(ticks) == study.ticks(options) == 3 and "val_loss" in seen[0]
 part = EXPERIMENT.draw(options, study.data, 0)
 train, valid, _ = EXPERIMENT.hold_out(part, options, 0.25, 0)

@@ -130,7 +130,8 @@ def test_streams(data, kind):
     else:
         stream = Batches(x, y)
     if kind == "generator":
-        stream, more = (stream[n] for n in range(3)), {"steps_per_epoch": 3}
+        batches, more = stream, {"steps_per_epoch": 3}
+        stream = (batches[n] for n in range(3))
     found = fitted(network, stream, **more)
     assert found == pytest.approx(expected(network, x, y), rel=1e-5)
 

@@ -89,7 +89,9 @@ def table_of_gains(found):
             if method == comparison.baseline:
                 cells[method] = f"baseline, {row.error:.3f}"
             else:
-                cells[method] = f"{row.delta:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
+                cells[method] = f"{row.delta:+.1f}"
+                if len(comparison.errors[method]) > 1:
+                    cells[method] += f" ({row.low:+.1f} to {row.high:+.1f})"
             if method == comparison.recommendation.method:
                 cells[method] = f"**{cells[method]}**"
         columns[NAMES[name]] = cells

@@ -22,6 +22,7 @@ from dmtrl_keras.conversion.graph import (
 from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import (
     check_bool,
@@ -174,6 +175,7 @@ def multitask(
     options |= _deprecated(implementation=implementation, threshold=threshold)
     choose = _sharing_of(sharing, surveyed.with_weights, names, options)
     given = {"sharing": sharing, "prior": prior, **options}
+    _check_averaging(backbone, heads)
     heads = checked_heads(heads, names)
     prior_of = by_pattern("prior", prior, surveyed.with_weights, _check_prior)
     fusion_of = _fusion_of(between, surveyed)
@@ -210,6 +212,29 @@ def _check_layers(
         return own or fusion_of(layer) is not None
 
     surveyed.check(name, apart)
+
+
+def _check_averaging(backbone: keras.Model, heads: Any) -> None:
+    """Refuse numbers of classes for images of which the channels come first."""
+    numbers = [one for one in tree.flatten(heads) if isinstance(one, int)]
+    first = any(
+        getattr(layer, "data_format", None) == "channels_first"
+        for layer in flatten_layers(backbone)
+    )
+    if numbers and first and len(backbone.output.shape) > 2:
+        raise ValueError(
+            "multitask: expected `heads` as layers or functions for images of which the "
+            "channels come first; with a number of classes they are averaged over what "
+            f"comes before the last axis. Received: heads={heads!r}."
+        )
+
+
+def _freeze_like(original: keras.layers.Layer, copy: keras.layers.Layer) -> None:
+    """Freeze what is frozen within a layer, which its configuration may not say."""
+    pairs = zip(flatten_layers(original), flatten_layers(copy))
+    for one, other in pairs:
+        if other.trainable != one.trainable:
+            other.trainable = one.trainable
 
 
 def _warn_of_growth(model: keras.Model) -> None:
@@ -531,6 +556,8 @@ class _Builder:
         outputs = layer(*args, **kwargs)
         if fresh and weights:
             rules.load_weights(layer, weights)
+            if kind == "plain":
+                _freeze_like(call.operation, layer)
         return tree.map_structure(lambda x: self._features(form, x, layer.name), outputs)
 
     def _kernels(self, call: "_Call", rule: rules.Kernels) -> Any:

@@ -8,6 +8,7 @@ the grouped layout, if it can, and which layer one task alone would have.
 
 import dataclasses
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ def rule_of(operation: Any) -> "Rule | None":
 
 def unknown(operation: Any) -> "Rule":
     """What stands for the rule of an operation that has none, and stays as it is."""
-    return _UNKNOWN if getattr(operation, "weights", None) else _OPERATION
+    return _UNKNOWN if getattr(operation, "weights", None) else _UNKNOWN_OPERATION
 
 
 def alone(operation: Any) -> Any:
@@ -118,8 +119,14 @@ def is_elementwise(activation: Any) -> bool:
 
 
 def copy_of(operation: Any) -> Any:
-    """A new, unbuilt operation with the same configuration."""
-    return type(operation).from_config(operation.get_config())
+    """A new, unbuilt operation with the same configuration, and vocabulary."""
+    copy = type(operation).from_config(operation.get_config())
+    if hasattr(operation, "save_assets") and hasattr(operation, "get_vocabulary"):
+        # What was adapted is in no configuration, and no weight.
+        with tempfile.TemporaryDirectory() as folder:
+            operation.save_assets(folder)
+            copy.load_assets(folder)
+    return copy
 
 
 def load_weights(layer: keras.layers.Layer, weights: Sequence[np.ndarray]) -> None:
@@ -528,13 +535,19 @@ def _never(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> bool:
 
 
 class _Unknown(Rule):
-    """Layers with weights that can't be converted, and stay as they are."""
+    """What can't be converted, and stays as it is: never on grouped channels."""
 
-    has_weights = True
+    def __init__(self, has_weights: bool) -> None:
+        self.has_weights = has_weights
+
+    def grouped(
+        self, layer: keras.layers.Layer, tasks: int, shapes: Sequence[Shape]
+    ) -> keras.layers.Layer | None:
+        return None
 
 
 _TASK_LAYER = _TaskLayer()
-_UNKNOWN = _Unknown()
+_UNKNOWN, _UNKNOWN_OPERATION = _Unknown(True), _Unknown(False)
 # Operations of `keras.ops` that take every number for itself.
 _OPERATION = _OnlyIf(_same_channels)
 

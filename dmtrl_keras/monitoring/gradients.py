@@ -25,11 +25,11 @@ def gradient_cosines(
     """The cosines between the gradients of the tasks' losses.
 
     `C_ij = <g_i, g_j> / (|g_i| |g_j|)` (Yu et al., "Gradient Surgery for Multi-Task
-    Learning", NeurIPS 2020), where `g_t` is the gradient of task t's loss, over all
-    examples, with respect to the weights that both losses depend on: the entries at which
-    both gradients are not zero. So of stacked kernels, whose entries belong to one task
-    each, nothing counts; of factors what tasks have in common does. Negative: a step for
-    one task is a step against the other.
+    Learning", NeurIPS 2020), where `g_t` is the gradient of task t's loss, the mean
+    over the batches by their numbers of examples, with respect to the weights that both
+    losses depend on: the entries at which both gradients are not zero. So of stacked
+    kernels, whose entries belong to one task each, nothing counts; of factors what tasks
+    have in common does. Negative: a step for one task is a step against the other.
 
     Args:
         model: a compiled `MultiTaskModel`, as it is; nothing of its state changes.
@@ -207,7 +207,9 @@ def _array(leaf: Any) -> Any:
 def _by_task(model: MultiTaskModel, x: Any, y: Any, weight: Any) -> list[Tensor]:
     """The losses in the order of the tasks."""
     losses, _ = model.task_losses(y, model(x, training=False), weight)
-    return [losses[task] for task in model.task_names if task in losses]
+    # A task without a loss has no gradient.
+    zero = keras.ops.zeros(())
+    return [losses.get(task, zero) for task in model.task_names]
 
 
 def _losses(model: MultiTaskModel, x: Any, y: Any, weight: Any) -> np.ndarray:

@@ -61,7 +61,9 @@ def task_relations(model: keras.Model) -> dict[str, np.ndarray]:
 
     Returns:
         A dict from title to a float64 array `(T, T)`, in the order of the layers; empty for
-        a network that learns nothing of that kind. NaN for pairs that are not compared.
+        a network that learns nothing of that kind. NaN for pairs that are not compared. The
+        tasks are in the order of `model.task_names`, where the layer knows these names, or
+        knows none.
 
     Raises:
         ValueError: if it is no built model.
@@ -74,8 +76,16 @@ def task_relations(model: keras.Model) -> dict[str, np.ndarray]:
     ['learned correlation, bottleneck', 'learned correlation, classifier']
     """
     check_model(model, "task_relations")
-    found = [one for one in learned_of(model) if one.of_tasks and len(one.names) > 1]
-    return {one.title: one.matrix for one in found}
+    names = list(getattr(model, "task_names", ()))
+    found = {}
+    for one in learned_of(model):
+        if not one.of_tasks or len(one.names) < 2:
+            continue
+        # Layers may have the tasks in another order than the outputs.
+        known = sorted(one.names) == sorted(names)
+        order = [one.names.index(name) for name in (names if known else one.names)]
+        found[one.title] = one.matrix[np.ix_(order, order)]
+    return found
 
 
 def learned_of(model: keras.Model) -> list[Learned]:

@@ -1,10 +1,12 @@
 """Weights of classes, by task, as weights of examples."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+from keras import tree
 
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.types import Tensor
@@ -32,15 +34,17 @@ def with_class_weight(
         ValueError: on unknown tasks, on what are no classes or weights.
     """
     tables = _tables(model, class_weight)
-    names = list(model.task_names)
+    if not tables:
+        return x, y, sample_weight
+    ranks = {task: len(output.shape) for task, output in model.output.items()}
 
     def weighted(batch: Any) -> Any:
         inputs, labels, *weight = batch
-        own = _weights(names, labels, weight[0] if weight else None, tables)
+        own = _weights(model, labels, weight[0] if weight else None, tables, ranks)
         return inputs, labels, own
 
     if y is not None:
-        return x, y, _weights(names, y, sample_weight, tables)
+        return x, y, _weights(model, y, sample_weight, tables, ranks)
     if hasattr(x, "element_spec"):
         return x.map(lambda *batch: weighted(batch)), None, None
     if isinstance(x, keras.utils.PyDataset):
@@ -52,6 +56,27 @@ def with_class_weight(
         f"{name_of(model)}: expected labels, a tf.data.Dataset, a PyDataset or a generator "
         f"with `class_weight`. Received: {type(x).__name__} without labels."
     )
+
+
+def apart_for_validation(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `fit` with the last share of the data as `validation_data`.
+
+    As Keras does it, but before classes have weights, which are for training only.
+    """
+    share, x = given.get("validation_split"), given.get("x")
+    if not share or given.get("validation_data") is not None or given.get("y") is None:
+        return given
+    data = (x, given["y"], given.get("sample_weight"))
+    arrays = tree.map_structure(lambda a: None if a is None else np.asarray(a), data)
+    count = len(next(a for a in tree.flatten(arrays) if a is not None))
+    border = math.floor(count * (1 - share))
+    first, last = (
+        tree.map_structure(lambda a, part=part: None if a is None else a[part], arrays)
+        for part in (slice(border), slice(border, None))
+    )
+    others = {name: own for name, own in given.items() if name != "validation_split"}
+    others |= dict(zip(("x", "y", "sample_weight"), first))
+    return {**others, "validation_data": last[: 3 if last[2] is not None else 2]}
 
 
 class _Weighted(keras.utils.PyDataset):
@@ -102,59 +127,101 @@ def _tables(model: keras.Model, class_weight: Any) -> dict[str, np.ndarray]:
 
 
 def _weights(
-    names: list[str], labels: Any, weight: Any, tables: Mapping[str, np.ndarray]
+    model: keras.Model,
+    labels: Any,
+    weight: Any,
+    tables: Mapping[str, np.ndarray],
+    ranks: Mapping[str, int],
 ) -> Any:
     """Weights of examples, a dict by task where labels are one."""
     if not isinstance(labels, Mapping):
-        (table,) = tables.values()
-        own = _of_classes(labels, table)
+        (task,) = tables
+        own = _of_classes(labels, tables[task], ranks[task])
         return own if weight is None else own * _like(weight, own)
+    unknown = set(weight) - set(model.task_names) if isinstance(weight, Mapping) else None
+    if unknown:
+        what = f"weights of tasks of {list(model.task_names)}"
+        raise refusal("sample_weight", sorted(map(str, unknown)), name_of(model), what)
     found = {}
     for task, values in labels.items():
         given = weight.get(task) if isinstance(weight, Mapping) else weight
-        table = tables.get(task, np.ones(1, "float32"))
-        own = _of_classes(values, table)
-        found[task] = own if given is None else own * _like(given, own)
+        if task in tables:
+            own = _of_classes(values, tables[task], ranks[task])
+            given = own if given is None else own * _like(given, own)
+        elif given is None:
+            # Keras wants weights of all tasks or of none.
+            given = _ones(values)
+        found[task] = given
     return found
 
 
-def _of_classes(labels: Any, table: np.ndarray) -> Any:
-    """The weight of each label `(n,)`, `(n, 1)`, or one-hot `(n, classes)`.
+def _in_graph(labels: Any) -> bool:
+    """Whether these are symbolic tensors of a `tf.data` pipeline."""
+    return type(labels).__name__ == "SymbolicTensor"
+
+
+def _ones(labels: Any) -> Any:
+    if _in_graph(labels):
+        return tensorflow().ones(tensorflow().shape(labels)[:1])
+    return np.ones(len(labels), "float32")
+
+
+def _of_classes(labels: Any, table: np.ndarray, rank: int) -> Any:
+    """The weight of each label: classes `(batch, ...)` or `(batch, ..., 1)`, or one-hot.
 
     Of what is no class of the table, such as a missing label, it is 1.
+
+    Args:
+        labels: array or tensor.
+        table: array, the weight of each class.
+        rank: int, of the task's output, of which labels with one axis less are classes.
     """
-    if not isinstance(labels, np.ndarray) and hasattr(labels, "dtype"):
-        return _of_tensor(labels, table)
-    labels = np.asarray(labels)
-    if labels.ndim > 1:
+    if _in_graph(labels):
+        return _of_tensor(labels, table, rank)
+    if not isinstance(labels, np.ndarray):
+        is_tensor = keras.ops.is_tensor(labels)
+        labels = keras.ops.convert_to_numpy(labels) if is_tensor else np.asarray(labels)
+    if labels.ndim == rank:
         missing = np.isnan(labels.astype("float64")).any(axis=-1)
         last = labels.argmax(axis=-1) if labels.shape[-1] > 1 else labels[..., 0]
         labels = np.where(missing, -1, last)
     known = (labels >= 0) & (labels < len(table))
-    return np.where(known, table[np.where(known, labels, 0).astype(int)], 1).astype(
-        "float32"
-    )
+    index = np.where(known, labels, 0).astype(int)
+    return np.where(known, table[index], 1).astype("float32")
 
 
-def _of_tensor(labels: Tensor, table: np.ndarray) -> Tensor:
+def _of_tensor(labels: Tensor, table: np.ndarray, rank: int) -> Tensor:
     """Likewise, within a `tf.data` pipeline."""
     tf = tensorflow()
-    labels = tf.convert_to_tensor(labels)
-    if len(labels.shape) > 1:
-        one = labels.shape[-1] == 1
-        last = labels[..., 0] if one else tf.argmax(labels, axis=-1)
-        last = tf.cast(last, "float32")
-        missing = tf.reduce_any(tf.math.is_nan(tf.cast(labels, "float32")), axis=-1)
-        labels = tf.where(missing, -tf.ones_like(last), last)
     labels = tf.cast(labels, "float32")
+    if labels.shape.rank is None:
+        raise ValueError(
+            "fit: expected labels of a known number of axes with `class_weight`. "
+            "Received: a tf.data.Dataset whose labels have any."
+        )
+    if labels.shape.rank == rank:
+        missing = tf.reduce_any(tf.math.is_nan(labels), axis=-1)
+        last = tf.where(
+            tf.shape(labels)[-1] == 1,
+            labels[..., 0],
+            tf.cast(tf.argmax(labels, axis=-1), "float32"),
+        )
+        labels = tf.where(missing, -tf.ones_like(last), last)
     known = (labels >= 0) & (labels < len(table))
     index = tf.cast(tf.where(known, labels, tf.zeros_like(labels)), "int32")
     return tf.where(known, tf.gather(tf.constant(table), index), 1.0)
 
 
 def _like(weight: Any, own: Any) -> Any:
-    """Weights that are given, in the shape of others."""
+    """Weights that are given, one for each example, beside others."""
     if isinstance(own, np.ndarray):
-        return np.asarray(weight, "float32").reshape(own.shape)
+        weight = np.asarray(weight, "float32")
+        if weight.ndim > own.ndim:
+            return weight.reshape(own.shape)
+        return weight.reshape(*weight.shape, *[1] * (own.ndim - weight.ndim))
     tf = tensorflow()
-    return tf.reshape(tf.cast(weight, "float32"), tf.shape(own))
+    weight = tf.cast(weight, "float32")
+    more = own.shape.rank - weight.shape.rank
+    if more < 0:
+        return tf.reshape(weight, tf.shape(own))
+    return tf.reshape(weight, tf.concat([tf.shape(weight), [1] * more], axis=0))

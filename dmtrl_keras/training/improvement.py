@@ -1,5 +1,6 @@
 """By how much a network of all tasks is better than single ones, while it is trained."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 
 from dmtrl_keras.ground.validation import check_number, is_real, refusal
 
-# Parts of the names of metrics of which more is better; of all others less is.
-_HIGHER = ("acc", "auc", "precision", "recall", "f1", "iou", "r2", "similarity")
+# Ends of the names of metrics of which more is better; of all others less is.
+_HIGHER = re.compile(
+    r"(acc|accuracy|auc|precision|recall|f1|f1_score|iou|r2|r2_score|similarity)(_?\d+)?$"
+)
 
 
 def improvement(
@@ -27,7 +30,7 @@ def improvement(
         results: dict from name to value, such as of `evaluate(..., return_dict=True)`; it
             may have others, too.
         baseline: dict from name to what single-task learning has.
-        higher: names of which more is better. None: those with a part that says so, such as
+        higher: names of which more is better. None: those with an end that says so, such as
             `"gender_accuracy"` or `"smile_auc"`.
 
     Returns:
@@ -64,7 +67,7 @@ def _checked(
             what = "other than zero, to which nothing can be relative"
             raise refusal(f"baseline[{name!r}]", value, owner, what)
     if higher is None:
-        higher = [n for n in baseline if any(part in n.lower() for part in _HIGHER)]
+        higher = [n for n in baseline if _HIGHER.search(n.lower())]
     listed = isinstance(higher, (list, tuple, set, frozenset))
     if not listed or not all(name in list(baseline) for name in higher):
         raise refusal("higher", higher, owner, f"names of {list(baseline)}")
@@ -113,7 +116,7 @@ class TaskImprovement(keras.callbacks.Callback):
     Args:
         baseline: dict from a name in the logs, such as `"val_age_loss"`, to the value that
             single-task learning has.
-        higher: names of which more is better. None: those with a part that says so, such as
+        higher: names of which more is better. None: those with an end that says so, such as
             `"val_gender_accuracy"` or `"val_smile_auc"`.
 
     Raises:

@@ -46,7 +46,10 @@ from dmtrl_keras.ground.validation import (
     refusal,
 )
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
-from dmtrl_keras.training.class_weights import with_class_weight
+from dmtrl_keras.training.class_weights import (
+    apart_for_validation,
+    with_class_weight,
+)
 from dmtrl_keras.training.lengths import (
     PRESENT,
     Piece,
@@ -568,6 +571,7 @@ class MultiTaskModel(ModelOfReplicas):
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
         if given.get("class_weight") is not None:
+            given = apart_for_validation(given)
             names = ("x", "y", "sample_weight", "class_weight")
             weighted = with_class_weight(self, *(given.get(name) for name in names))
             return self.fit(**{**given, **dict(zip(names, (*weighted, None)))})

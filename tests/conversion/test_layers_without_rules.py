@@ -97,6 +97,51 @@ def test_as_they_are(make, until, shared_input, rng, tmp_path):
     assert np.mean(moved) > 0.7
 
 
+def called_twice():
+    """An activation after a task's own layer, then before an operation without a rule."""
+    inputs = keras.Input((5,))
+    relu = kl.ReLU(name="relu")
+    one = relu(kl.Dense(5, name="own")(inputs))
+    for _ in range(4):
+        one = kl.ReLU()(one)
+    return keras.Model(inputs, kl.Concatenate()([one, ops.softmax(relu(inputs))]))
+
+
+def test_called_twice(rng):
+    """What no rule knows never runs on the channels of all tasks side by side."""
+    backbone = called_twice()
+    x = rng.normal(size=(7, 5)).astype("float32")
+    found = multitask(backbone, TASKS, verbose=False).predict(x, verbose=0)
+    expected = backbone.predict(x, verbose=0)
+    np.testing.assert_allclose(found["tone"], expected, atol=1e-5)
+
+
+def test_vocabularies_and_what_is_frozen(rng):
+    """What was adapted comes along, and what is frozen within a layer stays so."""
+    words = keras.Input((), dtype="string")
+    vectors = kl.TextVectorization(output_sequence_length=4, name="vectors")
+    vectors.adapt(np.array(["to be or not", "be it so"]))
+    x = kl.Embedding(20, 8, name="words")(vectors(words))
+    attention = kl.MultiHeadAttention(2, 4, name="attention")
+    x = kl.GlobalAveragePooling1D(name="mean")(attention(x, x))
+    attention._query_dense.trainable = False
+    backbone = keras.Model(words, x)
+    model = multitask(backbone, TASKS, share_until="mean", heads=2, verbose=False)
+    texts = ops.convert_to_tensor(np.array(["be or not", "so it is"]))
+    shared = keras.Model(model.input, model.get_layer("mean").output)
+    np.testing.assert_allclose(shared(texts), backbone(texts), atol=1e-6)
+    heads = len([v for v in model.trainable_variables if "head" in v.path])
+    own = len(backbone.trainable_variables)
+    assert len(model.trainable_variables) - heads == own
+
+
+def test_channels_first_are_not_averaged_as_last():
+    inputs = keras.Input((3, 8, 9))
+    x = kl.MaxPooling2D(2, data_format="channels_first", name="pool")(inputs)
+    with pytest.raises(ValueError, match="channels come first"):
+        multitask(keras.Model(inputs, x), TASKS, "hard", heads=2, verbose=False)
+
+
 def test_by_name(rng):
     """With some layers hard, and the others of factors, as long as these come later."""
     backbone = text()

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from dmtrl_keras import (
+    MultiTaskModel,
     Relation,
     TaskRelationModel,
     TensorNormalRegularizer,
@@ -20,7 +21,7 @@ from dmtrl_keras import (
     task_relations,
 )
 from dmtrl_keras.callbacks import TaskMonitor
-from dmtrl_keras.layers import NDDR, CrossStitch
+from dmtrl_keras.layers import NDDR, CrossStitch, TaskSplit
 from dmtrl_keras.metrics import improvement
 from dmtrl_keras.monitoring import groups as grouping
 
@@ -325,6 +326,28 @@ def test_monitor_of_a_network_that_diverged(data):
     spoil = keras.callbacks.LambdaCallback(**spoilt)
     model.fit(*data, epochs=2, verbose=0, callbacks=[spoil, monitor])
     assert monitor.history == []
+
+
+def test_order_of_the_tasks_and_tasks_without_loss(data, tmp_path):
+    """Matrices are in the order of the outputs; without a loss there is nothing."""
+    inputs = keras.Input((6,))
+    features = keras.layers.Dense(6)(inputs)
+    stitch = CrossStitch(TASKS, name="stitch")
+    parts = keras.layers.Dense(1)
+    split = TaskSplit(TASKS)(stitch(features))
+    outputs = {task: parts(split[task]) for task in TASKS[::-1]}
+    model = MultiTaskModel(inputs, outputs)
+    alpha = np.arange(9.0).reshape(3, 3)
+    stitch.alpha.assign(alpha)
+    assert list(model.task_names) == TASKS[::-1]
+    found = task_relations(model)["weights of stitch"]
+    np.testing.assert_array_equal(found, alpha[::-1, ::-1])
+    model.compile("sgd", {"age": "mse", "pose": "mse"})
+    x, y = np.ones((8, 6)), {task: np.ones((8, 1)) for task in ("age", "pose")}
+    cosines = gradient_cosines(model, x, y)
+    assert cosines.shape == (3, 3) and cosines[1].tolist() == [0, 1, 0]
+    assert task_affinity(model, x, y)[1].tolist() == [0, 0, 0]
+    model.fit(x, y, verbose=0, callbacks=[TaskMonitor(tmp_path, (x, y))])
 
 
 def test_improvement():

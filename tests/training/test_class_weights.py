@@ -147,6 +147,68 @@ def test_validation_has_none(data):
     assert history["val_loss"][0] == pytest.approx(plain, rel=1e-5)
 
 
+def test_validation_split(data):
+    """The last share, unweighted; the first, weighted."""
+    x, y = data
+    network = model()
+    history = network.fit(
+        x, y, class_weight=WEIGHTS, validation_split=0.25, verbose=0
+    ).history
+    last = x[9:], {task: values[9:] for task, values in y.items()}
+    plain = network.evaluate(*last, verbose=0, return_dict=True)["loss"]
+    assert history["val_loss"][0] == pytest.approx(plain, rel=1e-5)
+    first = x[:9], {task: values[:9] for task, values in y.items()}
+    assert history["loss"][0] == pytest.approx(expected(network, *first), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["arrays", "dataset", "open"])
+def test_labels_of_every_step(rng, form):
+    """Classes (batch, steps), as many steps as examples, beside an image-like task."""
+    inputs = keras.Input((4, 2))
+    tag = keras.layers.Dense(3, "softmax", name="tag_head")(inputs)
+    other = keras.layers.Dense(2, name="other_head")(inputs)
+    network = MultiTaskModel(inputs, {"tag": tag, "other": other})
+    losses = {"tag": "sparse_categorical_crossentropy", "other": "mse"}
+    network.compile(keras.optimizers.SGD(0.0), losses)
+    x = rng.normal(size=(4, 4, 2)).astype("float32")
+    y = {"tag": rng.integers(0, 3, (4, 4)), "other": np.zeros((4, 4, 2), "float32")}
+    outputs = {task: np.array(out) for task, out in network(x).items()}
+    losses = -np.log(np.take_along_axis(outputs["tag"], y["tag"][..., None], -1))[..., 0]
+    weights = np.where(y["tag"] == 2, 10.0, 1.0)
+    total = np.mean(weights * losses) + np.mean(outputs["other"] ** 2)
+    given = [x, y]
+    if form != "arrays":
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+        if form == "open":
+            data = data.map(
+                lambda a, b: (
+                    a,
+                    {
+                        n: tf.ensure_shape(
+                            tf.numpy_function(lambda v: v, [own], own.dtype),
+                            [None] * len(own.shape),
+                        )
+                        for n, own in b.items()
+                    },
+                )
+            )
+        given = [data]
+    found = fitted(network, *given, class_weight={"tag": {2: 10.0}})
+    assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_weights_of_unknown_tasks(data):
+    with pytest.raises(ValueError, match="sample_weight"):
+        model().fit(*data, class_weight=WEIGHTS, sample_weight={"nose": np.ones(12)})
+
+
+def test_nothing_is_weighted(data):
+    """An empty dict is none."""
+    network = model()
+    plain = network.evaluate(*data, verbose=0, return_dict=True)["loss"]
+    assert fitted(network, *data, class_weight={}) == pytest.approx(plain, rel=1e-5)
+
+
 def test_one_task(data):
     """Keras's own form does, too."""
     inputs = keras.Input((4,))

@@ -6,9 +6,18 @@ import keras
 import numpy as np
 import pytest
 
-from dmtrl_keras import multitask
+from dmtrl_keras import metrics, multitask
 from dmtrl_keras.callbacks import TaskImprovement
 from dmtrl_keras.training import improvement
+
+
+@pytest.mark.parametrize("name", ["sensor2_loss", "accent_loss", "leaf1_mae", "previous"])
+def test_names_of_tasks_are_no_metrics(name):
+    """Only the end of a name says that more is better."""
+    assert metrics.improvement({name: 0.2}, {name: 0.4}) == (50.0, 50.0)
+    better = {f"{name}_accuracy": 0.6, f"{name}_auc_1": 0.6}
+    mean, _ = metrics.improvement(better, dict.fromkeys(better, 0.5))
+    assert mean == pytest.approx(20)
 
 
 def test_example():

@@ -451,9 +451,11 @@ def flops_of(model):
         model: a functional Keras model.
 
     Returns:
-        An int; None on other backends.
+        An int; None on other backends, and where a dimension but the batch is open.
     """
-    if keras.backend.backend() != "tensorflow":
+    inputs = keras.tree.flatten(model.input)
+    # Of an open length the profiler counts nothing.
+    if keras.backend.backend() != "tensorflow" or any(None in x.shape[1:] for x in inputs):
         return None
     profiler = tensorflow().compat.v1.profiler
     specs = keras.tree.map_structure(

@@ -214,7 +214,10 @@ def _planned(options, choosers, results, data, told, claims):
         "plan": list(choosers),
         **{
             name: getattr(options, name)
-            for name in ("budget", "trials", "repeats", "epochs", "batch_size", "seed")
+            for name in (
+                *("budget", "trials", "repeats", "epochs", "batch_size", "seed"),
+                *("validation", "test"),
+            )
         },
         "fractions": list(options.fractions),
     }

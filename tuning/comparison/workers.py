@@ -80,25 +80,37 @@ class Claims:
         finally:
             ended.set()
             beating.join()
-            path.unlink(missing_ok=True)
+            with files.locked(path, keep=True):
+                # Another may have taken it, if this process was stopped meanwhile.
+                if self._owner(path) == self._me():
+                    path.unlink(missing_ok=True)
 
     def _taken(self, path):
         with files.locked(path, keep=True):
             if path.exists() and self._alive(path):
                 return False
-            owner = {"name": self.name, "machine": platform.node(), "process": os.getpid()}
-            files.write(path, json.dumps(owner))
+            files.write(path, json.dumps(self._me()))
             return True
+
+    def _me(self):
+        return {"name": self.name, "machine": platform.node(), "process": os.getpid()}
+
+    @staticmethod
+    def _owner(path):
+        """Who has claimed something, as `_me`; None: nobody, as far as can be read."""
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
 
     def _alive(self, path):
         """Whether the process that has claimed something still does it."""
-        try:
-            owner, heard = json.loads(path.read_text()), path.stat().st_mtime
-        except (OSError, ValueError):
+        owner = self._owner(path)
+        if owner is None:
             return False
         if owner["machine"] == platform.node() and not _runs(owner["process"]):
             return False
-        return time.time() - heard < self.timeout
+        return time.time() - path.stat().st_mtime < self.timeout
 
     def _beat(self, path, ended):
         while not ended.wait(self.timeout / 8):

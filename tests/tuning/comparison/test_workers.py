@@ -76,6 +76,19 @@ def test_a_claim_is_kept_alive(tmp_path):
             assert not taken
 
 
+def test_a_claim_that_was_lost(tmp_path):
+    """A worker that was stopped for too long does not free what another has now."""
+    one, other = workers.Claims(tmp_path, "one"), workers.Claims(tmp_path, "other")
+    with one.on("stl") as mine:
+        assert mine
+        owner = json.loads((tmp_path / "stl.json").read_text()) | {"name": "other"}
+        (tmp_path / "stl.json").write_text(json.dumps(owner))
+    with one.on("stl") as mine:
+        assert not mine
+    with other.on("hard") as mine:
+        assert mine
+
+
 def test_together(tmp_path):
     """Every job is done once, by whom it may be; who has nothing left to do waits."""
     done, said = {}, []

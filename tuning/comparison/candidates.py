@@ -465,7 +465,14 @@ def flops_of(model):
     graph = traced.get_concrete_function(specs).graph
     counted = profiler.ProfileOptionBuilder.float_operation()
     silent = profiler.ProfileOptionBuilder(counted).with_empty_output().build()
-    return int(profiler.profile(graph, options=silent).total_float_ops)
+    logger = tensorflow().get_logger()
+    level = logger.level
+    # That the profiler is of TensorFlow 1, it says at every graph.
+    logger.setLevel("ERROR")
+    try:
+        return int(profiler.profile(graph, options=silent).total_float_ops)
+    finally:
+        logger.setLevel(level)
 
 
 def relations_of(model):

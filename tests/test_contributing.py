@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -93,6 +95,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_experiment(tmp_path):
     """The experiment prints its table, and is searched."""
     *_, script = scripts().values()

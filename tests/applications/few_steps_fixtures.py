@@ -22,6 +22,12 @@ def few_steps(request):
     yield from _eagerly(request.param == "eager")
 
 
+@pytest.fixture(params=[pytest.param("traced", marks=pytest.mark.long)])
+def steps_as_users(request):
+    """For commands that take long even so: as users run them, with `-m long`."""
+    yield from _eagerly(False)
+
+
 @pytest.fixture
 def few_eager_steps():
     """Likewise, for a command that another test runs traced."""

@@ -182,7 +182,7 @@ def test_images_of_tfds():
     assert images.shape == (3, 16, 16, 3) and labels["Bald"].shape == (3, 1)
 
 
-def test_classification(tmp_path, rng, capsys, few_steps):
+def test_classification(tmp_path, rng, capsys, steps_as_users):
     """Both tables; a second call finds all results."""
     names, _ = write_images(tmp_path, rng)
     output = tmp_path / "results"

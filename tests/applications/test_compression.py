@@ -42,7 +42,7 @@ def test_kept_is_what_factorize_keeps(threshold, rng):
             assert share == pytest.approx(own)
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.usefixtures("steps_as_users")
 def test_command(tmp_path, rng):
     """A row for each training and number of epochs, from images that are not seen."""
     write_folder(tmp_path, rng, train=90)

@@ -160,7 +160,7 @@ def test_missing_labels(mtfl):
     assert not np.array_equal(first, parts["0.5"][0].known["gender"])
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.usefixtures("steps_as_users")
 def test_command(mtfl, tmp_path, monkeypatch):
     """Settings are chosen on held-out images, results resume, a page is written."""
     page = tmp_path / "page.md"

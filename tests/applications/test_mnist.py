@@ -148,6 +148,7 @@ def test_examples_are_capped(tmp_path, rng, most, seen_in_all):
     assert seen == sums.tolist()
 
 
+@pytest.mark.long
 def test_options_of_the_start_and_the_ranks(tmp_path, rng, few_eager_steps):
     """Another optimizer before the factorisation, a budget of weights, and validation."""
     write_folder(tmp_path, rng, train=90)
@@ -184,7 +185,7 @@ def test_options_of_the_start_and_the_ranks(tmp_path, rng, few_eager_steps):
     assert len(np.unique(np.concatenate(both), axis=0)) == 30 + 20
 
 
-def test_whole_command(tmp_path, rng, capsys, few_steps):
+def test_whole_command(tmp_path, rng, capsys, steps_as_users):
     """Two fractions, two repeats: lines, table, figures, a page's block; then resumed."""
     data, output, page = tmp_path / "data", tmp_path / "out", tmp_path / "docs" / "a.md"
     data.mkdir()
@@ -234,6 +235,7 @@ def test_whole_command(tmp_path, rng, capsys, few_steps):
     assert (output / "runs.jsonl").read_text() == before
 
 
+@pytest.mark.long
 def test_cross_validated_sharing(tmp_path, rng, few_eager_steps):
     """N is the one with the smallest error over the folds of the training images."""
     write_folder(tmp_path, rng)

@@ -19,7 +19,7 @@ def regressions(seed, tasks=3):
 @pytest.fixture(scope="module")
 def found():
     """Two comparisons, of which one lacks a method."""
-    own = {"repeats": 3, "trials": 2, "test": 0.5}
+    own = {"repeats": 2, "trials": 1, "test": 0.5}
     return {
         "school": compare(*regressions(0), methods=["ridge", "pooled", "related"], **own),
         "faces": compare(Problem(*regressions(1)), methods=["ridge", "related"], **own),

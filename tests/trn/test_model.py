@@ -460,6 +460,7 @@ def test_with_the_rest_of_the_library(rng):
     assert model.network.get_layer("own") is model.get_layer("own")
 
 
+@pytest.mark.long
 def test_ways_to_run(rng):
     """Compiled, or several steps at once: the same as step by step without a graph."""
     x, y = make_data(rng)

@@ -175,6 +175,7 @@ def test_command(users, tmp_path, monkeypatch, capsys, few_steps):
     assert "other ['repeats']" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_all_methods(users, tmp_path, capsys, few_steps):
     """One search of methods and their settings; the file names the method."""
     given = ["--model", "users_own:backbone", "--tuner", "random", "--max-trials", "3"]

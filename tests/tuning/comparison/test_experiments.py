@@ -43,6 +43,7 @@ def test_real(data_dir):
     assert fitting == set(candidates.CANDIDATES)
 
 
+@pytest.mark.long
 def test_command(tmp_path):
     """By its name; the script that is written makes the same problem."""
     arguments = ["--experiment", "digits", "--methods", "hard", "--trials", "1"]

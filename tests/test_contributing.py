@@ -58,6 +58,7 @@ assert np.allclose(alone(np.ones((2, 4))), of_all, atol=1e-5)
 """
 
 
+@pytest.mark.long
 def test_library(tmp_path):
     """CP, a fusion unit and a rule do what is said of them."""
     *library, _ = scripts().values()

@@ -37,6 +37,7 @@ def test_six():
     assert len(SCRIPTS) == 6
 
 
+@pytest.mark.long
 def test_missing_labels(run):
     """Half of the labels are missing, and all three tasks are learned."""
     names = run("missing_labels")
@@ -48,6 +49,7 @@ def test_missing_labels(run):
     assert results["turn_mean_absolute_error"] < 0.2
 
 
+@pytest.mark.long
 def test_two_datasets(run):
     """Five times as many examples of one task; both are learned."""
     names = run("two_datasets")
@@ -68,6 +70,7 @@ def test_any_backbone(run, capsys):
     assert "conv_pw_6" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_factorise_and_export(run):
     """Fewer parameters, hardly less accuracy, the same outputs from the file."""
     names = run("factorise_and_export")

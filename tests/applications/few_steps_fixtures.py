@@ -13,25 +13,16 @@ def _one_thread():
         yield
 
 
-@pytest.fixture(params=["eager", pytest.param("traced", marks=pytest.mark.long)])
-def few_steps(request):
-    """For commands that train for a few steps: tracing them would take longer than these.
-
-    With `-m long` the same test runs as users run it, traced.
-    """
-    yield from _eagerly(request.param == "eager")
+@pytest.fixture
+def few_steps():
+    """For commands that train for a few steps, which tracing would take longer than."""
+    yield from _eagerly(True)
 
 
 @pytest.fixture(params=[pytest.param("traced", marks=pytest.mark.long)])
 def steps_as_users(request):
-    """For commands that take long even so: as users run them, with `-m long`."""
+    """For one command of each kind: traced, as users run them, with `-m long`."""
     yield from _eagerly(False)
-
-
-@pytest.fixture
-def few_eager_steps():
-    """Likewise, for a command that another test runs traced."""
-    yield from _eagerly(True)
 
 
 def _eagerly(eager):

@@ -33,6 +33,7 @@ def write_folder(folder, rng, packed=False, train=30):
             (folder / name).write_bytes(content)
 
 
+@pytest.mark.long
 def test_sample():
     """2,000 balanced test images, the other 3,000 to draw from, the same every time."""
     digits, again = load_digits("sample"), load_digits("sample")

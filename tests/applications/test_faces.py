@@ -179,7 +179,7 @@ def test_command(mtfl, tmp_path, monkeypatch):
     assert faces.main(given(mtfl, *more))["faces"].equals(table)
 
 
-@pytest.mark.usefixtures("few_eager_steps")
+@pytest.mark.usefixtures("few_steps")
 def test_utkface_in_years(tmp_path):
     """Age as a number beside gender and race; a fifth is tested on."""
     data = write_utkface(tmp_path / "utkface")

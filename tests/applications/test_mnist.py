@@ -61,7 +61,7 @@ def test_stl_is_ten_networks(rng):
 
 
 @pytest.mark.long
-def test_same_budget_for_every_method(tmp_path, rng, few_eager_steps):
+def test_same_budget_for_every_method(tmp_path, rng, few_steps):
     """Each method sees every epoch of the budget once."""
     write_folder(tmp_path, rng)
     options = mnist.parse([*TINY, "--epochs", "3", "--batch-size", "32"])
@@ -149,7 +149,7 @@ def test_examples_are_capped(tmp_path, rng, most, seen_in_all):
 
 
 @pytest.mark.long
-def test_options_of_the_start_and_the_ranks(tmp_path, rng, few_eager_steps):
+def test_options_of_the_start_and_the_ranks(tmp_path, rng, few_steps):
     """Another optimizer before the factorisation, a budget of weights, and validation."""
     write_folder(tmp_path, rng, train=90)
     command = [*TINY, "--data", str(tmp_path), "--batch-size", "16", "--epochs", "3"]
@@ -236,7 +236,7 @@ def test_whole_command(tmp_path, rng, capsys, steps_as_users):
 
 
 @pytest.mark.long
-def test_cross_validated_sharing(tmp_path, rng, few_eager_steps):
+def test_cross_validated_sharing(tmp_path, rng, few_steps):
     """N is the one with the smallest error over the folds of the training images."""
     write_folder(tmp_path, rng)
     command = [*TINY, "--data", str(tmp_path), "--methods", "ud-mtl", "--folds", "2"]

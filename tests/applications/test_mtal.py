@@ -78,7 +78,7 @@ def test_command(tasks, tmp_path, monkeypatch, few_steps):
 
 
 @pytest.mark.long
-def test_sweep(tasks, tmp_path, few_eager_steps):
+def test_sweep(tasks, tmp_path, few_steps):
     """Figure 9: one run for each threshold; fewer kernels are shared as it grows."""
     arguments = [*tasks, *SMALL, "--output", str(tmp_path / "out"), "--sweep"]
     tables = mtal.main([*arguments, "mtal_forward", "--thresholds", "0.1", "1.0"])

@@ -238,7 +238,7 @@ def test_cross_validation_is_on_the_training_part(tmp_path, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("tune_from", [None, "norm1"])
-def test_images(tune_from, tmp_path, rng, monkeypatch, few_eager_steps):
+def test_images(tune_from, tmp_path, rng, monkeypatch, few_steps):
     """A trunk from a file, frozen or fine-tuned; its lower part runs once."""
     folder = write_images(tmp_path / "images", rng, size=(8, 8))
     trunk = keras.Sequential(

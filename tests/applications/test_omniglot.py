@@ -261,7 +261,7 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     "method",
     ["tt", *(pytest.param(m, marks=pytest.mark.long) for m in omniglot.METHODS)],
 )
-def test_other_families(method, tmp_path, rng, few_eager_steps):
+def test_other_families(method, tmp_path, rng, few_steps):
     """Each trains; factors of a random start, too."""
     folder = write_alphabets(tmp_path, rng)
     options = options_of(folder, "--epochs", "1", "--rank", "0.5", "--start", "apart")

@@ -112,7 +112,7 @@ def test_malformed(tmp_path):
         load_portraits(empty, 6)
 
 
-@pytest.mark.usefixtures("few_eager_steps")
+@pytest.mark.usefixtures("few_steps")
 def test_relations_of_age_and_gender(tmp_path):
     """The experiment on them: a fifth to test on, or the last fold."""
     utkface = write_utkface(tmp_path / "utkface")

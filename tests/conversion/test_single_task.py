@@ -117,6 +117,7 @@ def test_round_trip(sharing, rng):
         assert {type(layer).__module__.split(".")[0] for layer in back.layers} == {"keras"}
 
 
+@pytest.mark.long
 def test_loads_where_the_library_is_not_installed(rng, tmp_path):
     """A process that can't import dmtrl_keras loads the file in safe mode and predicts."""
     from keras.src.applications.convnext import ConvNeXt

@@ -156,6 +156,7 @@ def test_starts():
         assert not zero(name, kernel_initializer=own)
 
 
+@pytest.mark.long
 def test_training_saving_and_one_task(tmp_path, rng):
     """Tasks that are the same get the highest correlation; files and exports as ever."""
     truth = rng.normal(size=(6, 4))

@@ -377,6 +377,7 @@ def test_serialization(loss):
     assert value(again, labels, outputs) == value(loss, labels, outputs)
 
 
+@pytest.mark.long
 def test_training_with_missing_labels(tmp_path, rng):
     """A model with dict outputs learns two tasks of which each sample has one label."""
     x = rng.normal(size=(128, 3)).astype("float32")

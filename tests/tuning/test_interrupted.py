@@ -72,9 +72,14 @@ def searched(folder, tuner):
     }
 
 
-@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    "tuner", [*oracles.TUNERS, pytest.param("two", marks=pytest.mark.long)]
+    ("tuner", "share"),
+    [
+        *((tuner, 0.1) for tuner in oracles.TUNERS),
+        *(pytest.param(tuner, 1, marks=pytest.mark.long) for tuner in oracles.TUNERS),
+        # All of its writes would take minutes.
+        pytest.param("two", 0.1, marks=pytest.mark.long),
+    ],
 )
 def test_at_any_write(tuner, share, tmp_path, monkeypatch, capsys):
     """Before or after each file takes its place: the trials are those of one go."""

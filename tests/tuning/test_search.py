@@ -124,7 +124,7 @@ TUCKER = ["--model", "users_own:backbone", "--method", "tucker", "--tuner", "ran
 LIMITED = ["--model", "users_own:limited", "--method", "own", "--tune", "sharing"]
 
 
-def test_command(users, tmp_path, monkeypatch, capsys, few_steps):
+def test_command(users, tmp_path, monkeypatch, capsys, steps_as_users):
     """Tables, settings, logs, a model; resumed; the test part is used once, at the end."""
     learn, calls = own.Own.learn, []
 
@@ -215,7 +215,8 @@ def test_the_best_model_so_far_is_kept(users, tmp_path, monkeypatch):
     assert kept == [3.0, 1.0, 5.0]
 
 
-def test_several_objectives(users, tmp_path, few_eager_steps):
+@pytest.mark.long
+def test_several_objectives(users, tmp_path, few_steps):
     """The Pareto front, printed, drawn, and each of its settings in a file."""
     arguments = ["--objective", "task_loss", "val_a_accuracy", "parameters", "--repeats"]
     arguments += ["2", "--per-layer", "--patience", "1"]
@@ -230,7 +231,7 @@ def test_several_objectives(users, tmp_path, few_eager_steps):
     assert written == set(table.trial[table.pareto])
 
 
-def test_failures(users, tmp_path, capsys, few_eager_steps):
+def test_failures(users, tmp_path, capsys, few_steps):
     """What can't be trained is recorded with its reason, and the search goes on."""
     found = search.main([*LIMITED, *users, "--max-trials", "4", "--tuner", "grid"])
     assert sorted(found["table"].units) == [1, 2]
@@ -241,7 +242,7 @@ def test_failures(users, tmp_path, capsys, few_eager_steps):
     assert "failed: ValueError: 3 units are too many" in printed
 
 
-def test_all_fail(users, capsys, few_eager_steps):
+def test_all_fail(users, capsys, few_steps):
     """Not in silence: an error, with each trial's reason."""
     users[1] = "users_own:missing"
     # What diverged has an accuracy in Keras: NaN is below one half, too.
@@ -297,7 +298,7 @@ def test_nothing_to_tune(users, capsys):
     assert "nothing to search for" in capsys.readouterr().err
 
 
-def test_unknown_objective(users, few_eager_steps):
+def test_unknown_objective(users, few_steps):
     """A result that there isn't ends the search at once: no trial would have it."""
     with pytest.raises(SystemExit, match=r"val_a_accuracy.*Received: 'val_c_accuracy'"):
         search.main([*TUCKER, *users, "--objective", "val_c_accuracy", "--max-trials", "9"])
@@ -324,7 +325,7 @@ def test_a_trial_that_kills_the_process(tmp_path):
     assert not (tmp_path / "starts.txt").exists()
 
 
-def test_a_wrong_first_call(users, tmp_path, capsys, few_eager_steps):
+def test_a_wrong_first_call(users, tmp_path, capsys, few_steps):
     """What never found anything doesn't hold its folder for other settings."""
     folder = tmp_path / "search"
     with pytest.raises(ZeroDivisionError):
@@ -513,6 +514,7 @@ search.main("""
 SLOW = ["--model", "users_own:slow", "--method", "own", "--tune", "sharing"]
 
 
+@pytest.mark.long
 def test_killed_and_resumed(users, tmp_path, monkeypatch, few_steps):
     """The trial that was running is run again; finished ones are not."""
     arguments = [*SLOW, *users, "--tuner", "random", "--max-trials", "3"]

@@ -139,7 +139,7 @@ def test_networks(rng):
     assert weights["hard"] < weights["cut"] < weights["stl"]
     assert weights["stl"] == weights["trace"] == weights["deviation"]
     assert found.by_task.shape == (8, 2) and not len(found.curve)
-    assert set(found.relations) == {"drn"}
+    assert set(found.relations) == {"drn", "tucker"}
     assert found.by_task.b["ridge"] < 0.5
     # Networks of which a task sees the others' features, on the same examples.
     y = {"a": y["a"], "b": x["a"] @ [1.0, 2.0, 3.0]}

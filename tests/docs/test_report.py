@@ -248,7 +248,8 @@ def test_network(browser, network, tmp_path, width):
     report(network, tmp_path / "network.html")
     assert opened(browser, tmp_path / "network.html", width) == []
     check_layout(browser, width)
-    (trace,) = traces(browser, "learned-0")
+    # Before it comes what the factors say.
+    (trace,) = traces(browser, "learned-1")
     np.testing.assert_allclose(trace["z"], network.get_layer("stitch").alpha)
 
 

@@ -323,20 +323,12 @@ class Characters(Experiment):
         digest = digest_of(task.images for task in data.values())
 
         def group(examples, method):
-            def tried(strength):
-                of = (options.seed, strength, True)
-                return self._planned(options, data, digest, examples, method, *of)
-
-            def runs(strength):
-                return [
-                    self._planned(
-                        options, data, digest, examples, method, seed, strength, False
-                    )
-                    for _, seed in self.by_seed(options)
-                ]
+            def planned(strength, seed, choosing):
+                of = (method, seed, strength, choosing)
+                return self._planned(options, data, digest, examples, *of)
 
             strengths = options.strengths if method != "alone" else [0.0]
-            return strengths, tried, runs
+            return strengths, planned
 
         pairs = itertools.product(options.examples, options.methods)
         return self.find_chosen(options, console, itertools.starmap(group, pairs))

@@ -643,21 +643,21 @@ class Experiment:
         Args:
             options: parsed arguments.
             console: `rich.console.Console`.
-            groups: iterable of `(values, tried, runs)`: the settings to choose from, a
-                function from one of them to the run that tells its errors, and one to the
-                list of runs that count. Of one setting no run is needed.
+            groups: iterable of `(values, planned)`: the settings to choose from, and a
+                function of one of them, of a seed, and of whether it is for the choice,
+                that returns the run. Of one setting no run is needed to choose.
         """
         results = Results(options.output / "runs.jsonl")
         rows = []
-        for values, tried, runs in groups:
+        for values, planned in groups:
             best = values[0]
             if len(values) > 1:
-                trials = [tried(value) for value in values]
+                trials = [planned(value, options.seed, True) for value in values]
                 found = run_all(results, trials, console, self.describe, options.strategy)
                 errors = [mean_error(one) for one in found["errors"]]
                 # A setting with which training diverges has none.
                 best = values[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))]
-            chosen = runs(best)
+            chosen = [planned(best, seed, False) for _, seed in self.by_seed(options)]
             rows.append(run_all(results, chosen, console, self.describe, options.strategy))
         return pd.concat(rows, ignore_index=True)
 

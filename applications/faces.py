@@ -44,6 +44,7 @@ from dmtrl_keras import (
     multitask,
     parameterizations,
 )
+from dmtrl_keras.conversion.survey import POOLINGS
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.losses import MaskedLoss
@@ -65,18 +66,21 @@ from .experiment import (
     trainable_parameters,
 )
 from .mtfl import (
-    TASKS as CLASSES,
-)
-from .mtfl import (
+    DATA,
     Faces,
+    add_faces,
     apart,
     check_counts,
+    check_extent,
     check_tasks,
     cut_out,
     fit_anew,
     load_mtfl,
     of_portraits,
     some,
+)
+from .mtfl import (
+    TASKS as CLASSES,
 )
 from .portraits import is_portraits
 from .reading import DataError
@@ -263,9 +267,7 @@ class Network:
             return {"sharing": SimilarKernels(o.thresholds[0])}
         if method in ("stitch", "nddr"):
             between = {"stitch": CrossStitch, "nddr": NDDR}[method]
-            pooled = (layers.MaxPooling2D, layers.AveragePooling2D)
-            kinds = {type(layer) for layer in flatten_layers(backbone)}
-            if not kinds & {*pooled}:
+            if not any(isinstance(one, POOLINGS) for one in flatten_layers(backbone)):
                 return {"between": dict.fromkeys(own, between)}
             return {"between": between}
         if method in ("drn", "mrn"):
@@ -507,12 +509,7 @@ class FacesExperiment(Experiment):
     settings += ("weight_decay",)
     families = {"independent": "stl"}
     early_stopping = False
-    data_argument = {
-        "type": pathlib.Path,
-        "required": True,
-        "help": "folder or zip file: MTFL, or faces named as UTKFace's or listed as "
-        "Adience's",
-    }
+    data_argument = DATA
 
     def add_arguments(self, p):
         p.add_argument(
@@ -546,30 +543,12 @@ class FacesExperiment(Experiment):
             "--stride", type=whole(1), default=2, help="of its first convolution"
         )
         p.add_argument("--dropout", type=real(least=0, below=1), default=0.5)
-        p.add_argument(
-            "--training-images",
-            nargs="+",
-            type=whole(2),
-            help="random parts of as many, of each seed; else all",
-        )
-        p.add_argument(
-            "--test-images",
-            type=whole(1),
-            help="test on as many of the training part, cut out once, instead of on the "
-            "test part; where there is neither, a fifth",
-        )
+        add_faces(p)
         p.add_argument(
             "--missing",
             type=real(least=0, below=1),
             default=0.0,
             help="the share of the training labels that are dropped at random",
-        )
-        p.add_argument(
-            "--extent",
-            nargs=2,
-            type=real(above=0, most=1),
-            default=[0.28, 0.48],
-            help="share of a training image's side that the landmarks take up",
         )
         p.add_argument(
             "--steps", type=whole(1), default=500, help="at least, of the whole training"
@@ -597,8 +576,7 @@ class FacesExperiment(Experiment):
         p.add_argument("--update-every", type=whole(1), default=10, help="steps, theirs")
 
     def check(self, p, options):
-        if options.extent[0] > options.extent[1]:
-            p.error(f"--extent: expected the least and the most, got {options.extent}")
+        check_extent(p, options)
         tasks = options.tasks
         if tasks is not None and (len({*tasks}) != len(tasks) or len(tasks) < 2):
             p.error(f"--tasks: expected two different tasks at least, got {tasks}")
@@ -713,17 +691,11 @@ class FacesExperiment(Experiment):
         """The results with the best settings."""
 
         def group(count, method):
-            def tried(values):
-                of = (method, options.seed, values, options.validation)
-                return self._planned(options, data, count, *of)
+            def planned(values, seed, choosing):
+                share = options.validation if choosing else None
+                return self._planned(options, data, count, method, seed, values, share)
 
-            def runs(values):
-                return [
-                    self._planned(options, data, count, method, seed, values)
-                    for _, seed in self.by_seed(options)
-                ]
-
-            return self._values(options, method), tried, runs
+            return self._values(options, method), planned
 
         counts = options.training_images or [None]
         groups = itertools.starmap(group, itertools.product(counts, options.methods))

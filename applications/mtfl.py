@@ -72,6 +72,14 @@ TRAINING, TESTING = "training.txt", "testing.txt"
 RIDGE = 1e-3
 
 
+# The argument `--data` of faces.
+DATA = {
+    "type": pathlib.Path,
+    "required": True,
+    "help": "folder or zip file: MTFL, or faces named as UTKFace's or listed as Adience's",
+}
+
+
 class Faces(typing.NamedTuple):
     """Faces with their labels; None is what a data set does not have.
 
@@ -208,6 +216,35 @@ def _completely_labelled(options, console):
         return some(faces, known), None
     test = folds == folds.max()
     return some(faces, known & ~test), some(faces, known & test)
+
+
+def add_faces(parser):
+    """Add the arguments that say which faces are trained and tested on."""
+    parser.add_argument(
+        "--training-images",
+        nargs="+",
+        type=whole(2),
+        help="random parts of as many, of each seed; else all",
+    )
+    parser.add_argument(
+        "--test-images",
+        type=whole(1),
+        help="test on as many of the training part, cut out once, instead of on the test "
+        "part, whose photographs are of another kind; without a test part a fifth",
+    )
+    parser.add_argument(
+        "--extent",
+        nargs=2,
+        type=real(above=0, most=1),
+        default=[0.28, 0.48],
+        help="share of a training image's side that the landmarks take up",
+    )
+
+
+def check_extent(parser, options):
+    """Refuse a span of extents that is none."""
+    if options.extent[0] > options.extent[1]:
+        parser.error(f"--extent: expected the least and the most, got {options.extent}")
 
 
 def check_tasks(options, faces, known):
@@ -801,12 +838,7 @@ class Mtfl(Experiment):
     settings += ("components", "units", "training_images", "extent")
     settings += ("epochs", "batch_size", "learning_rate", "optimizer", "loss_weights")
     families = {"independent": "stl", "hard": "mtl"}
-    data_argument = {
-        "type": pathlib.Path,
-        "required": True,
-        "help": "folder or zip file: MTFL, or faces named as UTKFace's or listed as "
-        "Adience's",
-    }
+    data_argument = DATA
 
     def add_arguments(self, p):
         p.add_argument(
@@ -837,25 +869,7 @@ class Mtfl(Experiment):
         p.add_argument(
             "--units", type=whole(1), default=256, help="of the first layer of `mlp`"
         )
-        p.add_argument(
-            "--training-images",
-            nargs="+",
-            type=whole(2),
-            help="random parts of as many, of each seed; else all",
-        )
-        p.add_argument(
-            "--test-images",
-            type=whole(1),
-            help="test on as many of the training part, cut out once, instead of on the "
-            "test part, whose photographs are of another kind; without a test part a fifth",
-        )
-        p.add_argument(
-            "--extent",
-            nargs=2,
-            type=real(above=0, most=1),
-            default=[0.28, 0.48],
-            help="share of a training image's side that the landmarks take up",
-        )
+        add_faces(p)
         for name, default in (("output", 0.01), ("hidden", 0.001)):
             p.add_argument(
                 f"--{name}-weight", type=real(least=0), default=default, help="λ"
@@ -902,8 +916,7 @@ class Mtfl(Experiment):
         p.add_argument("--batch-sizes", nargs="+", type=whole(2), default=[32, 128])
 
     def check(self, p, options):
-        if options.extent[0] > options.extent[1]:
-            p.error(f"--extent: expected the least and the most, got {options.extent}")
+        check_extent(p, options)
         if len(set(options.tasks)) != len(options.tasks) or len(options.tasks) < 2:
             p.error(f"--tasks: expected two different tasks at least, got {options.tasks}")
         if options.convergence and len(options.tasks) > 2:
@@ -965,19 +978,11 @@ class Mtfl(Experiment):
             return super().find(options, data, console)
 
         def group(count, method):
-            def tried(scale):
-                share = options.validation
-                return self._planned(
-                    options, data, count, options.seed, method, scale, share
-                )
+            def planned(scale, seed, choosing):
+                share = options.validation if choosing else None
+                return self._planned(options, data, count, seed, method, scale, share)
 
-            def runs(scale):
-                return [
-                    self._planned(options, data, count, seed, method, scale)
-                    for _, seed in self.by_seed(options)
-                ]
-
-            return self._scales(options, method), tried, runs
+            return self._scales(options, method), planned
 
         counts = options.training_images or [None]
         groups = itertools.starmap(group, itertools.product(counts, options.methods))

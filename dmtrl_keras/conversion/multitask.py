@@ -205,10 +205,9 @@ def _check_layers(
     name: str,
 ) -> None:
     """Refuse layers that can't be converted and would have to be."""
-    weighted = set(surveyed.weighted.values())
 
     def apart(layer: str) -> bool:
-        own = layer in weighted and choose(layer, True).name != "hard"
+        own = layer in surveyed.with_weights and choose(layer, True).name != "hard"
         return own or fusion_of(layer) is not None
 
     surveyed.check(name, apart)

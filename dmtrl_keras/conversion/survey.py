@@ -33,7 +33,6 @@ class Survey:
         calls: how often each operation is called, by id.
         problems: why operations can't be converted, by id.
         ancestors: ids of the operations that an operation depends on, and its own, by id.
-        weighted: the names of the layers with weights, by id.
         names: the names of all operations, by id.
     """
 
@@ -44,7 +43,6 @@ class Survey:
     calls: collections.Counter[int]
     problems: dict[int, str]
     ancestors: dict[int, frozenset[int]]
-    weighted: dict[int, str]
     names: dict[int, str]
 
     def check(self, name: str, apart: Callable[[str], bool]) -> None:
@@ -55,9 +53,8 @@ class Survey:
 
         Args:
             name: str, of the backbone.
-            apart: function of a layer's name, which has weights or something between the
-                tasks after it, that says whether its weights, or what comes from it, are
-                each task's own.
+            apart: function of an operation's name that says whether its weights, or what
+                comes from it, are each task's own.
 
         Raises:
             ValueError: with a line for each of them.
@@ -96,7 +93,6 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
     """
     problems: dict[int, str] = {}
     ancestors: dict[int, frozenset[int]] = {}
-    weighted: dict[int, str] = {}
     every: dict[int, str] = {}
     names: dict[str, frozenset[int]] = {}
     with_weights: dict[str, str] = {}
@@ -117,8 +113,7 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
         if problem is not None:
             place = "/".join((*path, operation.name))
             problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
-        if _has_weights(operation, rule):
-            weighted[id(operation)] = operation.name
+        if (rule or rules.unknown(operation)).has_weights:
             with_weights.setdefault(operation.name, type(operation).__name__)
         every[id(operation)] = operation.name
         if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
@@ -154,15 +149,8 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
         calls,
         problems,
         ancestors,
-        weighted,
         every,
     )
-
-
-def _has_weights(operation: Any, rule: rules.Rule | None) -> bool:
-    if rule is None:
-        return bool(getattr(operation, "weights", None))
-    return rule.has_weights
 
 
 def _problem(

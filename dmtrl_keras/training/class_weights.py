@@ -138,10 +138,8 @@ def _weights(
         (task,) = tables
         own = _of_classes(labels, tables[task], ranks[task])
         return own if weight is None else own * _like(weight, own)
-    unknown = set(weight) - set(model.task_names) if isinstance(weight, Mapping) else None
-    if unknown:
-        what = f"weights of tasks of {list(model.task_names)}"
-        raise refusal("sample_weight", sorted(map(str, unknown)), name_of(model), what)
+    if isinstance(weight, Mapping):
+        model._check_tasks("sample_weight", dict(weight))
     found = {}
     for task, values in labels.items():
         given = weight.get(task) if isinstance(weight, Mapping) else weight

@@ -1,6 +1,6 @@
 """What the tasks' losses say about common weights: conflicts, and who helps whom."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -13,6 +13,8 @@ from dmtrl_keras.ground.validation import check_number, check_positive, name_of,
 from dmtrl_keras.training.model import MultiTaskModel
 
 _TINY = np.finfo("float64").tiny
+# How many examples are looked at together, if nothing else is asked for.
+BATCH = 128
 
 
 def gradient_cosines(
@@ -20,7 +22,7 @@ def gradient_cosines(
     x: Any,
     y: Mapping[str, Any],
     sample_weight: Any = None,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
 ) -> np.ndarray:
     """The cosines between the gradients of the tasks' losses.
 
@@ -61,22 +63,11 @@ def gradient_cosines(
     """
     owner = "gradient_cosines"
     batches = _Batches(owner, model, x, y, sample_weight, batch_size)
-    total: list[np.ndarray] = []
+    mean = _MeanGradients()
     for part, size in batches:
         _, gradients = _values_and_gradients(model, *part)
-        found = [
-            size * np.concatenate([np.ravel(g) for g in own]).astype("float64")
-            for own in gradients
-        ]
-        total = found if not total else [a + b for a, b in zip(total, found)]
-    cosines = np.eye(len(total))
-    for i, one in enumerate(total):
-        for j, other in enumerate(total[:i]):
-            both = (one != 0) & (other != 0)
-            lengths = np.linalg.norm(one[both]) * np.linalg.norm(other[both])
-            if lengths > 0:
-                cosines[i, j] = cosines[j, i] = one[both] @ other[both] / lengths
-    return cosines
+        mean.add(gradients, size)
+    return mean.cosines()
 
 
 def task_affinity(
@@ -85,7 +76,7 @@ def task_affinity(
     y: Mapping[str, Any],
     sample_weight: Any = None,
     learning_rate: float = 0.01,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
 ) -> np.ndarray:
     """How much a step for one task lowers the loss of another (TAG).
 
@@ -126,6 +117,53 @@ def task_affinity(
     owner = "task_affinity"
     batches = _Batches(owner, model, x, y, sample_weight, batch_size)
     check_number("learning_rate", learning_rate, owner, low=_TINY)
+    return _affinity(model, batches, learning_rate, lambda gradients, size: None)
+
+
+def cosines_and_affinity(
+    model: MultiTaskModel, x: Any, y: Any, sample_weight: Any, learning_rate: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`gradient_cosines` and `task_affinity`, of which the gradients are taken once."""
+    mean = _MeanGradients()
+    batches = _Batches("task_affinity", model, x, y, sample_weight, BATCH)
+    affinity = _affinity(model, batches, learning_rate, mean.add)
+    return mean.cosines(), affinity
+
+
+class _MeanGradients:
+    """The gradients of all tasks, their mean over the batches up to a factor."""
+
+    def __init__(self) -> None:
+        self._total: list[np.ndarray] = []
+
+    def add(self, gradients: list[list[np.ndarray]], size: int) -> None:
+        """Those of a batch, by task with respect to each variable."""
+        found = [
+            size * np.concatenate([np.ravel(g) for g in own]).astype("float64")
+            for own in gradients
+        ]
+        total = self._total
+        self._total = [a + b for a, b in zip(total, found)] if total else found
+
+    def cosines(self) -> np.ndarray:
+        """As `gradient_cosines`."""
+        cosines = np.eye(len(self._total))
+        for i, one in enumerate(self._total):
+            for j, other in enumerate(self._total[:i]):
+                both = (one != 0) & (other != 0)
+                lengths = np.linalg.norm(one[both]) * np.linalg.norm(other[both])
+                if lengths > 0:
+                    cosines[i, j] = cosines[j, i] = one[both] @ other[both] / lengths
+        return cosines
+
+
+def _affinity(
+    model: MultiTaskModel,
+    batches: "_Batches",
+    learning_rate: float,
+    seen: Callable[[list[list[np.ndarray]], int], None],
+) -> np.ndarray:
+    """As `task_affinity`; `seen` is told the gradients of each batch, and its size."""
     variables = model.trainable_variables
     before = [keras.ops.convert_to_numpy(v) for v in variables]
     rows: list[np.ndarray] = []
@@ -133,6 +171,7 @@ def task_affinity(
     try:
         for part, size in batches:
             losses, gradients = _values_and_gradients(model, *part)
+            seen(gradients, size)
             matrix = np.zeros((len(losses), len(losses)))
             for i, own in enumerate(gradients):
                 for variable, value, gradient in zip(variables, before, own):

@@ -17,7 +17,7 @@ from dmtrl_keras.ground.validation import (
     is_list,
     refusal,
 )
-from dmtrl_keras.monitoring.gradients import gradient_cosines, task_affinity
+from dmtrl_keras.monitoring.gradients import cosines_and_affinity
 from dmtrl_keras.monitoring.relations import task_relations
 from dmtrl_keras.tasks.task_layer import task_layers
 from dmtrl_keras.training.model import MultiTaskModel
@@ -106,10 +106,9 @@ class TaskMonitor(keras.callbacks.Callback):
         found: dict[str, Any] = {"epoch": epoch, **self._strengths()}
         found |= task_relations(self.model)
         if self.data is not None:
-            found["gradient cosines"] = gradient_cosines(self.model, *self.data)
             x, y, weight = (*self.data, None)[:3]
-            rate = self.learning_rate
-            found["affinity"] = task_affinity(self.model, x, y, weight, rate)
+            both = cosines_and_affinity(self.model, x, y, weight, self.learning_rate)
+            found |= dict(zip(("gradient cosines", "affinity"), both))
         self.history.append(found)
         if self._writer is not None:
             with self._writer.as_default(step=epoch):

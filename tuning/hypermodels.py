@@ -10,6 +10,7 @@ import warnings
 
 import keras
 import keras_tuner as kt
+import numpy as np
 
 from dmtrl_keras import (
     Relation,
@@ -17,6 +18,7 @@ from dmtrl_keras import (
     multitask,
     parameterizations,
 )
+from dmtrl_keras.conversion.graph import is_trained
 from dmtrl_keras.conversion.survey import POOLINGS
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
@@ -186,13 +188,61 @@ def _names(backbone, fits):
     return [layer.name for layer in flatten_layers(backbone) if fits(layer)]
 
 
+def _widened(backbone, factor):
+    """A backbone with new weights, all layers so many times as wide."""
+
+    def wider(layer):
+        config = layer.get_config()
+        for name in ("units", "filters"):
+            if isinstance(config.get(name), int):
+                config[name] = round(config[name] * factor)
+        return type(layer).from_config(config)
+
+    return keras.models.clone_model(backbone, clone_function=wider, recursive=True)
+
+
 class HardSharing(MultiTask):
     """All tasks have the same kernels, up to the heads."""
 
     methods = ("hard",)
 
+    def network(self, hp, **arguments):
+        return super().network(hp, sharing="hard", **arguments)
+
+
+class WideSharing(HardSharing):
+    """Hard sharing in a wider network, with about as many weights as T networks.
+
+    So it says what sharing does where cost is equal. All layers are wider by one factor.
+    """
+
+    methods = ("wide",)
+
+    def lack(self):
+        backbone = self.backbone()
+        if is_trained(backbone):
+            return "the network is trained, so that it can't be made wider"
+        try:
+            _widened(backbone, 2.0)
+        except (ValueError, TypeError) as error:
+            reason = str(error).partition("\n")[0][:100]
+            return f"the network can't be made wider ({reason})"
+        return None
+
     def network(self, hp):
-        return super().network(hp, sharing="hard")
+        own = self.backbone()
+        most = MultiTask.network(self, hp, backbone=own).count_params()
+
+        def weights(width):
+            backbone = _widened(own, width)
+            return HardSharing.network(self, hp, backbone=backbone).count_params()
+
+        # Most weights grow with the square of the width, and some with itself.
+        widths = np.array([1.0, 1 + len(self.tasks) ** 0.5])
+        found = [weights(width) for width in widths]
+        square, linear = np.linalg.solve(widths[:, None] ** [2, 1], found)
+        width = (np.sqrt(linear**2 + 4 * square * most) - linear) / (2 * square)
+        return super().network(hp, backbone=_widened(own, max(1.0, float(width))))
 
 
 class CutSharing(MultiTask):
@@ -361,6 +411,7 @@ FAMILIES = {
     for family in (
         MultiTask,
         HardSharing,
+        WideSharing,
         CutSharing,
         Fusion,
         Normed,

@@ -129,6 +129,47 @@ def test_cuts():
     assert own_of({"share_until": "fc0"})[1] == ["fc1", "fc2", "fc3"]
 
 
+@pytest.mark.parametrize("tasks", [1, 2, 7])
+def test_width(tasks):
+    """As many weights as networks of their own, which are what tells them apart."""
+
+    def network(width=8):
+        return keras.Sequential(
+            [
+                keras.Input((6, 6, 1)),
+                keras.layers.Conv2D(width, 3, activation="relu", name="conv"),
+                keras.layers.BatchNormalization(name="norm"),
+                keras.layers.Flatten(name="flatten"),
+                keras.layers.Dense(2 * width, "relu", name="fc"),
+            ]
+        )
+
+    losses = {f"task_{n}": "mse" for n in range(tasks)}
+    wide, own = (
+        FAMILIES[method](method, network, losses, heads=1).build(kt.HyperParameters())
+        for method in ("wide", "independent")
+    )
+    assert wide.count_params() == pytest.approx(own.count_params(), rel=0.03)
+    assert not task_layers(wide)
+    assert wide.get_layer("conv").filters == pytest.approx(8 * tasks**0.5, rel=0.1)
+    assert network().get_layer("conv").filters == 8
+
+
+def test_what_can_not_be_wider():
+    def residual():
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, inputs + keras.layers.Dense(4)(inputs))
+
+    trained = backbone()
+    trained.get_layer("fc").bias.assign([1.0, 2.0, 3.0, 4.0])
+    lacks = [
+        FAMILIES["wide"]("wide", network, TASKS).lack()
+        for network in (backbone, residual, trained)
+    ]
+    assert lacks[0] is None
+    assert "can't be made wider (" in lacks[1] and "is trained" in lacks[2]
+
+
 def test_fusion_without_pooling():
     """After every layer with a kernel."""
     for method, kind in (("stitch", CrossStitch), ("nddr", NDDR)):

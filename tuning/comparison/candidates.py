@@ -553,6 +553,7 @@ for _one in (
     RelatedRegressions(),
     Network("stl", "STL", "independent"),
     Network("hard", "hard sharing", "hard"),
+    Network("wide", "hard sharing, wider", "wide"),
     Network("cut", "hard sharing up to a layer", "cut"),
     Network("stitch", "Cross-Stitch", "stitch"),
     Network("nddr", "NDDR", "nddr"),

@@ -129,7 +129,7 @@ def test_networks(rng):
     """Networks of each family on a table, classes and regressions side by side."""
     x = {"a": rng.normal(size=(24, 3)), "b": rng.normal(size=(16, 3))}
     y = {"a": (x["a"][:, 0] > 0).astype(int), "b": 5 + 10 * x["b"] @ [1.0, 2.0, 3.0]}
-    methods = ["ridge", "stl", "hard", "cut", "deviation", "trace", "tucker", "drn"]
+    methods = ["ridge", "stl", "hard", "wide", "cut", "deviation", "trace", "tucker", "drn"]
     settings = {"repeats": 2, "trials": 1, "epochs": 2, "batch_size": 8}
     found = compare(x, y, methods=methods, baseline="stl", **settings)
     assert list(found.table.index) == methods and found.baseline == "stl"
@@ -137,8 +137,9 @@ def test_networks(rng):
     assert found.table.weights["hard"] < found.table.weights["stl"]
     weights = found.table.weights
     assert weights["hard"] < weights["cut"] < weights["stl"]
+    assert weights["wide"] == pytest.approx(weights["stl"], rel=0.03)
     assert weights["stl"] == weights["trace"] == weights["deviation"]
-    assert found.by_task.shape == (8, 2) and not len(found.curve)
+    assert found.by_task.shape == (9, 2) and not len(found.curve)
     assert set(found.relations) == {"drn", "tucker"}
     assert found.by_task.b["ridge"] < 0.5
     # Networks of which a task sees the others' features, on the same examples.

@@ -1,6 +1,7 @@
 """The comparison itself, and its answers."""
 
 import dataclasses
+import functools
 import tempfile
 
 import numpy as np
@@ -223,17 +224,32 @@ def _planned(options, choosers, results, data, told, claims):
     }
     found = results.get(settings)
     if found is None:
+        seconds = {}
+
+        def tried():
+            """What is known of the methods' times, and whether that took too long."""
+            for method, chooser in choosers.items():
+                if method not in seconds and chooser.has_defaults():
+                    took = seconds[method] = chooser.defaults().seconds
+                    told(f"{CANDIDATES[method].title}: {took:.1f} s with its defaults")
+            return search.spent(seconds) > 60 * search.TRYING * options.budget
+
+        needed = {*search.ALONE, options.baseline}
+
+        def is_done(method):
+            late = tried() and method not in needed
+            return late or method in seconds
+
         jobs = {
-            f"{method}-defaults": (chooser.has_defaults, chooser.defaults)
+            f"{method}-defaults": (functools.partial(is_done, method), chooser.defaults)
             for method, chooser in choosers.items()
         }
         workers.together(jobs, claims, told)
-        seconds = {}
-        for method, chooser in choosers.items():
-            seconds[method] = chooser.defaults().seconds
-            told(f"{CANDIDATES[method].title}: {seconds[method]:.1f} s with its defaults")
         # Of several processes the first.
-        made = search.plan(options, seconds)._asdict()
+        made = search.plan(options, {m: seconds[m] for m in choosers if m in seconds})
+        untried = f"the others' first trainings took most of the {options.budget:g} minutes"
+        made.too_slow.update({m: untried for m in choosers if m not in seconds})
+        made = made._asdict()
         once = (
             lambda: results.get(settings) is not None,
             lambda: results.add(settings, made),

@@ -245,8 +245,16 @@ class Plan(typing.NamedTuple):
     minutes: float
 
 
+# The share of a budget after which no further method is tried.
+TRYING = 0.5
+
 # A trial of successive halving has about so much of the epochs of a whole training.
 _TRIAL = 0.6
+
+
+def spent(seconds):
+    """What trainings with the defaults took, by the seconds of one training of each."""
+    return sum(own * CANDIDATES[m].folds for m, own in seconds.items())
 
 
 def plan(options, seconds):
@@ -262,7 +270,7 @@ def plan(options, seconds):
     Returns:
         A `Plan`.
     """
-    spent = sum(own * CANDIDATES[m].folds for m, own in seconds.items())
+    already = spent(seconds)
     budget = np.inf if options.budget is None else 60 * options.budget
     methods, too_slow = list(seconds), {}
     # A part of the examples takes its part of the time, if at all.
@@ -283,7 +291,7 @@ def plan(options, seconds):
         for share in (1, 0.8, 0.6, 0.5, 0.4, 0.3, 0)
     ]
     while True:
-        fits = [one for one in amounts if spent + need(one, methods) <= budget]
+        fits = [one for one in amounts if already + need(one, methods) <= budget]
         kept = options.baseline
         if kept not in methods:
             kept = next((name for name in ALONE if name in methods), methods[0])
@@ -291,7 +299,7 @@ def plan(options, seconds):
         # Methods of a moment are not what takes too long.
         if fits or slowest == kept or need(amounts[-1], [slowest]) < budget / 50:
             amount = fits[0] if fits else amounts[0]
-            minutes = (spent + need(amount, methods)) / 60
+            minutes = (already + need(amount, methods)) / 60
             return Plan(methods, *amount, too_slow, minutes)
         methods.remove(slowest)
         too_slow[slowest] = (

@@ -374,6 +374,21 @@ def test_budget_is_kept_and_resumed(tmp_path):
     pd.testing.assert_frame_equal(again.table, first.table)
 
 
+def test_a_budget_that_is_spent_on_first_trainings(tmp_path):
+    """Further methods are not tried, but those that others are compared with."""
+    data, told = planted("copies", 0, tasks=3, count=20), []
+    methods = ["pooled", "related", "ridge"]
+    arguments = {**LINEAR, "methods": methods, "budget": 1e-5, "repeats": 3}
+    found = compare(*data, tmp_path, told.append, **arguments)
+    assert "first trainings took most" in found.left_out["related"]
+    assert "ridge" in found.table.index
+    assert sum("with its defaults" in text for text in told) == 2
+    count = len(told)
+    again = compare(*data, tmp_path, told.append, **arguments)
+    assert again.left_out == found.left_out
+    assert not any("with its defaults" in text for text in told[count:])
+
+
 def test_learning_curve():
     """Smaller random parts of the same training part, the same for all methods."""
     data = planted("copies", 1, tasks=3, count=40)

@@ -28,6 +28,7 @@ from dmtrl_keras.mtal.layers import (
 )
 from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
 from dmtrl_keras.tasks.layout import (
@@ -68,6 +69,7 @@ __all__ = [
     "TaskConv1D",
     "TaskConv2D",
     "TaskConv3D",
+    "TaskCopies",
     "TaskDense",
     "TaskDepthwiseConv1D",
     "TaskDepthwiseConv2D",

@@ -225,6 +225,9 @@ def cases():
         *("CrossStitch", "NDDR", "TaskLayerNormalization"),
     ):
         found[f"layers.{name}"] = built((2, 4), tasks=2)
+    found["layers.TaskCopies"] = built(
+        (2, 4), layer=keras.layers.Dense(3, name="dense"), tasks=2
+    )
     found["layers.TaskColumn"] = built((None, 4), latents=2, outputs=3)
     for name in ("TaskConcatenate", "TaskStack"):
         found[f"layers.{name}"] = built([(None, 4), (None, 4)], tasks=2)

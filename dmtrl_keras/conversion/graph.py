@@ -17,6 +17,7 @@ from dmtrl_keras.ground.keras_private import (
     run_through_graph,
 )
 from dmtrl_keras.ground.validation import clean_name
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -120,7 +121,7 @@ def form_of(operation: Any, forms: Sequence[Form]) -> Form:
     """
     if isinstance(operation, (TaskLayer, TaskStack, TaskGroup, TaskRepeat)):
         return Form.GROUPED
-    if isinstance(operation, TaskBatch):
+    if isinstance(operation, (TaskBatch, TaskCopies)):
         return Form.BATCHED
     if isinstance(operation, TaskSplit):
         return Form.APART

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import (
     Call,
     Names,
@@ -27,6 +26,7 @@ from dmtrl_keras.conversion.heads import (
     output_of,
 )
 from dmtrl_keras.conversion.single_task import Demand, Taker, own_input, position_of
+from dmtrl_keras.ground.copying import copy_of, load_weights
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.keras_private import is_keras_operation, sharing_scope
 from dmtrl_keras.ground.validation import (
@@ -39,9 +39,13 @@ from dmtrl_keras.ground.validation import (
     shown,
 )
 from dmtrl_keras.tasks.column import TaskColumn
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
+from dmtrl_keras.tasks.stacked import kernels_in
 from dmtrl_keras.tasks.task_layer import TaskLayer
 from dmtrl_keras.training.model import MultiTaskModel
+
+_KERNELS_OR_PARTS = (TaskLayer, TaskCopies, TaskColumn, TaskSplit)
 
 
 def add_task(
@@ -257,12 +261,12 @@ class _Rebuilt:
                 self._call(call)
         for layer, copy in self._copies.values():
             if isinstance(layer, keras.layers.Layer) and layer.weights:
-                rules.load_weights(copy, layer.get_weights())
+                load_weights(copy, layer.get_weights())
 
     def _call(self, call: Call) -> None:
         operation = call.operation
         if id(operation) not in self._copies:
-            copy = rules.copy_of(operation)
+            copy = copy_of(operation)
             copy.name = self.names.new(operation.name, call.path)
             self._copies[id(operation)] = (operation, copy)
         args: Any = call.args
@@ -309,7 +313,7 @@ class _Heads:
         """The calls of ordinary operations that no other task uses."""
         found = set()
         for call in self._calls:
-            if isinstance(call.operation, (TaskLayer, TaskColumn, TaskSplit)):
+            if isinstance(call.operation, _KERNELS_OR_PARTS):
                 continue
             alone = self._by_operation[id(call.operation)] == {task}
             if len(self._outputs) == 1:
@@ -436,9 +440,13 @@ def _most_typical(traced: Trace, tasks: Sequence[str]) -> str:
     """The task whose kernels have the largest mean cosine with those of all others."""
     cosines, positions = np.zeros(len(tasks)), traced.positions
     layers = {id(call.operation): call.operation for call in traced.calls}
-    for layer in layers.values():
-        if not isinstance(layer, TaskLayer) or layer.tasks < 2:
-            continue
+    kernels = [
+        one
+        for layer in layers.values()
+        if isinstance(layer, (TaskLayer, TaskCopies)) and layer.tasks > 1
+        for one in kernels_in(layer)
+    ]
+    for layer in kernels:
         kernel = ops.convert_to_numpy(layer.kernel).reshape(-1, layer.tasks)
         unit = kernel / (np.linalg.norm(kernel, axis=0) + 1e-30)
         mean = (unit.T @ unit).mean(axis=1)
@@ -546,6 +554,9 @@ class _Adder(Taker):
             if operation.stacked.latents is not None:
                 self._through_factors(call)
                 return
+        elif isinstance(operation, TaskCopies):
+            # One more copy, a layer of the new task's own.
+            pass
         elif batched or (call not in self._private and not grouped):
             self._through_common(call)
             return

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from dmtrl_keras.conversion.graph import (
 )
 from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
+from dmtrl_keras.ground.copying import copy_of, load_weights
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.ground.types import Tensor
@@ -39,6 +41,7 @@ from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import KernelRegularizer
 from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.tasks.conv import TaskConv
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.rewrite import make_layer, started_layer
 from dmtrl_keras.tasks.rewrite_models import factorization_report, print_report, times
@@ -503,8 +506,11 @@ class _Builder:
     def _converted(self, call: "_Call") -> Any:
         """A call as one for all tasks: shared, with T kernels, grouped, or task by task."""
         operation = call.operation
-        # What no rule knows is refused where it would have to be converted.
-        rule = rules.rule_of(operation) or rules.unknown(operation)
+        shapes = [features.shape for features in call.features]
+        rule = rules.fitting(operation, call.args, call.kwargs, shapes)
+        if not isinstance(rule, rules.Kernels) and any(f.masked for f in call.features):
+            # Of a task's positions, not of its channels.
+            rule = rules.unknown(operation)
         plain = (id(operation), "plain") in self._made
         if self._stays_plain(call, rule):
             form = call.features[0].common
@@ -513,9 +519,10 @@ class _Builder:
         if rule.has_weights and plain:
             # A layer that is called again has the weights that it had before.
             return self._plain(call, Form.BATCHED)
+        if rule.has_weights and rule.is_copied:
+            return self._copies(call)
         if isinstance(rule, rules.Kernels):
             return self._kernels(call, rule)
-        shapes = [features.shape for features in call.features]
         layer = self._made.get((id(operation), "tasks"))
         layer = layer or rule.grouped(operation, self.tasks, shapes)
         if layer is None:
@@ -541,7 +548,7 @@ class _Builder:
     def _plain(self, call: "_Call", form: Form) -> Any:
         """The backbone's own layer, in a form in which it can serve all tasks."""
         layer = self._made.get((id(call.operation), "plain"))
-        layer = layer or rules.copy_of(call.operation)
+        layer = layer or copy_of(call.operation)
         weights = _is_layer(layer) and call.operation.get_weights()
         return self._run(call, layer, "plain", form, weights)
 
@@ -554,7 +561,7 @@ class _Builder:
         args, kwargs = replaced(Features, call.args, call.kwargs, lambda f: f.take(form))
         outputs = layer(*args, **kwargs)
         if fresh and weights:
-            rules.load_weights(layer, weights)
+            load_weights(layer, weights)
             if kind == "plain":
                 _freeze_like(call.operation, layer)
         return tree.map_structure(lambda x: self._features(form, x, layer.name), outputs)
@@ -581,6 +588,44 @@ class _Builder:
         if activation is None:
             return features
         return self._plain(_Call(activation, [features], {}, call.path), Form.BATCHED)
+
+    def _copies(self, call: "_Call") -> Any:
+        """A layer that no rule knows as T copies of it."""
+        operation = call.operation
+        key = (id(operation), "tasks")
+        fresh = key not in self._made
+        if fresh:
+            # A layer that is called again may find other features then.
+            once = self._survey.calls[id(operation)] == 1
+            shared = [once and f.form == Form.SHARED for f in call.features]
+            self._made[key] = self._task_copies(call, shared)
+        layer = self._made[key]
+        inputs = [
+            features.take(Form.SHARED if shared else Form.BATCHED)
+            for features, shared in zip(call.features, layer.shared_input)
+        ]
+        outputs = layer(inputs if len(inputs) > 1 else inputs[0])
+        return tree.map_structure(
+            lambda x: self._features(Form.BATCHED, x, layer.name), outputs
+        )
+
+    def _task_copies(self, call: "_Call", shared: list[bool]) -> TaskCopies:
+        operation = call.operation
+        sharing = self._choose(operation.name, _convolves(operation))
+        self.reached["sharing"].add(operation.name)
+        if any(len(weight.shape) > 1 for weight in operation.trainable_weights):
+            self.reached["kernels"].add(operation.name)
+        common = {"common": True, "apart": False, None: None}[self._start]
+        return TaskCopies(
+            operation,
+            list(self.names),
+            sharing,
+            shared_input=shared,
+            kernel_regularizer=self._prior_of(operation.name),
+            common_draw=common,
+            arguments=call.arguments(),
+            name=self.new_name(operation.name, call.path),
+        )
 
     def _task_layer(
         self, part: rules.Part, operation: str, shared_input: bool, path: tuple[str, ...]
@@ -629,6 +674,21 @@ class _Call:
     def features(self) -> list[Features]:
         """All features among the arguments."""
         return values_in(Features, self.args, self.kwargs)
+
+    def arguments(self) -> dict[str, Any] | None:
+        """The arguments as `TaskCopies` takes them; None: features one after another."""
+        if not self.kwargs and all(isinstance(one, Features) for one in self.args):
+            return None
+        numbers = itertools.count()
+        args, kwargs = replaced(
+            Features, self.args, self.kwargs, lambda f: {"input": next(numbers)}
+        )
+        return {"args": list(args), "kwargs": dict(kwargs)}
+
+
+def _convolves(operation: keras.layers.Layer) -> bool:
+    """Whether a layer without a rule of its own is a convolution, too."""
+    return "Conv" in type(operation).__name__
 
 
 def _is_layer(operation: Any) -> bool:

@@ -8,14 +8,15 @@ the grouped layout, if it can, and which layer one task alone would have.
 
 import dataclasses
 import inspect
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import layers as kl
+from keras import tree
 
+from dmtrl_keras.ground.copying import copy_of
 from dmtrl_keras.ground.keras_private import (
     convnext_layers,
     inception_resnet_layer,
@@ -24,6 +25,7 @@ from dmtrl_keras.ground.keras_private import (
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import refusal
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
 from dmtrl_keras.tasks.layout import TaskConcatenate, TaskFlatten
@@ -92,7 +94,7 @@ def register_rule(*classes: type, rule: "Rule | None" = None) -> None:
 
 def rule_of(operation: Any) -> "Rule | None":
     """The rule of a layer or operation, or None if there is none."""
-    if isinstance(operation, TaskLayer):
+    if isinstance(operation, (TaskLayer, TaskCopies)):
         return _TASK_LAYER
     rule = _RULES.get(type(operation))
     if rule is not None or isinstance(operation, kl.Layer):
@@ -103,8 +105,51 @@ def rule_of(operation: Any) -> "Rule | None":
 
 
 def unknown(operation: Any) -> "Rule":
-    """What stands for the rule of an operation that has none, and stays as it is."""
-    return _UNKNOWN if getattr(operation, "weights", None) else _UNKNOWN_OPERATION
+    """What stands for the rule of an operation that has none, or can't follow it.
+
+    It stays as it is; with weights that are trained there are copies of it.
+    """
+    weights = getattr(operation, "weights", [])
+    # What was adapted, such as the frequencies of words, is the same for all tasks.
+    trained = weights and not (operation.trainable and not operation.trainable_variables)
+    return _UNKNOWN if trained else _UNKNOWN_OPERATION
+
+
+def fitting(
+    operation: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    shapes: Sequence[Shape],
+) -> "Rule":
+    """The rule by which a call is converted.
+
+    Where there is none, or its own does not suit the call, the general way: see `unknown`.
+
+    Args:
+        operation: the layer or operation.
+        args: arguments of the call; anything stands for the tensors.
+        kwargs: likewise.
+        shapes: list of the shapes of its inputs.
+    """
+    rule = rule_of(operation)
+    general = unknown(operation)
+    if rule is None:
+        return general
+    constants = (
+        value
+        for value in tree.flatten((args, kwargs))
+        if keras.ops.is_tensor(value) or isinstance(value, (np.ndarray, keras.Variable))
+    )
+    unfit = (
+        # The layout has the channels last.
+        getattr(operation, "data_format", None) == "channels_first"
+        # A constant is for the channels of one task.
+        or any(np.ndim(value) for value in constants)
+        # So is a mask, which is for the positions.
+        or (kwargs.get("mask") is not None and not isinstance(rule, Kernels))
+        or rule.problem(operation, shapes) is not None
+    )
+    return general if unfit else rule
 
 
 def alone(operation: Any) -> Any:
@@ -116,25 +161,6 @@ def alone(operation: Any) -> Any:
 def is_elementwise(activation: Any) -> bool:
     """Whether an activation function takes every number for itself."""
     return activation is None or activation in _ELEMENTWISE_ACTIVATIONS
-
-
-def copy_of(operation: Any) -> Any:
-    """A new, unbuilt operation with the same configuration, and vocabulary."""
-    copy = type(operation).from_config(operation.get_config())
-    if hasattr(operation, "save_assets") and hasattr(operation, "get_vocabulary"):
-        # What was adapted is in no configuration, and no weight.
-        with tempfile.TemporaryDirectory() as folder:
-            operation.save_assets(folder)
-            copy.load_assets(folder)
-    return copy
-
-
-def load_weights(layer: keras.layers.Layer, weights: Sequence[np.ndarray]) -> None:
-    """Give a built layer its weights."""
-    layer.set_weights(weights)
-    if isinstance(layer, kl.Normalization):
-        # What it computes with is derived from its weights.
-        layer.finalize_state()
 
 
 def _edited(
@@ -151,12 +177,14 @@ class Rule:
 
     Attributes:
         has_weights: bool, whether every task gets weights of its own.
+        is_copied: bool, whether those are in a `TaskCopies`: the general way.
         sharing: str, what `task_summary` calls the layer's way to share where it runs on
             grouped channels.
         of_independent_tasks: bool, whether networks that share nothing have it too.
     """
 
     has_weights = False
+    is_copied = False
     sharing = "independent"
     of_independent_tasks = True
 
@@ -535,7 +563,10 @@ def _never(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> bool:
 
 
 class _Unknown(Rule):
-    """What can't be converted, and stays as it is: never on grouped channels."""
+    """What is never on grouped channels, and has no rule of its own."""
+
+    # Such layers with weights are copied.
+    is_copied = True
 
     def __init__(self, has_weights: bool) -> None:
         self.has_weights = has_weights

@@ -19,9 +19,11 @@ from dmtrl_keras.conversion.graph import (
     trace,
     values_in,
 )
+from dmtrl_keras.ground.copying import copy_of, load_weights
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.validation import check_name, clean_name, is_int, refusal
 from dmtrl_keras.tasks.column import TaskColumn
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -146,7 +148,7 @@ class Demand:
         self._indices: dict[Call, int | None] = {}
         self.problems: dict[int, str] = {}
         # Also of a task that came later, whose input goes into no stack.
-        self.apart = any(own_input(call, 0) is not None for call in traced.calls)
+        self.apart = any(map(_has_inputs_apart, traced.calls))
         self._columns = {
             value: call.operation
             for call in traced.calls
@@ -226,6 +228,13 @@ def own_input(call: Call, index: int | None) -> Value | None:
         return None
     assert index is not None
     return call.operation._in_order(call.args[0], lambda x: False)[index]
+
+
+def _has_inputs_apart(call: Call) -> bool:
+    """Whether a call takes a tensor for each task that is not the same for all."""
+    if own_input(call, 0) is None:
+        return False
+    return isinstance(call.args[0], dict) or len(set(call.args[0])) > 1
 
 
 def features_in(call: Call) -> list[Value]:
@@ -312,9 +321,11 @@ class Taker:
             self._made[key] = layer
         kwargs = {} if call.own is not None else call.kwargs
         args, kwargs = replaced(Value, call.args, kwargs, self._tensors.__getitem__)
+        if isinstance(operation, TaskCopies):
+            args, kwargs = operation.given(tree.flatten(args))
         outputs = layer(*args, **kwargs)
         if fresh and getattr(layer, "weights", None):
-            rules.load_weights(layer, self._weights(operation, call))
+            load_weights(layer, self._weights(operation, call))
         values, tensors = tree.flatten(call.outputs), tree.flatten(outputs)
         self._tensors.update(zip(values, tensors))
 
@@ -333,8 +344,10 @@ class Taker:
             )
         if True in grouped and own != tasks:
             raise ValueError(f"it is for {own} tasks, its input has those of {tasks}")
+        if isinstance(operation, TaskCopies):
+            return operation.task_twin()
         if grouped == {False} and not isinstance(operation, TaskLayer):
-            return rules.copy_of(operation)
+            return copy_of(operation)
         rule = rules.rule_of(operation)
         if rule is None:
             raise ValueError("how it treats grouped channels is not known")
@@ -347,6 +360,10 @@ class Taker:
     def _weights(self, operation: Any, call: Call) -> list[Any]:
         if call.own is not None:
             return operation.weights_alone(self._demand.column_of(call))
+        if isinstance(operation, TaskCopies):
+            index = self._demand.index(call)
+            assert index is not None
+            return operation.task_weights(index)
         if _form(call) == Form.GROUPED:
             rule, index = rules.rule_of(operation), self._demand.index(call)
             assert rule is not None and index is not None

@@ -23,6 +23,7 @@ from dmtrl_keras.ground.tables import make_console, print_table
 from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.ground.validation import check_bool
 from dmtrl_keras.tasks.column import TaskColumn
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
 # A terminal of the usual width shows the table, and so does a page.
@@ -48,7 +49,8 @@ class LayerSummary:
         parameters: int, numbers in its weights, trainable or not.
         parameters_if_independent: int, those that T separate networks would have.
         flops: int, additions and multiplications with kernels in one forward pass of one
-            example (of each task); composing factors counts as a part of a batch of 32.
+            example (of each task); composing factors counts as a part of a batch of 32. Of
+            copies of a layer: each of its kernels at every position of the first input.
     """
 
     layer: str
@@ -154,6 +156,13 @@ def _row(call: Call, users: set[str], tasks: int, added: int) -> LayerSummary:
         parameters -= sum(state.count_params() for state in states if state is not None)
         independent = (layer.tasks + added) * _of_one_kernel(layer)
         flops = layer.flops(input_shape, alone=call.own is not None) // NOMINAL_BATCH
+    elif isinstance(layer, TaskCopies):
+        sharing, rank = _sharing_of_copies(layer), None
+        every = [state for own in layer.kernels for state in (own.selection, own.prior)]
+        parameters -= sum(state.count_params() for state in every if state is not None)
+        twin = sum(math.prod(v.shape) for v in layer.layer.weights)
+        independent = (layer.tasks + added) * twin
+        flops = layer.tasks * _flops_of_copy(layer, input_shape)
     elif isinstance(layer, TaskColumn):
         # Without factors it would be a kernel, which stands with the layer's others.
         sharing, independent, flops = _of_one(users) or "unused", 0, 0
@@ -180,6 +189,21 @@ def _row(call: Call, users: set[str], tasks: int, added: int) -> LayerSummary:
         parameters_if_independent=independent,
         flops=int(flops),
     )
+
+
+def _sharing_of_copies(layer: TaskCopies) -> str:
+    """The names of the parameterizations of its kernels, each once."""
+    names = dict.fromkeys(kernel.sharing.name for kernel in layer.kernels)
+    return ", ".join(names) or "independent"
+
+
+def _flops_of_copy(layer: TaskCopies, input_shape: Shape) -> int:
+    """Operations of one copy, as if each kernel were applied at every position."""
+    if isinstance(layer.layer, keras.layers.Embedding):
+        return 0
+    data_format = getattr(layer.layer, "data_format", "channels_last")
+    kernels = sum(math.prod(kernel.shape[:-1]) for kernel in layer.kernels)
+    return 2 * positions_of(input_shape, data_format) * kernels
 
 
 def _of_one_kernel(layer: TaskLayer) -> int:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import tree
 
 from dmtrl_keras.conversion import rules
 from dmtrl_keras.conversion.graph import output_spec, replaced, run, values_in
-from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.ground.validation import is_for
+from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 POOLINGS = tuple(
     getattr(keras.layers, f"{kind}Pooling{axes}D")
@@ -108,12 +108,12 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
     ) -> Any:
         values = values_in(_Surveyed, args, kwargs)
         shapes = [tuple(value.spec.shape) for value in values]
-        rule = rules.rule_of(operation)
-        problem = _problem(operation, args, kwargs, shapes)
+        rule = rules.fitting(operation, args, kwargs, shapes)
+        problem = _problem(operation)
         if problem is not None:
             place = "/".join((*path, operation.name))
             problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
-        if (rule or rules.unknown(operation)).has_weights:
+        if rule.has_weights:
             with_weights.setdefault(operation.name, type(operation).__name__)
         every[id(operation)] = operation.name
         if isinstance(operation, keras.layers.Layer) and not calls[id(operation)]:
@@ -153,20 +153,10 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
     )
 
 
-def _problem(
-    operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: Sequence[Shape]
-) -> str | None:
-    rule = rules.rule_of(operation)
-    if rule is None:
-        return ""
-    if getattr(operation, "data_format", None) == "channels_first":
-        return ": channels_first"
-    for value in tree.flatten((args, kwargs)):
-        constant = not isinstance(value, (str, _Surveyed, keras.KerasTensor))
-        if constant and np.ndim(value):
-            return ": a constant tensor among its inputs"
-    problem = rule.problem(operation, shapes)
-    return None if problem is None else f": {problem}"
+def _problem(operation: Any) -> str | None:
+    if isinstance(operation, (TaskLayer, TaskCopies)):
+        return ": it holds the kernels of several tasks already"
+    return None
 
 
 def by_pattern(

@@ -5,9 +5,10 @@ Approach" (ICLR 2017), section 4: train the tasks independently, decompose each 
 kernel, and train on from its factors.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -25,11 +26,13 @@ from dmtrl_keras.ground.validation import (
     shown,
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
-from dmtrl_keras.kernels.factorization import Factorization
-from dmtrl_keras.kernels.parameterization import Parameterization
+from dmtrl_keras.kernels.factorization import Factorization, described
+from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
+from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.rewrite import started_layer, with_sharing
 from dmtrl_keras.tasks.rewrite_models import print_report, with_layers
-from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
+from dmtrl_keras.tasks.stacked import StackedKernel, kernels_in, stacked_kernels
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
 def factorize(
@@ -117,7 +120,7 @@ def factorize(
     if ranks is not None and layers is None:
         layers = _those_of(ranks, model)
     chosen = _chosen(model, layers)
-    declined: dict[int, Factorization] = {}
+    declined: dict[int, list[Factorization]] = {}
     budgeted: dict[int, Rank] = {}
     if weights is not None:
         if rank is not None or tolerance is not None or keep_larger:
@@ -128,35 +131,46 @@ def factorize(
             )
         budgeted = _budgeted(kind, model, chosen, weights, threshold, task_rank)
 
-    def factorized(layer: TaskLayer) -> TaskLayer | None:
-        if id(layer) not in chosen:
-            return None
-        own: Any = rank if ranks is None else _of_layer(ranks, layer)
+    def made_of_factors(one: StackedKernel) -> _Factors:
+        own: Any = rank if ranks is None else _of_layer(ranks, one)
         if weights is not None:
-            own = budgeted[id(layer)]
+            own = budgeted[id(one.stacked)]
         if ranks is not None and own is None:
             raise ValueError(
-                f"factorize: `rank` has nothing for layer {layer.name!r}, which `layers` "
-                f"names. Received: rank={ranks!r}."
+                f"factorize: `rank` has nothing for layer {one.layer.name!r}, which "
+                f"`layers` names. Received: rank={ranks!r}."
             )
         options = {"implementation": implementation, "threshold": threshold}
         # The ranks of a budget have that of the tasks.
         last = None if weights is not None else task_rank
         sharing = kind.of_trained(own, tolerance, last, **options)
-        kernel, factors = _decomposed(layer, sharing)
+        kernel, factors = _decomposed(one, sharing)
         size = sum(value.size for value in factors.values())
         if size > kernel.size and not keep_larger:
-            declined[id(layer)] = _kept(layer, kernel, size)
+            report = _kept(one, kernel, size)
+            declined.setdefault(id(one.layer), []).append(report)
+            return _Factors(one.sharing, kernel, {"kernel": kernel}, report)
+        return _Factors(sharing, kernel, factors)
+
+    def factorized(layer: TaskLayer | TaskCopies) -> TaskLayer | TaskCopies | None:
+        if id(layer) not in chosen:
             return None
+        found = [made_of_factors(one) for one in kernels_in(layer)]
+        if all(one.declined is not None for one in found):
+            return None
+        if isinstance(layer, TaskCopies):
+            return _copies(layer, found)
+        sharing, kernel, factors, _ = found[0]
         return started_layer(
             lambda other: with_sharing(layer, other), sharing, kernel, factors
         )
 
     new = with_layers(model, factorized, "factorize", declined)
-    if len(declined) == len(chosen):
+    kept = [entry for entries in declined.values() for entry in entries]
+    if len(kept) == sum(len(kernels_in(layer)) for layer in chosen.values()):
         sizes = "; ".join(
             f"{entry.layer} {entry.declined} instead of {entry.parameters_before}"
-            for entry in declined.values()
+            for entry in kept
         )
         warnings.warn(
             f"{owner}: the model {model.name!r} is returned as it was, since the factors "
@@ -171,6 +185,37 @@ def factorize(
     return new
 
 
+class _Factors(NamedTuple):
+    """What a stacked kernel is to become.
+
+    Attributes:
+        sharing: the parameterization.
+        kernel: float64 array, the stacked kernel.
+        factors: dict of arrays.
+        declined: the report of one that keeps its kernels; None of the others.
+    """
+
+    sharing: Parameterization
+    kernel: np.ndarray
+    factors: dict[str, np.ndarray]
+    declined: Factorization | None = None
+
+
+def _copies(layer: TaskCopies, found: Sequence[_Factors]) -> TaskCopies:
+    """Copies of which some kernels are made of factors."""
+    sharings, reports = [], []
+    for one, given in zip(kernels_in(layer), found):
+        sharing, report = given.sharing, given.declined
+        if report is None:
+            sharing, report = described(given.sharing, given.kernel, given.factors)
+            warn_of_concerns(given.sharing, given.factors, given.kernel.shape, one.name)
+            assert report is not None
+            report = dataclasses.replace(report, layer=one.name)
+        sharings.append(sharing)
+        reports.append(report)
+    return layer.with_sharing(sharings, [one.factors for one in found], reports)
+
+
 def _budgeted(
     kind: type[FactorizedParameterization],
     model: keras.Model,
@@ -179,60 +224,59 @@ def _budgeted(
     threshold: Threshold,
     task_rank: TaskRank,
 ) -> dict[int, Rank]:
-    """By the ids of layers, the ranks with which all factors meet a budget."""
+    """By the ids of stacked kernels, the ranks with which all factors meet a budget."""
     check_number("weights", weights, "factorize", 1, closed=True)
     kind(tolerance=0.5, threshold=threshold, task_rank=task_rank)
     rule = kind._rule
     if rule is None:
         what = "one of LAF, Tucker and TT, with `weights`"
         raise refusal("method", kind.name, "factorize", what)
-    layers = [layer for layer in task_layers(model) if id(layer) in chosen]
-    kernels = [_kernel(layer) for layer in layers]
+    every = stacked_kernels(model, "factorize")
+    mine = [one for one in every if id(one.layer) in chosen]
     _, ranks = decomposition.common_tolerance(
-        rule, kernels, weights, threshold, task_rank, "factorize"
+        rule, list(map(_kernel, mine)), weights, threshold, task_rank, "factorize"
     )
-    return dict(zip(map(id, layers), ranks))
+    return dict(zip((id(one.stacked) for one in mine), ranks))
 
 
-def _kernel(layer: TaskLayer) -> np.ndarray:
-    return keras.ops.convert_to_numpy(layer.kernel).astype("float64")
+def _kernel(one: StackedKernel) -> np.ndarray:
+    return keras.ops.convert_to_numpy(one.kernel).astype("float64")
 
 
-def _of_layer(ranks: dict[str, Rank], layer: TaskLayer) -> Rank | None:
-    """What a dict has for a layer, or None."""
-    name, kind = layer.name, _kind(layer)
+def _of_layer(ranks: dict[str, Rank], one: StackedKernel) -> Rank | None:
+    """What a dict has for the layer of a kernel, or None."""
+    name, kind = one.layer.name, one.kind
     return next((own for key, own in ranks.items() if is_for(key, name, kind)), None)
-
-
-def _kind(layer: TaskLayer) -> str:
-    return type(layer.task_twin()).__name__
 
 
 def _those_of(ranks: dict[str, Rank], model: keras.Model) -> list[str]:
     """Names of the layers that the keys of a dict are for; unknown keys as they are."""
-    candidates = [layer for layer in task_layers(model) if layer.sharing.is_stacked_kernel]
+    kinds = {one.layer.name: one.kind for one in _candidates(model)}
     fitting = {
-        key: [layer.name for layer in candidates if is_for(key, layer.name, _kind(layer))]
+        key: [name for name, kind in kinds.items() if is_for(key, name, kind)]
         for key in ranks
     }
     return [name for key, names in fitting.items() for name in names or [key]]
 
 
+def _candidates(model: keras.Model) -> list[StackedKernel]:
+    """The independent kernels of a model, of layers in which all are."""
+    found = stacked_kernels(model, "factorize")
+    others = {id(one.layer) for one in found if not one.sharing.is_stacked_kernel}
+    return [one for one in found if id(one.layer) not in others]
+
+
 def _chosen(
-    model: keras.Model, layers: Sequence[str] | Callable[[TaskLayer], bool] | None
-) -> set[int]:
-    """Ids of the layers to factorise."""
-    candidates = [
-        layer
-        for layer in task_layers(model)
-        if layer.sharing.is_stacked_kernel and layer.built
-    ]
+    model: keras.Model, layers: Sequence[str] | Callable[[Any], bool] | None
+) -> dict[int, Any]:
+    """The layers to factorise, by their ids."""
+    candidates = {id(one.layer): one.layer for one in _candidates(model)}
+    names = {layer.name for layer in candidates.values()}
     if layers is None:
-        wanted: Callable[[TaskLayer], bool] = _has_several_tasks
+        wanted: Callable[[Any], bool] = _has_several_tasks
     elif callable(layers):
         wanted = layers
     else:
-        names = {layer.name for layer in candidates}
         unknown = [name for name in layers if name not in names]
         if unknown:
             raise ValueError(
@@ -240,42 +284,43 @@ def _chosen(
                 f"with independent kernels of model {model.name!r}: {sorted(names)}."
             )
         wanted = _named(set(layers))
-    chosen = {id(layer) for layer in candidates if wanted(layer)}
+    chosen = {key: layer for key, layer in candidates.items() if wanted(layer)}
     if not chosen:
         raise ValueError(
             f"factorize: model {model.name!r} has no layer to factorise: expected some of "
-            f"{[layer.name for layer in candidates]}, the built layers with independent "
-            f"kernels. Received: layers={shown(layers)}."
+            f"{[layer.name for layer in candidates.values()]}, the built layers with "
+            f"independent kernels. Received: layers={shown(layers)}."
         )
     return chosen
 
 
-def _has_several_tasks(layer: TaskLayer) -> bool:
+def _has_several_tasks(layer: Any) -> bool:
     return layer.tasks > 1
 
 
-def _named(names: Collection[str]) -> Callable[[TaskLayer], bool]:
+def _named(names: Collection[str]) -> Callable[[Any], bool]:
     return lambda layer: layer.name in names
 
 
 def _decomposed(
-    layer: TaskLayer, sharing: Parameterization
+    one: StackedKernel, sharing: Parameterization
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The stacked kernel of a layer in float64, and its factors."""
-    kernel = _kernel(layer)
+    """A stacked kernel in float64, and its factors."""
+    kernel = _kernel(one)
     try:
         return kernel, sharing.decompose(kernel)
     except ValueError as error:
+        kind = type(one.layer).__name__
         raise ValueError(
-            f"{type(layer).__name__} {layer.name!r}, stacked kernel {kernel.shape}: {error}"
+            f"{kind} {one.name!r}, stacked kernel {kernel.shape}: {error}"
         ) from error
 
 
-def _kept(layer: TaskLayer, kernel: np.ndarray, size: int) -> Factorization:
-    """The report of a layer that keeps its kernels, whose factors have `size` entries."""
+def _kept(one: StackedKernel, kernel: np.ndarray, size: int) -> Factorization:
+    """The report of a kernel that stays, whose factors have `size` entries."""
     return Factorization(
-        layer=layer.name,
-        method=layer.sharing.name,
+        layer=one.name,
+        method=one.sharing.name,
         shape=tuple(kernel.shape),
         rank=(),
         parameters_before=int(kernel.size),

@@ -21,7 +21,6 @@ from dmtrl_keras.dmtrl.factorized import FactorizedParameterization
 from dmtrl_keras.dmtrl.tucker import Tucker
 from dmtrl_keras.ground.types import PathLike
 from dmtrl_keras.ground.validation import (
-    check_model,
     check_number,
     check_one_of,
     check_path,
@@ -31,7 +30,7 @@ from dmtrl_keras.ground.validation import (
     is_real,
     refusal,
 )
-from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
+from dmtrl_keras.tasks.stacked import StackedKernel, stacked_kernels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +104,8 @@ def sharing_strength(model: keras.Model, scaling: Scaling = "layer") -> dict[str
 
     Returns:
         A dict from layer name to rho, in the order of the layers; see
-        `sharing_strength_of`. Independent kernels have 0, hard-shared ones 1, by
+        `sharing_strength_of`. `TaskCopies` have one for each kernel of the layer, by
+        `layer/kernel`. Independent kernels have 0, hard-shared ones 1, by
         definition. Layers of a single task, which have nobody to share with, are left out.
 
     Raises:
@@ -124,8 +124,8 @@ def sharing_strength(model: keras.Model, scaling: Scaling = "layer") -> dict[str
     owner = "sharing_strength"
     check_one_of("scaling", scaling, SCALINGS, owner)
     return {
-        layer.name: sharing_strength_of(_task_matrix(layer, scaling))
-        for layer in _layers(model, owner)
+        one.name: sharing_strength_of(_task_matrix(one, scaling))
+        for one in _kernels(model, owner)
     }
 
 
@@ -179,8 +179,8 @@ def chance_of_sharing(
     seed = check_seed("seed", seed, owner)
     known: dict[tuple[Any, ...], list[np.ndarray]] = {}
     chances = {}
-    for layer in _layers(model, owner):
-        sharing, shape = layer.stacked.fixed_sharing, tuple(layer.stacked_kernel_shape)
+    for one in _kernels(model, owner):
+        sharing, shape = one.stacked.fixed_sharing, tuple(one.stacked.shape)
         key = (type(sharing), repr(sharing), shape)
         if key not in known:
             rng = np.random.default_rng(seed)
@@ -188,17 +188,17 @@ def chance_of_sharing(
         matrices = known[key]
         if scaling == "svd" and isinstance(sharing, FactorizedParameterization):
             if not isinstance(sharing, Tucker):
-                norm = np.linalg.norm(_array(layer.kernel))
+                norm = np.linalg.norm(_array(one.kernel))
                 matrices = [norm * matrix / np.linalg.norm(matrix) for matrix in matrices]
         found = [sharing_strength_of(matrix) for matrix in matrices]
         middle = np.mean(found) if quantile is None else np.quantile(found, quantile)
-        chances[layer.name] = float(middle)
+        chances[one.name] = float(middle)
     return chances
 
 
-def _layers(model: keras.Model, owner: str) -> list[TaskLayer]:
-    """The layers of a model that have kernels of two tasks or more."""
-    found = [layer for layer in task_layers(check_model(model, owner)) if layer.tasks > 1]
+def _kernels(model: keras.Model, owner: str) -> list[StackedKernel]:
+    """The stacked kernels of a model, of two tasks or more."""
+    found = [one for one in stacked_kernels(model, owner) if one.tasks > 1]
     if not found:
         raise ValueError(
             f"{owner}: model {model.name!r} has no layer with a kernel for each of two "
@@ -207,12 +207,12 @@ def _layers(model: keras.Model, owner: str) -> list[TaskLayer]:
     return found
 
 
-def _task_matrix(layer: TaskLayer, scaling: Scaling) -> np.ndarray:
-    """S of a layer, `(K, T)`."""
-    matrix, kernel = _array(layer.task_matrix), None
-    if scaling == "svd" and isinstance(layer.sharing, FactorizedParameterization):
-        if not isinstance(layer.sharing, Tucker):
-            kernel = _array(layer.kernel)
+def _task_matrix(one: StackedKernel, scaling: Scaling) -> np.ndarray:
+    """S of a stacked kernel, `(K, T)`."""
+    matrix, kernel = _array(one.stacked.task_matrix()), None
+    if scaling == "svd" and isinstance(one.sharing, FactorizedParameterization):
+        if not isinstance(one.sharing, Tucker):
+            kernel = _array(one.kernel)
         return as_svds_leave_it(matrix, kernel)
     return matrix
 

@@ -20,11 +20,16 @@ class CheckedLayer(keras.layers.Layer):
     _takes_one = True
     _takes_several: tuple[type, ...] = ()
     _expected = "one tensor (batch, ..., tasks * channels)"
+    _dtypes: tuple[str, ...] = _NUMBERS
     _instead = " One tensor for each task: stack them by TaskStack."
 
     @property
     def _minimum_ndim(self) -> int:
         return 2
+
+    @property
+    def _of(self) -> str:
+        return "numbers" if self._dtypes == _NUMBERS else "numbers or strings"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Without any, Keras says what is missing.
@@ -42,7 +47,7 @@ class CheckedLayer(keras.layers.Layer):
             several = is_list(inputs) or isinstance(inputs, dict)
             instead = "" if self._takes_several or not several else self._instead
             raise ValueError(
-                f"{name_of(self)}: expected {self._expected}, of numbers, at "
+                f"{name_of(self)}: expected {self._expected}, of {self._of}, at "
                 f"least {self._minimum_ndim}-dimensional. Received: inputs="
                 f"{_described(inputs)}.{instead}"
             )
@@ -56,7 +61,7 @@ class CheckedLayer(keras.layers.Layer):
         # TensorFlow may not know the axes before a graph runs.
         unknown = getattr(shape, "rank", 0) is None
         enough = unknown or len(shape) >= self._minimum_ndim
-        return dtype.startswith(_NUMBERS) and enough
+        return dtype.startswith(self._dtypes) and enough
 
 
 def _described(inputs: Any) -> str:

@@ -98,6 +98,12 @@ def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers(include_self=False))
 
 
+def seed_generators(layer: keras.layers.Layer) -> list[keras.random.SeedGenerator]:
+    """What a layer, and those within it, draw random numbers with."""
+    layers = layer._flatten_layers(include_self=True)
+    return [one for own in layers for one in own._seed_generators]
+
+
 def track_layers(model: keras.Model, layers: Sequence[keras.layers.Layer]) -> None:
     """Make layers part of a functional model that are not in its graph.
 

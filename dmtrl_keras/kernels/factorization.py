@@ -1,7 +1,14 @@
 """What became of a stacked kernel that was to be replaced by factors."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self
+
+import keras
+import numpy as np
+
+from dmtrl_keras.ground.linalg import scaled
+from dmtrl_keras.kernels.parameterization import Parameterization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +47,39 @@ class Factorization:
         """From the dict of `get_config`."""
         shape, rank = tuple(config["shape"]), tuple(config["rank"])
         return cls(**{**config, "shape": shape, "rank": rank})
+
+
+def described(
+    sharing: Parameterization, kernel: np.ndarray, factors: Mapping[str, np.ndarray]
+) -> tuple[Parameterization, Factorization | None]:
+    """A parameterization with the ranks that its factors have, and what they stand for.
+
+    Args:
+        sharing: the parameterization that made the factors.
+        kernel: float64 array, the stacked kernel that they stand for.
+        factors: dict of arrays.
+
+    Returns:
+        `(sharing, report)`; without ranks what was given, and None. The report's `layer`
+        is empty.
+    """
+    rank = sharing.rank({name: value.shape for name, value in factors.items()})
+    if rank is None:
+        return sharing, None
+    sharing = sharing.with_rank(rank)
+    tensors = {n: keras.ops.convert_to_tensor(v) for n, v in factors.items()}
+    composed = keras.ops.convert_to_numpy(sharing.compose(tensors, kernel.shape[-1]))
+    kernel, exponent = scaled(kernel)
+    composed = np.ldexp(composed.astype("float64"), -exponent)
+    norm = np.linalg.norm(kernel)
+    error = np.linalg.norm(np.moveaxis(composed, 0, -1) - kernel)
+    report = Factorization(
+        layer="",
+        method=sharing.name,
+        shape=tuple(kernel.shape),
+        rank=tuple(rank),
+        parameters_before=int(kernel.size),
+        parameters_after=sum(value.size for value in factors.values()),
+        error=float(error / norm) if norm else 0.0,
+    )
+    return sharing, report

@@ -19,7 +19,7 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.monitoring.gradients import cosines_and_affinity
 from dmtrl_keras.monitoring.relations import task_relations
-from dmtrl_keras.tasks.task_layer import task_layers
+from dmtrl_keras.tasks.stacked import stacked_kernels
 from dmtrl_keras.training.model import MultiTaskModel
 
 # Pairs of more tasks have no curves of their own.
@@ -129,7 +129,8 @@ class TaskMonitor(keras.callbacks.Callback):
 
     def _strengths(self) -> dict[str, float]:
         """The sharing strength of factorised layers, and its chance level."""
-        if not any(layer.tasks > 1 and layer.rank for layer in task_layers(self.model)):
+        kernels = stacked_kernels(self.model, "TaskMonitor")
+        if not any(one.tasks > 1 and one.stacked.rank for one in kernels):
             return {}
         strengths, chance = sharing_strength(self.model), chance_of_sharing(self.model)
         found = {f"sharing strength, {name}": value for name, value in strengths.items()}

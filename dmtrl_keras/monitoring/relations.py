@@ -16,6 +16,8 @@ from dmtrl_keras.mrn.report import correlation
 from dmtrl_keras.mrn.state import TensorNormalState
 from dmtrl_keras.mtal.similar_kernels import SimilarKernels
 from dmtrl_keras.mtal.stored_once import StoredOnce
+from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.stacked import StackedKernel, kernels_in
 from dmtrl_keras.tasks.task_layer import TaskLayer
 from dmtrl_keras.trn.term import TaskRelations
 
@@ -118,8 +120,9 @@ def learned_of(model: keras.Model) -> list[Learned]:
             title = f"size of the kernels of {layer.name}, as shares"
             matrix = nddr_shares(_array(layer.kernel), layer.tasks)
             found.append(Learned(title, matrix, names, shares=True))
-        elif isinstance(layer, TaskLayer) and layer.tasks > 1:
-            found += _of_kernels(layer, names)
+        elif isinstance(layer, (TaskLayer, TaskCopies)) and layer.tasks > 1:
+            for one in kernels_in(layer):
+                found += _of_kernel(one, names)
         # A layer comes before the child that holds its kernel, which has the same prior.
         prior = getattr(layer, "prior", None)
         if isinstance(prior, TensorNormalState) and id(prior) not in seen:
@@ -166,18 +169,19 @@ def nddr_shares(kernel: np.ndarray, tasks: int) -> np.ndarray:
     return sizes / np.maximum(sizes.sum(axis=1, keepdims=True), np.finfo(float).tiny)
 
 
-def _of_kernels(layer: TaskLayer, names: list[str]) -> list[Learned]:
+def _of_kernel(one: StackedKernel, names: list[str]) -> list[Learned]:
     """Of factors, of similar kernels, and of those in which equal ones are stored once."""
-    if isinstance(layer.sharing, FactorizedParameterization):
-        matrix = cosines(_array(layer.task_matrix))
-        return [Learned(f"cosine of S, {layer.name}", matrix, names, shares=True)]
-    if isinstance(layer.sharing, SimilarKernels):
-        title = f"from which task the kernels of {layer.name} are"
-        return [Learned(title, _array(layer.task_matrix).T, names, shares=True)]
-    if isinstance(layer.sharing, StoredOnce):
-        title = f"share of the kernels of {layer.name} in common"
-        return [Learned(title, _array(layer.task_matrix), names, shares=True)]
-    return []
+    kinds = (FactorizedParameterization, SimilarKernels, StoredOnce)
+    if not isinstance(one.sharing, kinds):
+        return []
+    matrix = _array(one.stacked.task_matrix())
+    if isinstance(one.sharing, FactorizedParameterization):
+        title, matrix = f"cosine of S, {one.name}", cosines(matrix)
+    elif isinstance(one.sharing, SimilarKernels):
+        title, matrix = f"from which task the kernels of {one.name} are", matrix.T
+    else:
+        title = f"share of the kernels of {one.name} in common"
+    return [Learned(title, matrix, names, shares=True)]
 
 
 def cosines(task_matrix: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import keras
 
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.keras_private import MASK, attached
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
@@ -48,8 +49,15 @@ class Features:
         tensor = self._forms[self.form]
         if self.form == Form.APART:
             return tuple(next(iter(tensor.values())).shape)
-        tasks = len(self.names) if self.form == Form.GROUPED else 1
-        return (*tensor.shape[:-1], tensor.shape[-1] // tasks)
+        if self.form != Form.GROUPED:
+            return tuple(tensor.shape)
+        return (*tensor.shape[:-1], tensor.shape[-1] // len(self.names))
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask rides on them."""
+        tensors = keras.tree.flatten(self._forms[self.form])
+        return any(attached(x, MASK) is not None for x in tensors)
 
     @property
     def common(self) -> Form | None:
@@ -65,13 +73,12 @@ class Features:
         return self._forms[form]
 
     def _convert(self, form: Form) -> Tensor:
-        if form == Form.BATCHED:
-            layer = TaskBatch
-            source = Form.APART if self.form == Form.APART else Form.GROUPED
-        else:
-            layer, source = _GROUPING[self.form], self.form
+        layer = TaskBatch if form == Form.BATCHED else _GROUPING[self.form]
+        inputs = self._forms[self.form]
+        if (self.form, form) == (Form.SHARED, Form.BATCHED):
+            inputs = [inputs] * len(self.names)
         name = self._new_name(f"{self._source}_{form}")
-        return layer(list(self.names), name=name)(self.take(source))
+        return layer(list(self.names), name=name)(inputs)
 
     def through(self, layer: keras.layers.Layer) -> "Features":
         """What a layer makes of them that keeps the form that they have."""

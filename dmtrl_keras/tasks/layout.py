@@ -26,6 +26,8 @@ from dmtrl_keras.kernels.plan import fold, unfold_tasks
 class LayoutLayer(CheckedLayer):
     """Base of the layers that know names and channels of the tasks (not for direct use)."""
 
+    _passes_masks = False
+
     def __init__(
         self, tasks: Tasks, data_format: DataFormat | None = None, **kwargs: Any
     ) -> None:
@@ -35,6 +37,7 @@ class LayoutLayer(CheckedLayer):
         self.task_names = task_names(tasks, owner)
         self.tasks = len(self.task_names)
         self.data_format = standardize_data_format(data_format, owner)
+        self.supports_masking = self._passes_masks
 
     def build(self, input_shape: Any) -> None:
         self.compute_output_shape(input_shape)
@@ -53,11 +56,28 @@ class LayoutLayer(CheckedLayer):
         channels = shape[self._axis(shape)]
         return channels_per_task(channels, self.tasks, name_of(self), shape)
 
+    def _mask(self, mask: Any) -> Any:
+        """What such a layer makes of masks, which lie as features do.
+
+        In a graph it is a layer, so that the network of one task can do without it.
+        """
+        if not any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(mask)):
+            return self.call(mask)
+        return type(self)(list(self.task_names), name=f"{self.name}_mask")(mask)
+
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config["tasks"] = self._tasks_argument
         config["data_format"] = self.data_format
         return config
+
+
+def _is_common(mask: Tensor, inputs: Tensor) -> bool:
+    """Whether a mask of grouped features is one for all tasks.
+
+    It has no axis of channels then, else T of them, one for each task.
+    """
+    return len(mask.shape) < len(inputs.shape)
 
 
 def _is_shape(value: Any) -> bool:
@@ -88,8 +108,8 @@ class _OfOneTensorPerTask(LayoutLayer):
             )
         return inputs
 
-    def _one_shape(self, input_shape: Any) -> Shape:
-        """The shape that the tensors of all tasks have."""
+    def _one_shape(self, input_shape: Any, channels: bool = True) -> Shape:
+        """The shape that the tensors of all tasks have, with known channels if need be."""
         shapes = [tuple(s) for s in self._in_order(input_shape, _is_shape)]
         first = shapes[0]
         compatible = all(
@@ -97,10 +117,10 @@ class _OfOneTensorPerTask(LayoutLayer):
             and all(a == b or None in (a, b) for a, b in zip(shape, first))
             for shape in shapes
         )
-        if not compatible or first[self._axis(first)] is None:
+        if not compatible or (channels and first[self._axis(first)] is None):
+            known = " with known channels" if channels else ""
             raise ValueError(
-                f"{name_of(self)}: expected inputs of one shape with known channels. "
-                f"Received: {shapes}."
+                f"{name_of(self)}: expected inputs of one shape{known}. Received: {shapes}."
             )
         return first
 
@@ -134,9 +154,17 @@ class TaskStack(_OfOneTensorPerTask):
     (2, 6)
     """
 
+    _passes_masks = True
+
     def call(self, inputs: Any) -> Tensor:
         inputs = self._in_order(inputs, lambda x: not isinstance(x, (list, tuple)))
         return ops.concatenate(inputs, axis=self._axis(inputs[0].shape))
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Tensor | None:
+        masks = self._in_order(previous_mask, lambda x: not isinstance(x, (list, tuple)))
+        if any(mask is None for mask in masks):
+            return None
+        return self._mask([ops.expand_dims(mask, axis=-1) for mask in masks])
 
     def compute_output_shape(self, input_shape: Any) -> Shape:
         output: list[Any] = list(self._one_shape(input_shape))
@@ -180,17 +208,33 @@ class TaskBatch(_OfOneTensorPerTask):
         "task, in a list or a dict"
     )
 
+    # Whatever an example is, there may be several: words, or a number for each of them.
+    _dtypes = (*CheckedLayer._dtypes, "string")
+    _minimum_ndim = 1
+
+    _passes_masks = True
+
     def call(self, inputs: Any) -> Tensor:
         if isinstance(inputs, (dict, list, tuple)):
             return ops.concatenate(self._in_order(inputs, lambda x: False), axis=0)
         return on_channels_last(self, inputs, lambda x: fold(x, self.tasks))
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Tensor | None:
+        if isinstance(inputs, (dict, list, tuple)):
+            masks = self._in_order(previous_mask, lambda x: False)
+            return None if any(m is None for m in masks) else self._mask(masks)
+        if previous_mask is None:
+            return None
+        if _is_common(previous_mask, inputs):
+            return self._mask([previous_mask] * self.tasks)
+        return ops.squeeze(self._mask(previous_mask), axis=-1)
 
     def compute_output_shape(self, input_shape: Any) -> Shape:
         if _is_shape(input_shape):
             shape = list(input_shape)
             shape[self._axis(shape)] = self._channels(input_shape)
         else:
-            shape = list(self._one_shape(input_shape))
+            shape = list(self._one_shape(input_shape, channels=False))
         if shape[0] is not None:
             shape[0] *= self.tasks
         return tuple(shape)
@@ -222,8 +266,15 @@ class TaskGroup(LayoutLayer):
     (2, 4, 4, 6)
     """
 
+    _passes_masks = True
+
     def call(self, inputs: Tensor) -> Tensor:
         return on_channels_last(self, inputs, lambda x: unfold_tasks(x, self.tasks))
+
+    def compute_mask(self, inputs: Tensor, previous_mask: Any) -> Tensor | None:
+        if previous_mask is None:
+            return None
+        return self._mask(ops.expand_dims(previous_mask, axis=-1))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         shape: list[Any] = list(input_shape)
@@ -268,6 +319,8 @@ class TaskRepeat(LayoutLayer):
     >>> tuple(TaskRepeat(3)(np.zeros((2, 4))).shape)
     (2, 12)
     """
+
+    _passes_masks = True
 
     def call(self, inputs: Tensor) -> Tensor:
         return ops.concatenate([inputs] * self.tasks, axis=self._axis(inputs.shape))
@@ -318,18 +371,17 @@ class TaskSplit(LayoutLayer):
     {'age': (2, 3), 'gender': (2, 3)}
     """
 
-    def __init__(
-        self, tasks: Tasks, data_format: DataFormat | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(tasks, data_format, **kwargs)
-        self.supports_masking = True
+    _passes_masks = True
 
     def call(self, inputs: Tensor) -> dict[str, Tensor]:
         parts = ops.split(inputs, self.tasks, axis=self._axis(inputs.shape))
         return dict(zip(self.task_names, parts))
 
     def compute_mask(self, inputs: Tensor, previous_mask: Any) -> dict[str, Any]:
-        return {name: previous_mask for name in self.task_names}
+        if previous_mask is None or _is_common(previous_mask, inputs):
+            return {name: previous_mask for name in self.task_names}
+        masks = self._mask(previous_mask)
+        return {name: ops.squeeze(mask, axis=-1) for name, mask in masks.items()}
 
     def compute_output_shape(self, input_shape: Shape) -> dict[str, Shape]:
         shape = list(input_shape)

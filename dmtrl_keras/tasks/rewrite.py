@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 
-from dmtrl_keras.ground.linalg import scaled
 from dmtrl_keras.ground.validation import name_of
-from dmtrl_keras.kernels.factorization import Factorization
+from dmtrl_keras.kernels.factorization import described
 from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
@@ -117,25 +115,8 @@ def started_layer(
     Returns:
         The layer; its `factorization` says what became of the kernel, None without ranks.
     """
-    report, tasks, given = None, kernel.shape[-1], sharing
-    rank = sharing.rank({name: value.shape for name, value in factors.items()})
-    if rank is not None:
-        sharing = sharing.with_rank(rank)
-        tensors = {n: keras.ops.convert_to_tensor(v) for n, v in factors.items()}
-        composed = keras.ops.convert_to_numpy(sharing.compose(tensors, tasks))
-        kernel, exponent = scaled(kernel)
-        composed = np.ldexp(composed.astype("float64"), -exponent)
-        norm = np.linalg.norm(kernel)
-        error = np.linalg.norm(np.moveaxis(composed, 0, -1) - kernel)
-        report = Factorization(
-            layer="",
-            method=sharing.name,
-            shape=tuple(kernel.shape),
-            rank=tuple(rank),
-            parameters_before=int(kernel.size),
-            parameters_after=sum(value.size for value in factors.values()),
-            error=float(error / norm) if norm else 0.0,
-        )
+    given = sharing
+    sharing, report = described(sharing, kernel, factors)
     layer = make(sharing)
     warn_of_concerns(given, factors, tuple(kernel.shape), name_of(layer))
     layer.start_from(factors)

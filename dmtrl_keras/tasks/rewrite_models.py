@@ -1,22 +1,24 @@
 """Models in which some layers with T kernels are others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
+from dmtrl_keras.ground.copying import copy_of, load_weights
 from dmtrl_keras.ground.keras_private import sharing_scope
 from dmtrl_keras.ground.tables import print_table
-from dmtrl_keras.ground.validation import check_model
 from dmtrl_keras.kernels.factorization import Factorization
-from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
+from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.stacked import factorizations_of
+from dmtrl_keras.tasks.task_layer import TaskLayer
 
 
 def with_layers(
     model: keras.Model,
-    replace: Callable[[Any], TaskLayer | None],
+    replace: Callable[[Any], TaskLayer | TaskCopies | None],
     owner: str,
-    reports: Mapping[int, Factorization] | None = None,
+    reports: Mapping[int, Sequence[Factorization]] | None = None,
 ) -> keras.Model:
     """A copy of a model in which some layers with T kernels are others.
 
@@ -25,8 +27,8 @@ def with_layers(
         replace: function of a layer that returns another one with T kernels, unbuilt, which
             has a start of its own for them; or None, for an equal copy.
         owner: str, the function to name in the error.
-        reports: dict from the id of a layer that is not replaced to the `factorization`
-            that its copy gets. It is read after all calls of `replace`.
+        reports: dict from the id of a layer that is not replaced to what became of its
+            kernels. It is read after all calls of `replace`.
 
     Returns:
         The new model. Layers that aren't replaced have their weights, the others their
@@ -45,7 +47,7 @@ def with_layers(
     def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
         copy = replace(layer)
         replaced = copy is not None
-        copy = copy if replaced else type(layer).from_config(layer.get_config())
+        copy = copy if replaced else copy_of(layer)
         copies.append((copy, layer, replaced))
         return copy
 
@@ -55,10 +57,18 @@ def with_layers(
     with sharing_scope():
         new = keras.models.clone_model(network, clone_function=clone, recursive=True)
     for copy, layer, replaced in copies:
+        if not isinstance(layer, keras.layers.Layer):
+            continue
         if not replaced:
-            copy.set_weights(layer.get_weights())
+            load_weights(copy, layer.get_weights())
             if reports and id(layer) in reports:
-                copy.factorization = reports[id(layer)]
+                if isinstance(copy, TaskCopies):
+                    copy.factorizations = list(reports[id(layer)])
+                else:
+                    (copy.factorization,) = reports[id(layer)]
+            continue
+        if isinstance(layer, TaskCopies):
+            copy.take_from(layer)
             continue
         if layer.use_bias:
             copy.bias.assign(layer.bias)
@@ -81,11 +91,7 @@ def factorization_report(model: keras.Model) -> list[Factorization]:
     Raises:
         ValueError: on what is no Keras model.
     """
-    return [
-        layer.factorization
-        for layer in task_layers(check_model(model, "factorization_report"))
-        if layer.factorization is not None
-    ]
+    return factorizations_of(model, "factorization_report")
 
 
 def print_report(model: keras.Model) -> None:

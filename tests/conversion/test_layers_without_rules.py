@@ -169,15 +169,11 @@ def test_masks_reach_every_task(rng):
         assert np.abs(backbone.predict(filled, verbose=0) - expected).max() > 1e-4
 
 
-def test_refused_where_they_would_be_converted():
-    """After a layer whose kernels are each task's own; the error says what helps."""
-    with pytest.raises(ValueError, match="Embedding 'words'") as error:
-        multitask(text(), TASKS, verbose=False)
-    assert "before `share_until`" in str(error.value)
-    sharing = {"words": "hard"}
-    with pytest.raises(ValueError, match="has 3 layers") as error:
-        multitask(text(), TASKS, sharing, verbose=False)
-    assert "Embedding" not in str(error.value)
-    with pytest.raises(ValueError, match="Conv2DTranspose 'up'") as error:
-        multitask(images(), TASKS, {"up": "hard", "last": "hard"}, verbose=False)
-    assert "Cumsum" in str(error.value)
+def test_copies_where_they_are_converted(rng):
+    """After a layer whose kernels are each task's own, the others are copied."""
+    model = multitask(text(), TASKS, {"words": "hard"}, verbose=False)
+    rows = {row.layer: row for row in task_summary(model, verbose=False)}
+    assert rows["words"].sharing == "hard"
+    for name in ("places", "attention", "recurrent"):
+        assert rows[name].kind == "TaskCopies" and rows[name].sharing == "independent"
+        assert rows[name].parameters == rows[name].parameters_if_independent

@@ -1,0 +1,287 @@
+"""T copies of any layer against T layers by themselves."""
+
+import doctest
+
+import keras
+import numpy as np
+import pytest
+import tensorly as tl
+from keras import layers as kl
+
+from dmtrl_keras import TensorNormalRegularizer
+from dmtrl_keras.layers import TaskCopies, TaskDense, TaskGroup
+from dmtrl_keras.parameterizations import TT, Tucker
+from dmtrl_keras.regularizers import TraceNorm
+from dmtrl_keras.tasks import copies
+from dmtrl_keras.testing import check_layer
+
+TASKS = ["age", "mood", "smile"]
+
+
+def test_examples():
+    assert doctest.testmod(copies).failed == 0
+
+
+@keras.saving.register_keras_serializable("tests")
+class Own(kl.Layer):
+    """A layer of layers, with a loss and a counter of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        own = {"dtype": self.dtype_policy}
+        self.inner = kl.Dense(4, kernel_regularizer="l2", name="inner", **own)
+        self.norm = kl.BatchNormalization(name="norm", **own)
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.norm.build((*shape[:-1], 4))
+        self.calls = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="calls"
+        )
+
+    def call(self, x, training=None):
+        if training:
+            self.calls.assign_add(1)
+        y = self.norm(self.inner(x), training=training)
+        self.add_loss(keras.ops.mean(y**2))
+        return y
+
+
+LAYERS = {
+    "dense": lambda **own: kl.Dense(4, "relu", **own),
+    "einsum": lambda **own: kl.EinsumDense("abc,cde->abde", (None, 2, 4), **own),
+    "lstm": lambda **own: kl.LSTM(4, return_sequences=True, **own),
+    "gru": lambda **own: kl.GRU(4, **own),
+    "both ways": lambda **own: kl.Bidirectional(kl.LSTM(2, **own), **own),
+    "transposed": lambda **own: kl.Conv1DTranspose(4, 2, strides=2, **own),
+    "norm": lambda **own: kl.BatchNormalization(**own),
+    "spectral": lambda **own: kl.SpectralNormalization(kl.Dense(4, **own), **own),
+    "composite": lambda **own: Own(**own),
+    "rms": lambda **own: kl.RMSNormalization(**own),
+    "discrete": lambda **own: kl.TimeDistributed(kl.Dense(3, **own), **own),
+}
+# One of each kind every time.
+QUICK = {"einsum", "gru", "composite"}
+CASES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in LAYERS
+]
+
+
+def shuffled(layer, rng):
+    """Give every variable values of its own."""
+    for weight in layer.weights:
+        values = rng.uniform(0.2, 1.0, size=weight.shape)
+        weight.assign(values.astype(weight.dtype))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_layers_by_themselves(name, shared, rng):
+    """In training and out of it: outputs, losses, and what is not trained."""
+    make = LAYERS[name]
+    layer = TaskCopies(make(name="layer"), TASKS, shared_input=shared)
+    batches = 1 if shared else 3
+    x = rng.normal(size=(batches * 4, 5, 6)).astype("float32")
+    layer(x)
+    shuffled(layer, rng)
+    alone = []
+    for task in range(3):
+        twin = layer.task_twin()
+        twin(x[:4])
+        twin.set_weights(layer.task_weights(task))
+        alone.append(twin)
+    for training in (True, False):
+        found = np.array(layer(x, training=training))
+        parts = [x] * 3 if shared else np.split(x, 3)
+        kwargs = {} if name in ("einsum", "rms", "transposed") else {"training": training}
+        expected = [np.array(twin(p, **kwargs)) for twin, p in zip(alone, parts)]
+        np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-5)
+    losses = sum(float(sum(twin.losses)) for twin in alone)
+    assert float(sum(layer.losses)) == pytest.approx(losses, rel=1e-5)
+    for task, twin in enumerate(alone):
+        for one, other in zip(layer.task_weights(task), twin.get_weights()):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gru", pytest.param("composite", marks=pytest.mark.long)])
+@pytest.mark.parametrize("tasks", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_promises(name, tasks, rng):
+    x = rng.normal(size=(2, 5, 6)).astype("float32")
+
+    def make(dtype=None, **kwargs):
+        return TaskCopies(
+            LAYERS[name](dtype=dtype), tasks, "tucker", shared_input=True, **kwargs
+        )
+
+    check_layer(make, x)
+
+
+@pytest.mark.parametrize("sharing", ["laf", "tucker", "tt"])
+def test_kernels_are_made_of_factors(sharing, rng):
+    """Of full rank they are what they were; each rank is the decomposition's."""
+    start = kl.LSTM(4, name="lstm")
+    x = rng.normal(size=(2, 5, 6)).astype("float32")
+    start(x)
+    whole = TaskCopies(start, TASKS, sharing, shared_input=True, common_draw=False)
+    whole(x)
+    assert whole.kernel_names == ["lstm_cell/kernel", "lstm_cell/recurrent_kernel"]
+    stacked = [np.array(kernel.value()) for kernel in whole.kernels]
+    assert [values.shape for values in stacked] == [(6, 16, 3), (4, 16, 3)]
+    for kernel, values in zip(whole.kernels, stacked):
+        factors = {name: np.array(v) for name, v in kernel.factors.items()}
+        if sharing == "tucker":
+            modes = [factors[f"factor_{n}"] for n in (1, 2, 3)]
+            composed = tl.tucker_to_tensor((factors["core"], modes))
+            np.testing.assert_allclose(composed, values, atol=1e-5)
+        if sharing == "laf":
+            latent, s = factors.values()
+            np.testing.assert_allclose(
+                np.einsum("iok,kt->iot", latent, s), values, atol=1e-5
+            )
+    assert {one.layer for one in whole.factorizations} == {
+        "lstm_copies/lstm_cell/kernel",
+        "lstm_copies/lstm_cell/recurrent_kernel",
+    }
+
+
+def test_a_start_from_trained_weights(rng):
+    """All tasks have them, and can part in the first step."""
+    trained = kl.Dense(4)
+    x = rng.normal(size=(8, 6)).astype("float32")
+    trained(x)
+    shuffled(trained, rng)
+    layer = TaskCopies(trained, TASKS, Tucker(tolerance=1e-3), shared_input=True)
+    outputs = np.split(np.array(layer(x)), 3)
+    for output in outputs:
+        np.testing.assert_allclose(output, trained(x), atol=0.02)
+    model = keras.Sequential([keras.Input((6,)), layer])
+    model.compile("sgd", "mse")
+    model.train_on_batch(x, np.repeat([[0.0], [1.0], [2.0]], 8, axis=0) * np.ones(4))
+    kernel = np.array(layer.kernels[0].value())
+    assert np.abs(kernel[..., 0] - kernel[..., 2]).max() > 1e-4
+
+
+def test_priors_and_norms(rng):
+    """Of the stacked kernels, as of a layer with a rule."""
+    x = rng.normal(size=(2, 6)).astype("float32")
+    start = kl.Dense(4, use_bias=False)
+    start(x)
+    kernel = rng.normal(size=(6, 4, 3)).astype("float32")
+    for prior in (TraceNorm(0.1), TensorNormalRegularizer(0.1, epsilon=0.1)):
+        ours = TaskCopies(start, TASKS, shared_input=True, kernel_regularizer=prior)
+        other = TaskDense(4, 3, shared_input=True, use_bias=False, kernel_regularizer=prior)
+        for layer in (ours, other):
+            layer(x)
+        ours.kernels[0].factors["kernel"].assign(kernel)
+        other.kernel.assign(kernel)
+        for layer in (ours, other):
+            layer(x, training=True)
+        assert float(sum(ours.losses)) == pytest.approx(float(sum(other.losses)), rel=1e-4)
+
+
+def test_random_numbers_of_each_task(rng):
+    """No two tasks drop the same features, and the same seed drops the same again."""
+    x = np.ones((4, 50, 6), "float32")
+
+    def run():
+        keras.utils.set_random_seed(1)
+        inner = keras.Sequential([kl.Dropout(0.5), kl.Dense(4)])
+        layer = TaskCopies(inner, 2, shared_input=True)
+        return np.split(np.array(layer(x, training=True)), 2), layer
+
+    (one, other), layer = run()
+    assert np.abs(one - other).max() > 1e-3
+    np.testing.assert_array_equal(run()[0][0], one)
+    before = [np.array(v) for v in layer.variables]
+    layer(x, training=False)
+    for variable, value in zip(layer.variables, before):
+        np.testing.assert_array_equal(variable, value)
+    layer(x, training=True)
+    assert any(np.any(np.array(v) != b) for v, b in zip(layer.variables, before))
+
+
+def test_masks(rng):
+    """Those of the inputs reach each copy, those of the copies what comes after."""
+    ids = np.array([[1, 2, 3, 0], [4, 0, 0, 0]], "int32")
+    words = keras.Input((4,), dtype="int32")
+    both = TaskCopies(kl.Embedding(9, 5, mask_zero=True), 2, shared_input=True, name="e")
+    states = TaskCopies(kl.LSTM(3), 2, name="lstm")
+    features = TaskGroup(2)(states(both(words)))
+    model = keras.Model(words, features)
+    found = model.predict(ids, verbose=0)
+    filled = np.where(ids == 0, 7, ids)
+    np.testing.assert_allclose(
+        found[0], model.predict(np.array([[1, 2, 3, 0]], "int32"), verbose=0)[0], atol=1e-6
+    )
+    # A word behind the end changes nothing.
+    embedding = both.task_weights(1)
+    embedding[0][0] = 100.0
+    alone = kl.Embedding(9, 5, mask_zero=True)
+    lstm = states.task_twin()
+    twin = keras.Sequential([keras.Input((4,), dtype="int32"), alone, lstm])
+    alone.set_weights(embedding)
+    lstm.set_weights(states.task_weights(1))
+    np.testing.assert_allclose(found[:, 3:], twin.predict(ids, verbose=0), atol=1e-5)
+    assert np.abs(found - model.predict(filled, verbose=0)).max() > 1e-3
+
+
+def test_frozen(rng):
+    """Frozen copies don't learn, and run as a frozen layer does."""
+    norm = kl.BatchNormalization()
+    x = rng.normal(3, size=(8, 6)).astype("float32")
+    layer = TaskCopies(norm, 2, shared_input=True, trainable=False)
+    np.testing.assert_allclose(layer(x, training=True), np.tile(x, (2, 1)), rtol=1e-3)
+    assert not layer.trainable_variables
+    layer.trainable = True
+    assert len(layer.trainable_variables) == 2
+    assert abs(float(np.mean(layer(x, training=True)))) < 1e-3
+    frozen = kl.Dense(3, trainable=False)
+    frozen(x)
+    layer = TaskCopies(frozen, 2, "laf", shared_input=True)
+    layer(x)
+    assert not layer.trainable and not layer.trainable_variables
+    layer.trainable = True
+    assert len(layer.trainable_variables) == 3
+
+
+def test_a_list_of_ways(rng):
+    x = rng.normal(size=(2, 5, 6)).astype("float32")
+    layer = TaskCopies(kl.GRU(4), 2, ["hard", TT(rank=2)], shared_input=True)
+    layer(x)
+    assert [kernel.sharing.name for kernel in layer.kernels] == ["hard", "tt"]
+    again = TaskCopies.from_config(layer.get_config())
+    again(x)
+    assert [k.rank for k in again.kernels] == [k.rank for k in layer.kernels]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": "lstm"}, "TaskCopies: `layer` must be a Keras layer. Received: .*lstm"),
+        ({"layer": TaskDense(3, 2)}, "a layer of one task"),
+        ({"layer": kl.ReLU()}, "expected|must be a layer with weights"),
+        ({"tasks": 0}, "tasks"),
+        ({"sharing": ["laf", "laf"]}, r"each of the kernels \['kernel'\].*2 of them"),
+        ({"sharing": Tucker(rank=99)}, "TaskCopies 'dense_copies', kernel.*99"),
+        ({"shared_input": [True, False]}, "each of 1 inputs"),
+        ({"shared_input": "no"}, "shared_input"),
+    ],
+)
+def test_errors(arguments, message, rng):
+    arguments = {"layer": kl.Dense(4, name="dense"), "tasks": 2, **arguments}
+    with pytest.raises(ValueError, match=message):
+        TaskCopies(**arguments)(rng.normal(size=(4, 6)).astype("float32"))
+
+
+def test_kernels_that_a_layer_assigns(rng):
+    """They can't be factors, which would not be what was assigned."""
+    x = rng.normal(size=(2, 6)).astype("float32")
+    layer = TaskCopies(kl.SpectralNormalization(kl.Dense(4)), 2, "laf", shared_input=True)
+    layer(x)
+    with pytest.raises(ValueError, match=r"assigns its kernel.*'laf'.*'independent'"):
+        layer(x, training=True)
+
+
+def test_examples_of_other_tasks_are_missing(rng):
+    with pytest.raises(ValueError, match=r"examples of 3 tasks.*shape \(4, 6\)"):
+        TaskCopies(kl.Dense(2), 3)(rng.normal(size=(4, 6)).astype("float32"))

@@ -8,6 +8,7 @@ made of, and writes the table of `docs/guides/backbones.md`.
 
 import collections
 import dataclasses
+import functools
 import pathlib
 
 import keras
@@ -61,6 +62,15 @@ def _attending(layer, x):
     return layer(x, x)
 
 
+def _made(name, *arguments):
+    return getattr(kl, name)(*arguments)
+
+
+def _class(name):
+    """A class of `keras.layers`; Keras 3.13 lacks some."""
+    return _class(name)
+
+
 def _ranks(name, made, shapes=(SEQUENCE, IMAGE, VOLUME)):
     found = {}
     for number, shape in enumerate(shapes, start=1):
@@ -85,28 +95,28 @@ def examples():
     found |= _ranks("DepthwiseConv", lambda cls: cls(2))
     found |= {
         f"Conv{n}DTranspose": Example(
-            lambda cls=getattr(kl, f"Conv{n}DTranspose"): cls(4, 2), shape
+            functools.partial(_made, f"Conv{n}DTranspose", 4, 2), shape
         )
         for n, shape in enumerate((SEQUENCE, IMAGE, VOLUME), start=1)
     }
     found |= {
         f"ConvLSTM{n}D": Example(
-            lambda cls=getattr(kl, f"ConvLSTM{n}D"): cls(3, 2), (2, *shape)
+            functools.partial(_made, f"ConvLSTM{n}D", 3, 2), (2, *shape)
         )
         for n, shape in enumerate((SEQUENCE, IMAGE, (3, 3, 3, 2)), start=1)
     }
     for name in ("Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply"):
-        found[name] = Example(getattr(kl, name, None), call=_twice)
+        found[name] = Example(_class(name), call=_twice)
     found["Subtract"] = Example(kl.Subtract, call=_twice)
     found["Dot"] = Example(lambda: kl.Dot(axes=-1), SEQUENCE, call=_twice)
     for name in ("Dropout", "AlphaDropout", "GaussianDropout", "GaussianNoise"):
-        found[name] = Example(lambda cls=getattr(kl, name, None): cls(0.3))
+        found[name] = Example(functools.partial(_made, name, 0.3))
     for name in ("ELU", "LeakyReLU", "ReLU", "PReLU", "Softmax", "Identity", "Flatten"):
-        found[name] = Example(getattr(kl, name, None))
+        found[name] = Example(_class(name))
     for name in ("ActivityRegularization", "Masking", "UnitNormalization"):
-        found[name] = Example(getattr(kl, name, None), SEQUENCE)
+        found[name] = Example(_class(name), SEQUENCE)
     for name in ("BatchNormalization", "LayerNormalization", "RMSNormalization"):
-        found[name] = Example(getattr(kl, name, None))
+        found[name] = Example(_class(name))
     found["GroupNormalization"] = Example(lambda: kl.GroupNormalization(2))
     found["Normalization"] = Example(lambda: kl.Normalization(mean=1.0, variance=2.0))
     found["Rescaling"] = Example(lambda: kl.Rescaling(0.5))
@@ -131,9 +141,9 @@ def examples():
         lambda: kl.GroupQueryAttention(3, 4, 2), SEQUENCE, call=_attending
     )
     for name in ("Attention", "AdditiveAttention"):
-        found[name] = Example(getattr(kl, name, None), SEQUENCE, call=_twice)
+        found[name] = Example(_class(name), SEQUENCE, call=_twice)
     for name in ("GRU", "LSTM", "SimpleRNN"):
-        found[name] = Example(lambda cls=getattr(kl, name, None): cls(3), SEQUENCE)
+        found[name] = Example(functools.partial(_made, name, 3), SEQUENCE)
     found["RNN"] = Example(
         lambda: kl.RNN(kl.StackedRNNCells([kl.GRUCell(3), kl.LSTMCell(3)])), SEQUENCE
     )
@@ -155,11 +165,11 @@ def examples():
         *("RandomColorJitter", "Solarization"),
     )
     for name in images:
-        found[name] = Example(getattr(kl, name, None), IMAGE)
+        found[name] = Example(_class(name), IMAGE)
     for name in ("RandomBrightness", "RandomContrast", "RandomHue", "RandomRotation"):
-        found[name] = Example(lambda cls=getattr(kl, name, None): cls(0.2), IMAGE)
+        found[name] = Example(functools.partial(_made, name, 0.2), IMAGE)
     for name in ("RandomColorDegeneration", "RandomSaturation", "RandomSharpness"):
-        found[name] = Example(lambda cls=getattr(kl, name, None): cls(0.2), IMAGE)
+        found[name] = Example(functools.partial(_made, name, 0.2), IMAGE)
     found["RandomZoom"] = Example(lambda: kl.RandomZoom(0.2), IMAGE)
     found["RandomTranslation"] = Example(lambda: kl.RandomTranslation(0.1, 0.1), IMAGE)
     found["RandomCrop"] = Example(lambda: kl.RandomCrop(4, 4), IMAGE)
@@ -217,7 +227,7 @@ def keras_layers():
     """The classes of `keras.layers` by name, each once."""
     found = {}
     for name in sorted(dir(kl)):
-        cls = getattr(kl, name, None)
+        cls = _class(name)
         if isinstance(cls, type) and issubclass(cls, kl.Layer):
             found[cls.__name__] = cls
     return found

@@ -133,6 +133,20 @@ def inception_resnet_layer() -> type:
     return inception_resnet_v2.CustomScaleLayer
 
 
+# Where Keras's attention layers have their products with kernels.
+ATTENTION_PROJECTIONS = tuple(
+    f"_{name}_dense" for name in ("query", "key", "value", "gate", "output")
+)
+
+
+def share_dropout(one: keras.layers.Layer, other: keras.layers.Layer) -> None:
+    """Let an attention layer draw random numbers with what another one has."""
+    name = "_dropout_layer"
+    if hasattr(one, name):
+        # Keras refuses new parts of what is built.
+        object.__setattr__(other, name, getattr(one, name))
+
+
 # --- what rides on tensors --------------------------------------------------------
 
 # By this name Keras's masks ride on tensors: false where a time step is padding.

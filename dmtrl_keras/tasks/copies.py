@@ -35,6 +35,7 @@ from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization, described
 from dmtrl_keras.kernels.parameterization import Parameterization, Sharing, warn_of_concerns
 from dmtrl_keras.kernels.task_kernel import TaskKernel
+from dmtrl_keras.tasks.attention import AttentionOfAll
 from dmtrl_keras.tasks.layout import TaskBatch
 
 _INPUT = "input"
@@ -52,6 +53,7 @@ class _Held:
             no biases or scales.
         others: its other weights: biases, scales, running statistics.
         seeds: its state that is no weight: that of random numbers.
+        of_all: what runs all its copies together, or None.
     """
 
     def __init__(self, layer: keras.layers.Layer) -> None:
@@ -59,6 +61,7 @@ class _Held:
         self.kernels: list[keras.Variable] = []
         self.others: list[keras.Variable] = []
         self.seeds: list[keras.Variable] = []
+        self.of_all: AttentionOfAll | None = None
 
     def sort(self) -> None:
         """Sort the variables of the layer, which is built."""
@@ -86,8 +89,9 @@ class TaskCopies(CheckedLayer):
     related as `sharing` says: independent, generated from shared factors (DMTRL Eq. 2, 4,
     8), under a prior, one for all. All other weights are each task's own, `(..., T)`:
     biases, scales, running statistics. Random numbers are drawn for one task after another.
-    The copies are run one after another, each by the layer's own `call`; `multitask` makes
-    such layers of those that no rule knows.
+    The copies are run one after another, each by the layer's own `call`; of Keras's
+    attention layers all at once, but for the products with kernels. `multitask` makes such
+    layers of those that no rule knows.
 
     Args:
         layer: a Keras layer, which is not changed. Its copies have its configuration; and
@@ -274,6 +278,10 @@ class TaskCopies(CheckedLayer):
             self._others.append(self._stacked(variable))
         # They are this layer's from here on, and saved with it.
         self._generators = seed_generators(held)
+        if AttentionOfAll.fits(held) and not held.losses:
+            self._held.of_all = AttentionOfAll(
+                held, self.tasks, lambda layer: self._build_by_call(layer, specs)
+            )
         self._start, self._factors, self._draws = None, None, []
         self.built = True
 
@@ -481,10 +489,6 @@ class TaskCopies(CheckedLayer):
             inputs: tensor or list of tensors, see the class.
             training: bool or None.
         """
-        parts = [
-            _parts(x, self.tasks, shared)
-            for x, shared in zip(tree.flatten(inputs), self._shared)
-        ]
         for kernel in self.kernels:
             kernel(training=training)
         values = [
@@ -495,6 +499,13 @@ class TaskCopies(CheckedLayer):
         if self.layer.trainable != self.trainable:
             # As that of batch normalization, what it does may depend on it.
             self.layer.trainable = self.trainable
+        of_all = self._held.of_all
+        if of_all is not None:
+            return self._at_once(of_all, tree.flatten(inputs), values)
+        parts = [
+            _parts(x, self.tasks, shared)
+            for x, shared in zip(tree.flatten(inputs), self._shared)
+        ]
         run = _Run(self._held)
         outputs = []
         for task in range(self.tasks):
@@ -505,6 +516,22 @@ class TaskCopies(CheckedLayer):
         for loss in run.losses:
             self.add_loss(loss)
         return tree.map_structure(_together, *outputs)
+
+    def _at_once(
+        self,
+        of_all: AttentionOfAll,
+        inputs: Sequence[Tensor],
+        values: Sequence[Sequence[Tensor]],
+    ) -> Any:
+        """What the copies return, by a layer that runs all of them together."""
+        inputs = [
+            _together(*[x] * self.tasks) if shared else x
+            for x, shared in zip(inputs, self._shared)
+        ]
+        args, kwargs = self.given(inputs)
+        variables = [*self._held.kernels, *self._held.others]
+        by_id = {id(v): own for v, own in zip(variables, values)}
+        return of_all(by_id, args, kwargs)
 
     def _variable(self, number: int) -> keras.Variable:
         """The variable of all tasks in the place of one that a call has changed."""

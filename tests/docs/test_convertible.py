@@ -1,6 +1,7 @@
 """The table of what converts, and each row of it."""
 
 import pytest
+
 from docs import convertible
 
 EXAMPLES = convertible.examples()

@@ -225,6 +225,45 @@ def test_masks(rng):
     assert np.abs(found - model.predict(filled, verbose=0)).max() > 1e-3
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["all", "groups", "two of other lengths"])
+def test_attention_at_once(kind, shared, rng):
+    """All copies together are what they are one after another, with masks and scores."""
+    x = rng.normal(size=(12, 5, 6)).astype("float32")
+    other = rng.normal(size=(12, 4, 6)).astype("float32")
+    mask = rng.uniform(size=(12, 5, 4)) > 0.3
+    mask[..., 0] = True
+    if shared:
+        x, other, mask = (values[:4] for values in (x, other, mask))
+    given = {"args": [{"input": 0}, {"input": 0}], "kwargs": {"use_causal_mask": True}}
+    inputs, layer = [x], kl.MultiHeadAttention(2, 3, 4, dropout=0.2)
+    if kind == "groups":
+        layer = kl.GroupQueryAttention(3, 4, 2)
+    if kind == "two of other lengths":
+        given["args"][1] = {"input": 1}
+        given["kwargs"] = {
+            "attention_mask": {"input": 2},
+            "return_attention_scores": True,
+        }
+        inputs += [other, mask]
+    both = [
+        TaskCopies(layer, TASKS, shared_input=shared, arguments=given) for _ in range(2)
+    ]
+    for one in both:
+        one(inputs)
+    shuffled(both[0], rng)
+    both[1].set_weights(both[0].get_weights())
+    for weight, value in zip(both[1].weights, both[0].get_weights()):
+        np.testing.assert_array_equal(weight, value)
+    assert both[0]._held.of_all is not None
+    both[1]._held.of_all = None
+    found, expected = (keras.tree.flatten(one(inputs)) for one in both)
+    for y, z in zip(found, expected):
+        np.testing.assert_allclose(np.array(y), np.array(z), atol=1e-5)
+    parts = np.split(np.array(found[0]), 3)
+    assert np.abs(parts[0] - parts[1]).max() > 1e-3
+
+
 def test_frozen(rng):
     """Frozen copies don't learn, and run as a frozen layer does."""
     norm = kl.BatchNormalization()

@@ -10,6 +10,7 @@ from dmtrl_keras.dmtrl.laf import LAF
 from dmtrl_keras.dmtrl.tt import TT
 from dmtrl_keras.dmtrl.tucker import Tucker
 from dmtrl_keras.kernels.independent import Hard, Independent
+from dmtrl_keras.kernels.lora import LoRA
 from dmtrl_keras.kernels.parameterization import Parameterization, get, names, register
 from dmtrl_keras.mtal.similar_kernels import SimilarKernels
 from dmtrl_keras.mtal.stored_once import StoredOnce
@@ -21,6 +22,7 @@ __all__ = [
     "FactorizedParameterization",
     "Hard",
     "Independent",
+    "LoRA",
     "Parameterization",
     "Parts",
     "SimilarKernels",

@@ -68,7 +68,7 @@ def _made(name, *arguments):
 
 def _class(name):
     """A class of `keras.layers`; Keras 3.13 lacks some."""
-    return _class(name)
+    return vars(kl).get(name)
 
 
 def _ranks(name, made, shapes=(SEQUENCE, IMAGE, VOLUME)):

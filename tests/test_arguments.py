@@ -225,6 +225,7 @@ def cases():
         *("CrossStitch", "NDDR", "TaskLayerNormalization"),
     ):
         found[f"layers.{name}"] = built((2, 4), tasks=2)
+    found["parameterizations.LoRA"] = Case()
     found["layers.TaskCopies"] = built(
         (2, 4), layer=keras.layers.Dense(3, name="dense"), tasks=2
     )

@@ -23,7 +23,7 @@ from dmtrl_keras.conversion.survey import POOLINGS
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mrn.network import prior_by_name
-from dmtrl_keras.parameterizations import SimilarKernels
+from dmtrl_keras.parameterizations import LoRA, SimilarKernels
 from dmtrl_keras.regularizers import MeanDeviation, TraceNorm
 
 from . import application
@@ -347,6 +347,28 @@ class Factorized(MultiTask):
         return super().network(hp, backbone=backbone, sharing=sharing)
 
 
+class LowRank(MultiTask):
+    """`"lora"`: frozen kernels, and a difference of low rank for each task.
+
+    The backbone must be trained already.
+    """
+
+    methods = ("lora",)
+    defaults = {"rank": 4}
+
+    def lack(self):
+        trained = is_trained(self.backbone())
+        return (
+            None if trained else "the network is not trained, so that all would be frozen"
+        )
+
+    def network(self, hp):
+        rank = self.defaults["rank"]
+        if "sharing" in self.tune:
+            rank = hp.Choice("rank", sorted({1, 2, 4, 8, 16, rank}), default=rank)
+        return super().network(hp, sharing=LoRA(rank))
+
+
 class Similar(MultiTask):
     """MTAL: one threshold, or one for each convolution."""
 
@@ -416,6 +438,7 @@ FAMILIES = {
         Fusion,
         Normed,
         Factorized,
+        LowRank,
         Similar,
         Prior,
         RelationNetwork,

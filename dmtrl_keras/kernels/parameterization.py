@@ -104,6 +104,8 @@ class Parameterization:
     starts_apart = False
     # Whether the variable `kernel` is compared in training, which takes finite numbers.
     compares_kernels = False
+    # Names of factors that are not trained.
+    frozen_factors: tuple[str, ...] = ()
     # Which arguments of `multitask` are this one's, where it is given by name.
     short_forms: tuple[str, ...] = ()
 

@@ -169,6 +169,7 @@ class TaskKernel(keras.layers.Layer):
                 name=name,
                 shape=value.shape,
                 initializer=_constant(value),
+                trainable=name not in self.sharing.frozen_factors,
                 regularizer=_both(own.get(name), regularizer),
                 constraint=constraint,
             )

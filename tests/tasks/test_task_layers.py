@@ -70,9 +70,8 @@ GRADIENT_CASES = ("dense", "dense-3d", "conv1d-causal", "conv2d-strided", "conv2
 def sharing_of(name, **choice):
     """A parameterization by name, with other arguments where it has ranks."""
     sharing = parameterizations.get(name)
-    if isinstance(sharing, parameterizations.FactorizedParameterization):
-        return type(sharing)(**choice)
-    return sharing
+    ranked = (parameterizations.FactorizedParameterization, parameterizations.LoRA)
+    return type(sharing)(**choice) if isinstance(sharing, ranked) else sharing
 
 
 def make(case, **kwargs):
@@ -369,7 +368,7 @@ def test_task_matrices():
         layer.build((None, 12))
         matrix = ops.convert_to_numpy(layer.task_matrix)
         assert matrix.shape[1] == T
-        if name in ("independent", "parts"):
+        if name in ("independent", "lora", "parts"):
             np.testing.assert_array_equal(matrix, np.eye(T))
         elif name == "hard":
             np.testing.assert_array_equal(matrix, np.ones((1, T)))

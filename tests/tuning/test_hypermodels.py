@@ -50,6 +50,7 @@ def test_every_family(method):
         "laf": {"tolerance", "rank/conv", "rank/fc"},
         "tucker": {"tolerance", "rank/conv", "rank/fc"},
         "tt": {"tolerance", "rank/conv", "rank/fc"},
+        "lora": {"rank"},
         "similar": {"threshold", "threshold/conv"},
         "drn": {"strength", "epsilon"},
         "mrn": {"strength", "epsilon"},
@@ -252,7 +253,7 @@ def test_what_does_not_fit_is_left_out():
         None, dense, TASKS, heads=1, shared_input=False, defaults={"laf": rank, "tt": rank}
     )
     left_out = hypermodel.left_out
-    assert set(left_out) == {"cut", "similar", "stitch", "nddr", "trn", "laf"}
+    assert set(left_out) == {"cut", "similar", "stitch", "nddr", "trn", "laf", "lora"}
     assert "no convolution" in left_out["similar"] and "one layer" in left_out["cut"]
     assert "not the same" in left_out["trn"] and "no other rank" in left_out["laf"]
     with pytest.raises(ValueError, match=r"Several: none .*'similar': 'the network has"):

@@ -69,7 +69,7 @@ def test_own_data(monkeypatch, per_task, few_steps):
 def test_several_families(monkeypatch):
     """`all` is what fits; a family's strength is its own where none is given."""
     study = own(monkeypatch, data(), ["all"], "--task-rank", "2")
-    assert set(study.left_out) == {"cut", "similar", "laf"}
+    assert set(study.left_out) == {"cut", "similar", "laf", "lora"}
     assert study.family == "all" and study.describe()["method"] == study.methods
     assert study.firsts()[1] == {"method": "hard"}
     hp = kt.HyperParameters()

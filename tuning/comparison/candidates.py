@@ -562,6 +562,7 @@ for _one in (
     Network("laf", "DMTRL-LAF", "laf", fixed={"tolerance": 0.3}),
     Network("tucker", "DMTRL-Tucker", "tucker", fixed={"tolerance": 0.3}),
     Network("tt", "DMTRL-TT", "tt", fixed={"tolerance": 0.3}),
+    Network("lora", "LoRA", "lora"),
     Network("similar", "similar kernels (MTAL)", "similar"),
     Network("drn", "DRN", "drn"),
     Network("mrn", "MRN", "mrn"),

@@ -115,7 +115,7 @@ def test_what_does_not_fit(rng):
     flat = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()])
     methods, lacks = methods_of(Problem(images, labels, backbone=lambda: flat), Options())
     linear = {"ridge", "pooled", "related", "mean", "trace-linear", "group-linear"}
-    assert {*linear, "clustered", "similar", "cut"} == set(lacks)
+    assert {*linear, "clustered", "similar", "cut", "lora"} == set(lacks)
     assert "rows of numbers" in lacks["ridge"] and "convolution" in lacks["similar"]
     assert {"stl", "hard", "tucker", "drn", "trn", "trace"} <= set(methods)
     own = Problem({t: rng.normal(size=(12, 3)) for t in labels}, labels)

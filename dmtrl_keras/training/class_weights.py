@@ -58,6 +58,23 @@ def with_class_weight(
     )
 
 
+def for_all_tasks(y: Any, sample_weight: Any) -> Any:
+    """Weights of examples for every task that has labels, 1 where none are given.
+
+    Keras wants weights of all tasks or of none.
+
+    Args:
+        y: labels, in a dict by task or not.
+        sample_weight: None, weights, or a dict of them by task.
+    """
+    if not isinstance(y, Mapping) or not isinstance(sample_weight, Mapping):
+        return sample_weight
+    lacking = [task for task in y if sample_weight.get(task) is None]
+    if not lacking or not set(sample_weight) <= set(y):
+        return sample_weight
+    return {**sample_weight, **{task: _ones(y[task]) for task in lacking}}
+
+
 def apart_for_validation(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `fit` with the last share of the data as `validation_data`.
 

@@ -48,6 +48,7 @@ from dmtrl_keras.ground.validation import (
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.class_weights import (
     apart_for_validation,
+    for_all_tasks,
     with_class_weight,
 )
 from dmtrl_keras.training.lengths import (
@@ -562,7 +563,8 @@ class MultiTaskModel(ModelOfReplicas):
                 `evaluate`. `class_weight` is a dict from task to a dict from class to
                 weight, `{"gender": {0: 1.0, 1: 3.0}}`; tasks and classes that are not in
                 it have weight 1, and it comes on top of `sample_weight`. Labels are classes
-                or one-hot; missing ones stay missing.
+                or one-hot; missing ones stay missing. `sample_weight` may be a dict of some
+                tasks' weights; those of the others are 1.
 
         Raises:
             ValueError: on training data of different lengths, or a dict of data sets:
@@ -576,6 +578,8 @@ class MultiTaskModel(ModelOfReplicas):
             weighted = with_class_weight(self, *(given.get(name) for name in names))
             return self.fit(**{**given, **dict(zip(names, (*weighted, None)))})
         x, y = given.get("x"), given.get("y")
+        if given.get("sample_weight") is not None:
+            given["sample_weight"] = for_all_tasks(y, given["sample_weight"])
         if isinstance(x, Mapping) and are_data_sets(self, x, y):
             kinds = {task: type(own).__name__ for task, own in x.items()}
             raise ValueError(
@@ -593,11 +597,14 @@ class MultiTaskModel(ModelOfReplicas):
         self._build_losses(x, y)
         self._build_optimizer()
         data = given.get("validation_data")
+        if isinstance(data, tuple) and len(data) == 3:
+            data = (*data[:2], for_all_tasks(*data[1:]))
+            given["validation_data"] = data
         x, *others = data if isinstance(data, tuple) else (data,)
         pieces = None if data is None else one_set_each(self, x, *others)
         if pieces is None:
             check_labels(self, x, *others)
-            return super().fit(*args, **kwargs)
+            return super().fit(**given)
         if given.get("validation_steps") is not None:
             raise ValueError(
                 f"{name_of(self)}: with a validation set for each task expected "
@@ -658,7 +665,8 @@ class MultiTaskModel(ModelOfReplicas):
             y: as in Keras, a dict of labels by task.
             batch_size: as in Keras, as are `verbose`, `callbacks` and `return_dict`.
             verbose: with data that differ, there is a progress bar for each part of them.
-            sample_weight: as in Keras; or a dict by task.
+            sample_weight: as in Keras; or a dict by task, of some tasks too: the weights
+                of the others are 1.
             steps: as in Keras; None with data that differ.
             callbacks: a list, or None.
             return_dict: bool.
@@ -673,6 +681,7 @@ class MultiTaskModel(ModelOfReplicas):
         pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
         if pieces is None:
             check_labels(self, x, y, sample_weight)
+            sample_weight = for_all_tasks(y, sample_weight)
             self._build_losses(x, y)
             return super().evaluate(
                 x=x,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dmtrl_keras import MultiTaskModel
+from dmtrl_keras import MultiTaskModel, multitask
 from dmtrl_keras.losses import MaskedLoss
 
 WEIGHTS = {"a": {0: 0.5, 2: 3.0}, "b": {1: 4.0}}
@@ -228,3 +228,33 @@ def test_one_task(data):
 def test_refused(data, weights):
     with pytest.raises(ValueError, match="class_weight"):
         model().fit(*data, class_weight=weights)
+
+
+def test_weights_of_some_tasks(rng):
+    """The others' examples count as they are; equal to weights of one for them."""
+    backbone = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "relu")])
+    model = multitask(backbone, ["a", "b"], heads=1, verbose=False)
+    model.compile("sgd", "mse", run_eagerly=True)
+    x = rng.normal(size=(8, 4)).astype("float32")
+    y = {task: rng.normal(size=(8, 1)).astype("float32") for task in "ab"}
+    some = {"a": rng.uniform(size=8).astype("float32")}
+    every = {**some, "b": np.ones(8, "float32")}
+    found, expected = (
+        model.evaluate(x, y, sample_weight=weight, return_dict=True, verbose=0)
+        for weight in (some, every)
+    )
+    assert found == pytest.approx(expected)
+    predicted = model.predict(x, verbose=0)
+    own = (predicted["a"] - y["a"]).ravel() ** 2 @ some["a"] / 8
+    other = np.mean((predicted["b"] - y["b"]) ** 2)
+    assert found["loss"] == pytest.approx(own + other, rel=1e-4)
+    start = model.get_weights()
+    trained = []
+    for weight in (some, every):
+        model.set_weights(start)
+        history = model.fit(
+            x, y, sample_weight=weight, validation_data=(x, y, weight), verbose=0
+        ).history
+        trained.append((history["loss"], history["val_loss"], *model.get_weights()))
+    for one, both in zip(*trained):
+        np.testing.assert_allclose(one, both, rtol=1e-5)

@@ -39,7 +39,7 @@ from .arguments import (
 )
 from .files import replacing, working_in, write
 from .reading import one_line
-from .results import Results, Run, markdown_table, run_all, write_block
+from .results import Results, Run, has_block, markdown_table, run_all, write_block
 
 # All experiments that a search knows, by the names of their modules.
 EXPERIMENTS = ("mnist", "mtal", "mtfl", "office_caltech", "celeba", "omniglot")
@@ -59,6 +59,7 @@ class Table(typing.NamedTuple):
         file: str, the file's name without its suffix; None: that of the page's block.
         keys: int, how many of the first columns name a row.
         note: str, which stands above the table in its file and in the page.
+        optional: bool; a page need not have its marks.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Table(typing.NamedTuple):
     file: str | None = None
     keys: int = 1
     note: str = ""
+    optional: bool = False
 
     def print(self, console):
         """Print it so that it can be read in a narrow terminal."""
@@ -90,9 +92,11 @@ def publish(tables, options, console, figures=()):
         figures: paths of figures; with a page, copied to its folder of figures, where
             their names begin with that of `output`.
     """
-    texts = {}
+    texts, optional = {}, set()
     for name, several in tables.items():
         several = several if isinstance(several, list) else [several]
+        if any(table.optional for table in several):
+            optional.add(name)
         for table in several:
             table.print(console)
         texts[name] = "\n".join(table.markdown() for table in several)
@@ -100,7 +104,8 @@ def publish(tables, options, console, figures=()):
     if options.page is None:
         return
     for name, text in texts.items():
-        write_block(options.page, name, text)
+        if name not in optional or has_block(options.page, name):
+            write_block(options.page, name, text)
     folder = figures_of(options.page)
     for path in figures:
         folder.mkdir(exist_ok=True)

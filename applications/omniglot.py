@@ -755,19 +755,14 @@ class Omniglot(Experiment):
             return {"tolerance": tolerance} if ranks is None else {"ranks": ranks}
         return {}
 
-    def blocks(self, options):
-        kinds = ["", "-sharing", "-alphabets"]
-        if {*FACTORIZATIONS} & {*options.methods}:
-            kinds.append("-pairs")
-        return [options.page_block + kind for kind in kinds]
-
     def tables(self, options, tasks, runs):
-        found = [
-            ("Mean error over the alphabets", table_of_errors(runs), 2),
-            ("Sharing strength (chance)", table_of_sharing(runs), 2),
-            ("Error by alphabet, %", table_of_alphabets(runs, tasks), 1),
-            ("Pairs of languages", table_of_pairs(runs, tasks), 2),
-        ]
+        found = {
+            "": ("Mean error over the alphabets", table_of_errors(runs), 2),
+            "-sharing": ("Sharing strength (chance)", table_of_sharing(runs), 2),
+            "-alphabets": ("Error by alphabet, %", table_of_alphabets(runs, tasks), 1),
+        }
+        if {*FACTORIZATIONS} & {*options.methods}:
+            found["-pairs"] = ("Pairs of languages", table_of_pairs(runs, tasks), 2)
         note = (
             f"Omniglot, {len(tasks)} alphabets, images of {options.size} x {options.size}, "
             f"{options.epochs} epochs"
@@ -777,8 +772,10 @@ class Omniglot(Experiment):
             + "."
         )
         return {
-            name: Table(title, frame, keys=keys, note=note)
-            for name, (title, frame, keys) in zip(self.blocks(options), found)
+            options.page_block + kind: Table(
+                title, frame, keys=keys, note=note, optional=kind != ""
+            )
+            for kind, (title, frame, keys) in found.items()
         }
 
     def figures(self, options, tasks, runs):

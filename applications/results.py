@@ -222,6 +222,11 @@ def _check(path, content, names):
             raise ValueError(f"{path}: expected the marks {begin} and {end}, once each.")
 
 
+def has_block(path, name):
+    """Whether a text file has one of the marks of a block."""
+    return any(mark in _content(path) for mark in _marks(name))
+
+
 def write_block(path, name, text):
     """Replace what stands between a file's marks `<!-- name:begin -->` and `:end`.
 

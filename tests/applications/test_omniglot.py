@@ -242,6 +242,11 @@ def test_command(tmp_path, rng, monkeypatch, few_steps):
     assert sharing.loc["UD-MTL", "conv3"] == "1.00 ± 0.00 (1.00)"
     pairs = tables["omniglot-pairs"]
     assert len(pairs) and "Ge_ez and Latin (" in " ".join(pairs["Most alike"])
+    # A page may have the table of errors alone.
+    short = page.with_name("short.md")
+    short.write_text("<!-- omniglot:begin -->\n<!-- omniglot:end -->")
+    omniglot.main([*arguments, "--page", str(short)])
+    assert "UD-MTL-Large" in short.read_text()
     for name in ("errors.png", "sharing_strength.png", "omniglot.md"):
         assert (output / name).stat().st_size > 100
     assert "| STL |" in page.read_text()

@@ -303,10 +303,11 @@ def baseline_of(methods, valid):
 
     Args:
         methods: list of names.
-        valid: dict from method to its trials, by whose errors on the validation part.
+        valid: dict from method to its trials, by whose errors on the first validation part,
+            which is the same for all.
     """
     alone = [name for name in search.ALONE if name in methods]
-    errors = {name: search.best_of(valid[name]) for name in alone}
+    errors = {name: search.best_of(valid[name]).first for name in alone}
     return min(errors, key=errors.get) if errors else methods[0]
 
 

@@ -109,12 +109,15 @@ class Trial(typing.NamedTuple):
         values: dict of hyperparameters.
         error: float, on the validation part; what diverged has 1e9.
         seconds: float.
+        first: float, the error on the first of several validation parts, which is that of
+            all methods.
     """
 
     epochs: int
     values: dict
     error: float
     seconds: float
+    first: float
 
 
 class Chooser:
@@ -168,11 +171,18 @@ class Chooser:
                 trained = self.candidate.train(self.problem, first, hp, o, epochs, seed)
                 errors.append(self.problem.score(train, y, trained.predict(x)))
             seconds = (time.perf_counter() - started) / self.candidate.folds
-            found = {"error": float(np.mean(errors)), "seconds": seconds}
+            found = {
+                "error": float(np.mean(errors)),
+                "seconds": seconds,
+                "first": float(errors[0]),
+            }
             self.results.add(settings, found)
-        # What diverged is worse than all else.
-        error = found["error"] if np.isfinite(found["error"]) else 1e9
-        return Trial(epochs, values, error, found["seconds"])
+        # What diverged is worse than all else. Results of an earlier version lack the first.
+        error, first = (
+            value if np.isfinite(value) else 1e9
+            for value in (found["error"], found.get("first", found["error"]))
+        )
+        return Trial(epochs, values, error, found["seconds"], first)
 
     def choose(self, trials):
         """The best hyperparameters.
@@ -190,9 +200,7 @@ class Chooser:
         tried = [self.defaults()]
         if trials > 1 and self.space.space:
             tried += self._search(trials)
-        error = best_of(tried)
-        best = [t for t in tried if t.error == error and t.epochs == self.epochs]
-        return best[0].values, tried
+        return best_of(tried).values, tried
 
     def _search(self, trials):
         halving = self.epochs > FACTOR
@@ -222,9 +230,10 @@ class Chooser:
 
 
 def best_of(tried):
-    """The smallest error of the trials of full length."""
+    """The trial of full length with the smallest error."""
     longest = max(trial.epochs for trial in tried)
-    return min(trial.error for trial in tried if trial.epochs == longest)
+    whole = [trial for trial in tried if trial.epochs == longest]
+    return min(whole, key=lambda trial: trial.error)
 
 
 class Plan(typing.NamedTuple):

@@ -177,7 +177,7 @@ class Chooser:
                 "first": float(errors[0]),
             }
             self.results.add(settings, found)
-        # What diverged is worse than all else. Results of an earlier version lack the first.
+        # What diverged is worse than all else; earlier versions kept no `first`.
         error, first = (
             value if np.isfinite(value) else 1e9
             for value in (found["error"], found.get("first", found["error"]))

@@ -10,7 +10,11 @@ from keras import layers as kl
 from keras import ops
 
 from dmtrl_keras.ground.copying import copy_of
-from dmtrl_keras.ground.keras_private import ATTENTION_PROJECTIONS, share_dropout
+from dmtrl_keras.ground.keras_private import (
+    ATTENTION_PROJECTIONS,
+    flatten_layers,
+    share_dropout,
+)
 from dmtrl_keras.ground.types import Tensor
 
 # Up to so many entries of a kernel one batched product is faster than a loop on a CPU.
@@ -87,8 +91,13 @@ class AttentionOfAll:
 
     @staticmethod
     def fits(layer: keras.layers.Layer) -> bool:
-        """Whether a layer is one of Keras's own, whose parts are known."""
-        return type(layer) in (kl.MultiHeadAttention, kl.GroupQueryAttention)
+        """Whether a layer is one of Keras's own, whose parts are known.
+
+        Penalties on what the projections return are not.
+        """
+        known = type(layer) in (kl.MultiHeadAttention, kl.GroupQueryAttention)
+        parts = (layer, *flatten_layers(layer))
+        return known and all(part.activity_regularizer is None for part in parts)
 
     def __call__(
         self,

@@ -278,7 +278,7 @@ class TaskCopies(CheckedLayer):
             self._others.append(self._stacked(variable))
         # They are this layer's from here on, and saved with it.
         self._generators = seed_generators(held)
-        if AttentionOfAll.fits(held) and not held.losses:
+        if AttentionOfAll.fits(held):
             self._held.of_all = AttentionOfAll(
                 held, self.tasks, lambda layer: self._build_by_call(layer, specs)
             )
@@ -509,7 +509,11 @@ class TaskCopies(CheckedLayer):
         run = _Run(self._held)
         outputs = []
         for task in range(self.tasks):
-            args, kwargs = self.given([part[task] for part in parts])
+            own_parts = [part[task] for part in parts]
+            for part, mask in own_parts:
+                # A layer may take the mask off its inputs, which others have too.
+                attach(part, MASK, mask)
+            args, kwargs = self.given([part for part, _ in own_parts])
             outputs.append(run([own[task] for own in values], args, kwargs))
         for number, new in run.updated().items():
             self._variable(number).assign(ops.stack(new, axis=-1))
@@ -548,6 +552,9 @@ class TaskCopies(CheckedLayer):
         return kernel.factors["kernel"]
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:
+        if not self.built:
+            self._first = tree.flatten(inputs)
+            self.build(None)
         args, kwargs = self.given(self._specs(tree.flatten(inputs)))
         outputs = self.layer.compute_output_spec(*args, **kwargs)
 
@@ -681,16 +688,14 @@ def _are_arguments(value: Any) -> bool:
     )
 
 
-def _parts(x: Tensor, tasks: int, shared: bool) -> list[Tensor]:
-    """Each task's examples, with the mask that rides on them."""
-    if shared:
-        return [x] * tasks
-    parts = list(ops.split(x, tasks, axis=0))
+def _parts(x: Tensor, tasks: int, shared: bool) -> list[tuple[Tensor, Any]]:
+    """Each task's examples, and the mask that rides on them or None."""
     mask = attached(x, MASK)
-    if mask is not None:
-        for part, own in zip(parts, ops.split(mask, tasks, axis=0)):
-            attach(part, MASK, own)
-    return parts
+    if shared:
+        return [(x, mask)] * tasks
+    parts = ops.split(x, tasks, axis=0)
+    masks = [None] * tasks if mask is None else ops.split(mask, tasks, axis=0)
+    return list(zip(parts, masks))
 
 
 def _together(*outputs: Any) -> Any:

@@ -264,6 +264,37 @@ def test_attention_at_once(kind, shared, rng):
     assert np.abs(parts[0] - parts[1]).max() > 1e-3
 
 
+@keras.saving.register_keras_serializable("tests")
+class TakesMasksOff(kl.Layer):
+    """A layer that takes the mask off its input, as Keras's attention does."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1], 1), initializer="ones", name="w")
+
+    def call(self, x, mask=None):
+        x._keras_mask = None
+        missing = 0 if mask is None else keras.ops.cast(mask, x.dtype)[..., None]
+        return x @ self.scale * missing
+
+
+def test_masks_that_a_layer_takes_off(rng):
+    """The next task has it again."""
+    x = keras.ops.convert_to_tensor(rng.normal(size=(2, 3, 4)).astype("float32"))
+    x._keras_mask = keras.ops.convert_to_tensor([[True, True, False]] * 2)
+    found = np.array(TaskCopies(TakesMasksOff(), 2, shared_input=True)(x))
+    np.testing.assert_array_equal(found[:2], found[2:])
+    assert np.abs(found[:, :2]).min() > 0 and not found[:, 2].any()
+
+
+def test_penalties_on_what_attention_returns(rng):
+    """They are of each copy, one after another."""
+    x = rng.normal(size=(2, 5, 6)).astype("float32")
+    layer = kl.MultiHeadAttention(2, 3, activity_regularizer="l2")
+    copies = TaskCopies(layer, 2, shared_input=True)
+    copies([x, x])
+    assert copies._held.of_all is None and copies.losses
+
+
 def test_frozen(rng):
     """Frozen copies don't learn, and run as a frozen layer does."""
     norm = kl.BatchNormalization()

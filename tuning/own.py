@@ -119,6 +119,7 @@ class Own(Study):
         p.add_argument(
             "--task-rank", type=arguments.whole(1), help="of Tucker and TT; by default full"
         )
+        p.add_argument("--rank", type=arguments.whole(1), default=4, help="of LoRA")
         p.add_argument("--threshold", type=arguments.real(least=0, most=1), default=0.4)
         p.add_argument(
             "--strength", type=positive, help="of a prior or a norm; by default its own"

@@ -16,6 +16,7 @@ from dmtrl_keras import (
     task_summary,
 )
 from dmtrl_keras.conversion import Rule, register_rule, rules
+from dmtrl_keras.ground.copying import load_weights
 from dmtrl_keras.layers import (
     TaskConv2D,
     TaskCopies,
@@ -39,7 +40,7 @@ def randomize(model, rng):
             w + 0.1 * rng.uniform(size=w.shape) if np.ndim(w) else w
             for w in layer.get_weights()
         ]
-        rules.load_weights(layer, weights)
+        load_weights(layer, weights)
     return model
 
 

@@ -40,7 +40,8 @@ def test_real(data_dir):
         if problem.backbone is not None:
             own = problem.backbone()
             assert next(iter(problem.x.values())).shape[1:] == own.input_shape[1:]
-    assert fitting == set(candidates.CANDIDATES)
+    # These networks are not trained.
+    assert fitting == set(candidates.CANDIDATES) - {"lora"}
 
 
 @pytest.mark.long

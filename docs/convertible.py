@@ -83,9 +83,10 @@ def _ranks(name, made, shapes=(SEQUENCE, IMAGE, VOLUME)):
 def examples():
     """An `Example` of each layer by the name of its class."""
     found = {}
-    for name in ("AveragePooling", "MaxPooling", "UpSampling"):
-        found |= _ranks(name, lambda cls: cls(2))
-    for name in ("AdaptiveAveragePooling", "AdaptiveMaxPooling"):
+    for name in (
+        *("AveragePooling", "MaxPooling", "UpSampling"),
+        *("AdaptiveAveragePooling", "AdaptiveMaxPooling"),
+    ):
         found |= _ranks(name, lambda cls: cls(2))
     for name in ("GlobalAveragePooling", "GlobalMaxPooling", "ZeroPadding", "Cropping"):
         found |= _ranks(name, lambda cls: cls())

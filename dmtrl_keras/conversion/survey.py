@@ -109,10 +109,12 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
         values = values_in(_Surveyed, args, kwargs)
         shapes = [tuple(value.spec.shape) for value in values]
         rule = rules.fitting(operation, args, kwargs, shapes)
-        problem = _problem(operation)
-        if problem is not None:
+        if isinstance(operation, (TaskLayer, TaskCopies)):
+            own = rules.rule_of(operation)
+            assert own is not None
             place = "/".join((*path, operation.name))
-            problems[id(operation)] = f"{type(operation).__name__} {place!r}{problem}"
+            problem = own.problem(operation, shapes)
+            problems[id(operation)] = f"{type(operation).__name__} {place!r}: {problem}"
         if rule.has_weights:
             with_weights.setdefault(operation.name, type(operation).__name__)
         every[id(operation)] = operation.name
@@ -151,12 +153,6 @@ def survey(backbone: keras.Model, share_until: str | None) -> Survey:
         ancestors,
         every,
     )
-
-
-def _problem(operation: Any) -> str | None:
-    if isinstance(operation, (TaskLayer, TaskCopies)):
-        return ": it holds the kernels of several tasks already"
-    return None
 
 
 def by_pattern(

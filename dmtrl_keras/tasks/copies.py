@@ -36,7 +36,7 @@ from dmtrl_keras.kernels.factorization import Factorization, described
 from dmtrl_keras.kernels.parameterization import Parameterization, Sharing, warn_of_concerns
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.tasks.attention import AttentionOfAll
-from dmtrl_keras.tasks.layout import TaskBatch
+from dmtrl_keras.tasks.layout import TaskBatch, is_shape
 
 _INPUT = "input"
 
@@ -225,10 +225,14 @@ class TaskCopies(CheckedLayer):
         """Make the variables, for inputs of the layer's own dtype if it was not called."""
         inputs, self._first = self._first, None
         if inputs is None:
-            flat = [input_shape] if _is_shape(input_shape) else list(input_shape)
-            inputs = [keras.KerasTensor(s, dtype=self.compute_dtype) for s in flat]
+            inputs = self._of_shapes(input_shape)
         with eager_scope():
             self._make(inputs)
+
+    def _of_shapes(self, input_shape: Any) -> list[keras.KerasTensor]:
+        """Inputs of some shapes, of the layer's own dtype."""
+        flat = [input_shape] if is_shape(input_shape) else list(input_shape)
+        return [keras.KerasTensor(s, dtype=self.compute_dtype) for s in flat]
 
     def _make(self, inputs: Sequence[Any]) -> None:
         held = self._held.layer
@@ -568,11 +572,8 @@ class TaskCopies(CheckedLayer):
         return tree.map_structure(of_all, outputs)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        flat = [input_shape] if _is_shape(input_shape) else list(input_shape)
-        specs = [keras.KerasTensor(s, dtype=self.compute_dtype) for s in flat]
-        if not self.built:
-            self.build(input_shape)
-        return tree.map_structure(lambda x: x.shape, self.compute_output_spec(specs))
+        outputs = self.compute_output_spec(self._of_shapes(input_shape))
+        return tree.map_structure(lambda x: x.shape, outputs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         """The mask of the output, of all tasks' examples.
@@ -707,9 +708,3 @@ def _together(*outputs: Any) -> Any:
     if all(mask is not None for mask in masks):
         attach(whole, MASK, ops.concatenate(masks, axis=0))
     return whole
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(
-        d is None or isinstance(d, int) for d in value
-    )

@@ -80,7 +80,8 @@ def _is_common(mask: Tensor, inputs: Tensor) -> bool:
     return len(mask.shape) < len(inputs.shape)
 
 
-def _is_shape(value: Any) -> bool:
+def is_shape(value: Any) -> bool:
+    """Whether a value is the shape of one tensor."""
     return isinstance(value, (tuple, list)) and all(
         d is None or isinstance(d, int) for d in value
     )
@@ -110,7 +111,7 @@ class _OfOneTensorPerTask(LayoutLayer):
 
     def _one_shape(self, input_shape: Any, channels: bool = True) -> Shape:
         """The shape that the tensors of all tasks have, with known channels if need be."""
-        shapes = [tuple(s) for s in self._in_order(input_shape, _is_shape)]
+        shapes = [tuple(s) for s in self._in_order(input_shape, is_shape)]
         first = shapes[0]
         compatible = all(
             len(shape) == len(first)
@@ -230,7 +231,7 @@ class TaskBatch(_OfOneTensorPerTask):
         return ops.squeeze(self._mask(previous_mask), axis=-1)
 
     def compute_output_shape(self, input_shape: Any) -> Shape:
-        if _is_shape(input_shape):
+        if is_shape(input_shape):
             shape = list(input_shape)
             shape[self._axis(shape)] = self._channels(input_shape)
         else:
@@ -485,7 +486,7 @@ class TaskConcatenate(LayoutLayer):
         return ops.reshape(x, (*shape[:axis], channels, *shape[axis + 2 :]))
 
     def compute_output_shape(self, input_shape: Any) -> Shape:
-        if _is_shape(input_shape) or not isinstance(input_shape, (list, tuple)):
+        if is_shape(input_shape) or not isinstance(input_shape, (list, tuple)):
             raise ValueError(
                 f"{name_of(self)}: expected a list of grouped tensors. "
                 f"Received: input shape {input_shape}."

@@ -4,14 +4,12 @@ import dataclasses
 
 import keras
 
-from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import check_model
 from dmtrl_keras.kernels.factorization import Factorization
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.tasks.copies import TaskCopies
-from dmtrl_keras.tasks.task_layer import TaskLayer
+from dmtrl_keras.tasks.task_layer import TaskLayer, layers_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,30 +48,6 @@ class StackedKernel:
         return self.stacked.value()
 
 
-def layers_of_tasks(model: keras.Model, owner: str) -> list[TaskLayer | TaskCopies]:
-    """The layers of a model that hold kernels of several tasks, in order.
-
-    Nested models are entered, and layers that hold such layers.
-
-    Args:
-        model: a Keras model.
-        owner: str, the function to name in the error.
-
-    Raises:
-        ValueError: on what is no Keras model.
-    """
-    found: list[TaskLayer | TaskCopies] = []
-    for layer in check_model(model, owner).layers:
-        if isinstance(layer, (TaskLayer, TaskCopies)):
-            found.append(layer)
-        elif isinstance(layer, keras.Model):
-            found += layers_of_tasks(layer, owner)
-        else:
-            inner = flatten_layers(layer)
-            found += [one for one in inner if isinstance(one, (TaskLayer, TaskCopies))]
-    return found
-
-
 def kernels_in(layer: TaskLayer | TaskCopies) -> list[StackedKernel]:
     """The stacked kernels of a layer that is built, in order."""
     if isinstance(layer, TaskLayer):
@@ -92,7 +66,7 @@ def stacked_kernels(model: keras.Model, owner: str) -> list[StackedKernel]:
     Raises:
         ValueError: on what is no Keras model.
     """
-    layers = layers_of_tasks(model, owner)
+    layers = layers_of((TaskLayer, TaskCopies), model, owner)
     return [one for layer in layers if layer.built for one in kernels_in(layer)]
 
 
@@ -104,7 +78,7 @@ def factorizations_of(model: keras.Model, owner: str) -> list[Factorization]:
         owner: str, the function to name in the error.
     """
     found: list[Factorization] = []
-    for layer in layers_of_tasks(model, owner):
+    for layer in layers_of((TaskLayer, TaskCopies), model, owner):
         if isinstance(layer, TaskCopies):
             found += layer.factorizations
         elif layer.factorization is not None:

@@ -490,13 +490,28 @@ def task_layers(model: keras.Model) -> list[TaskLayer]:
     Raises:
         ValueError: on what is no Keras model.
     """
+    return layers_of(TaskLayer, model, "task_layers")
+
+
+def layers_of(kinds: Any, model: keras.Model, owner: str) -> list[Any]:
+    """The layers of some classes in a model, in order.
+
+    Nested models are entered, and layers that hold such layers.
+
+    Args:
+        kinds: a class, or a tuple of them.
+        model: a Keras model.
+        owner: str, the function to name in the error.
+
+    Raises:
+        ValueError: on what is no Keras model.
+    """
     found = []
-    for layer in check_model(model, "task_layers").layers:
-        if isinstance(layer, TaskLayer):
+    for layer in check_model(model, owner).layers:
+        if isinstance(layer, kinds):
             found.append(layer)
         elif isinstance(layer, keras.Model):
-            found += task_layers(layer)
+            found += layers_of(kinds, layer, owner)
         else:
-            inner = flatten_layers(layer)
-            found += [child for child in inner if isinstance(child, TaskLayer)]
+            found += [child for child in flatten_layers(layer) if isinstance(child, kinds)]
     return found

@@ -2,5 +2,6 @@
 
 from dmtrl_keras.monitoring.monitor import TaskMonitor
 from dmtrl_keras.training.improvement import TaskImprovement
+from dmtrl_keras.training.stopping import EarlyStoppingByTask
 
-__all__ = ["TaskImprovement", "TaskMonitor"]
+__all__ = ["EarlyStoppingByTask", "TaskImprovement", "TaskMonitor"]

@@ -17,9 +17,9 @@ from keras import layers as kl
 
 from applications.results import write_block
 from dmtrl_keras import multitask, single_task
-from dmtrl_keras.conversion.graph import trace
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.layers import TaskBatch, TaskCopies, TaskGroup, TaskSplit
+from dmtrl_keras.tasks.graph import trace
 
 PAGE = pathlib.Path(__file__).parent / "guides" / "backbones.md"
 BLOCK = "convertible"

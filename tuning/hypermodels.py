@@ -18,13 +18,13 @@ from dmtrl_keras import (
     multitask,
     parameterizations,
 )
-from dmtrl_keras.conversion.graph import is_trained
 from dmtrl_keras.conversion.survey import POOLINGS
 from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.mrn.network import prior_by_name
 from dmtrl_keras.parameterizations import LoRA, SimilarKernels
 from dmtrl_keras.regularizers import MeanDeviation, TraceNorm
+from dmtrl_keras.tasks.graph import is_trained
 
 from . import application
 from .spaces import Space

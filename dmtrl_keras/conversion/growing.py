@@ -8,17 +8,6 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from dmtrl_keras.conversion.graph import (
-    Call,
-    Names,
-    Trace,
-    Value,
-    by_value,
-    checked_functional,
-    replaced,
-    trace,
-    users_of,
-)
 from dmtrl_keras.conversion.heads import (
     checked_heads,
     last_with_weights,
@@ -40,6 +29,17 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.graph import (
+    Call,
+    Names,
+    Trace,
+    Value,
+    by_value,
+    checked_functional,
+    replaced,
+    trace,
+    users_of,
+)
 from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
 from dmtrl_keras.tasks.stacked import kernels_in
 from dmtrl_keras.tasks.task_layer import TaskLayer

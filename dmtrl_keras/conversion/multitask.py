@@ -12,14 +12,6 @@ import numpy as np
 from keras import tree
 
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import (
-    Names,
-    checked_functional,
-    is_trained,
-    replaced,
-    run,
-    values_in,
-)
 from dmtrl_keras.conversion.heads import checked_heads, outputs_by_task
 from dmtrl_keras.conversion.survey import Survey, by_pattern, survey
 from dmtrl_keras.ground.copying import copy_of, load_weights
@@ -43,6 +35,14 @@ from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.tasks.conv import TaskConv
 from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.forms import Features
+from dmtrl_keras.tasks.graph import (
+    Names,
+    checked_functional,
+    is_trained,
+    replaced,
+    run,
+    values_in,
+)
 from dmtrl_keras.tasks.rewrite import make_layer, started_layer
 from dmtrl_keras.tasks.rewrite_models import factorization_report, print_report, times
 from dmtrl_keras.tasks.task_layer import TaskLayer

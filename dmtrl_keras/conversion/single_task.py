@@ -6,7 +6,12 @@ import keras
 from keras import tree
 
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import (
+from dmtrl_keras.ground.copying import copy_of, load_weights
+from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.validation import check_name, clean_name, is_int, refusal
+from dmtrl_keras.tasks.column import TaskColumn
+from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.graph import (
     Call,
     Names,
     Trace,
@@ -19,11 +24,6 @@ from dmtrl_keras.conversion.graph import (
     trace,
     values_in,
 )
-from dmtrl_keras.ground.copying import copy_of, load_weights
-from dmtrl_keras.ground.forms import Form
-from dmtrl_keras.ground.validation import check_name, clean_name, is_int, refusal
-from dmtrl_keras.tasks.column import TaskColumn
-from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.layout import TaskBatch, TaskGroup, TaskRepeat, TaskSplit, TaskStack
 from dmtrl_keras.tasks.task_layer import TaskLayer
 

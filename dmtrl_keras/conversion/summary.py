@@ -10,13 +10,6 @@ from typing import Any
 import keras
 from keras import tree
 
-from dmtrl_keras.conversion.graph import (
-    Call,
-    checked_functional,
-    number_of_tasks,
-    trace,
-    users_of,
-)
 from dmtrl_keras.conversion.rules import Kernels, Rule, rule_of
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.tables import make_console, print_table
@@ -24,6 +17,13 @@ from dmtrl_keras.ground.types import Shape
 from dmtrl_keras.ground.validation import check_bool
 from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.graph import (
+    Call,
+    checked_functional,
+    number_of_tasks,
+    trace,
+    users_of,
+)
 from dmtrl_keras.tasks.task_layer import NOMINAL_BATCH, TaskLayer, positions_of
 
 # A terminal of the usual width shows the table, and so does a page.

@@ -9,9 +9,9 @@ import keras
 from keras import tree
 
 from dmtrl_keras.conversion import rules
-from dmtrl_keras.conversion.graph import output_spec, replaced, run, values_in
 from dmtrl_keras.ground.validation import is_for
 from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.graph import output_spec, replaced, run, values_in
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 POOLINGS = tuple(

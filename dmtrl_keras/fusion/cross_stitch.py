@@ -72,6 +72,11 @@ class CrossStitch(FusionLayer):
         )
         self.built = True
 
+    def own_weights(self, task: int) -> list[tuple[keras.Variable, np.ndarray]]:
+        """Of what a task's features are mixed: its row of alpha."""
+        entries = np.arange(self.tasks) == task
+        return [(self.alpha, entries.reshape(-1, *[1] * (len(self.alpha.shape) - 1)))]
+
     def _mixed(self, x: Tensor, training: bool | None) -> Tensor:
         shape = tuple(ops.shape(x))
         x = ops.reshape(x, (*shape[:-1], self.tasks, x.shape[-1] // self.tasks))

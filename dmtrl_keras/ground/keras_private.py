@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import keras
@@ -187,9 +187,20 @@ class ModelOfReplicas(keras.Model):
     where they differ, and where other machines have some of them.
 
     Its clones know it, see `cloned_model`.
+
+    Attributes:
+        called_otherwise: dict from the id of an operation to a function of the operation
+            and of how Keras would call it, which returns how to call it.
     """
 
+    called_otherwise: Mapping[int, Callable[..., Any]] = {}
+
     def _run_through_graph(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("operation_fn")
+        if given is not None and self.called_otherwise:
+            kwargs["operation_fn"] = lambda operation: self.called_otherwise.get(
+                id(operation), lambda _, call: call
+            )(operation, given(operation))
         # That of `Functional`, which Keras puts among the bases.
         outputs = super()._run_through_graph(*args, **kwargs)
         for output in tree.flatten(outputs):
@@ -282,6 +293,7 @@ def losses_by_output(
     y_pred: Mapping[str, Any],
     sample_weight: Any,
     present: Mapping[str, Any],
+    idle: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
     """The loss of each output, and its weight, before they are added.
 
@@ -296,6 +308,7 @@ def losses_by_output(
         sample_weight: None, a tensor, or a dict of them.
         present: dict of boolean scalars; an output for which it is false has the loss 0,
             of no example. Outputs that it lacks have examples.
+        idle: outputs whose losses are no part of the sum, and not among what is returned.
 
     Returns:
         `(losses, weights, counted)`: dicts by output, of scalars, and of numbers; an
@@ -335,6 +348,10 @@ def losses_by_output(
             size = keras.ops.where(present[name], size, keras.ops.zeros_like(size))
         if metric is not None:
             metric.update_state(unscaled_loss(value), sample_weight=size)
+        if name in idle:
+            if counts:
+                counted.append((keras.ops.zeros(()), keras.ops.zeros(())))
+            continue
         weight = 1.0 if weight is None else weight
         if not isinstance(weight, float):
             weight = keras.ops.cast(weight.variable, compiled.dtype)

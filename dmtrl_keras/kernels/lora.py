@@ -12,7 +12,12 @@ from keras import ops
 from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.ground.validation import check_number, is_int, refusal
 from dmtrl_keras.kernels import parameterization as parameterizations
-from dmtrl_keras.kernels.parameterization import Parameterization, Sharing, register
+from dmtrl_keras.kernels.parameterization import (
+    Parameterization,
+    Sharing,
+    one_of,
+    register,
+)
 
 _BASE = "base"
 
@@ -175,6 +180,13 @@ class LoRA(Parameterization):
         if self.together is None:
             return None
         return self.together.task_factor([name for name in names if name != _BASE])
+
+    def own_entries(
+        self, shapes: FactorShapes, tasks: int, task: int
+    ) -> dict[str, np.ndarray]:
+        if self.together is not None:
+            return self.together.own_entries(self._inner(shapes), tasks, task)
+        return dict.fromkeys(("lora_a", "lora_b"), one_of(tasks, task))
 
     @staticmethod
     def _inner(factors: Any) -> Any:

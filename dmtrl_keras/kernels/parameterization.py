@@ -229,6 +229,31 @@ class Parameterization:
         name, axis = found
         return {**factors, name: ops.expand_dims(column, axis)}
 
+    def own_entries(
+        self, shapes: FactorShapes, tasks: int, task: int
+    ) -> dict[str, np.ndarray]:
+        """Which entries of the factors are one task's alone.
+
+        Those that no other task's kernel depends on: all of its stacked kernel, or its
+        column of the task matrix.
+
+        Args:
+            shapes: dict of the factors' shapes.
+            tasks: int, T.
+            task: int, which.
+
+        Returns:
+            A dict of boolean arrays that broadcast to the factors, by name; factors of
+            which none are a task's own are left out.
+        """
+        if self.is_stacked_kernel:
+            return {"kernel": one_of(tasks, task)}
+        found = self.task_factor(list(shapes))
+        if found is None:
+            return {}
+        name, axis = found
+        return {name: one_of(tasks, task, len(shapes[name]) - 1 - axis)}
+
     def contractions(self, shapes: FactorShapes) -> Sequence[Sequence[Stage]]:
         """Plans that apply the factors without composing the stacked kernel.
 
@@ -293,6 +318,17 @@ def warn_of_concerns(
 
 # What `get` makes a parameterization of.
 Sharing: TypeAlias = str | Parameterization | dict[str, Any] | None
+
+
+def one_of(tasks: int, task: int, after: int = 0) -> np.ndarray:
+    """A boolean array that is true at one task.
+
+    Args:
+        tasks: int, T.
+        task: int, which.
+        after: int, the number of axes after that of the tasks, each of size 1.
+    """
+    return (np.arange(tasks) == task).reshape(-1, *[1] * after)
 
 
 def matrix(tensor: Tensor, columns: int) -> Tensor:

@@ -364,6 +364,18 @@ class TaskKernel(keras.layers.Layer):
         """S of DMTRL, a tensor `(K, T)`; column t has the coefficients of task t."""
         return self.sharing.task_matrix(self.tensors(), self.tasks)
 
+    def own_weights(self, task: int) -> list[tuple[keras.Variable, np.ndarray]]:
+        """What of the variables is one task's alone.
+
+        Args:
+            task: int, which.
+
+        Returns:
+            A list of `(variable, entries)`, boolean arrays that broadcast to the variable.
+        """
+        found = self.sharing.own_entries(self._shapes(), self.tasks, task)
+        return [(self._factors[name], entries) for name, entries in found.items()]
+
     # --- the forward pass -------------------------------------------------------
 
     def call(self, training: bool | None = None) -> None:

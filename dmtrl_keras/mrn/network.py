@@ -8,7 +8,6 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.conversion import multitask
-from dmtrl_keras.conversion.graph import checked_functional
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import Tasks
 from dmtrl_keras.ground.validation import (
@@ -27,6 +26,7 @@ from dmtrl_keras.mrn.covariance import Epsilon
 from dmtrl_keras.mrn.regularizer import Mean, TensorNormalRegularizer
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.forms import Features
+from dmtrl_keras.tasks.graph import checked_functional
 from dmtrl_keras.tasks.layout import TaskBatch, TaskSplit, TaskStack
 from dmtrl_keras.training.model import MultiTaskModel
 

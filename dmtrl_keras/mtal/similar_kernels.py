@@ -22,7 +22,7 @@ from dmtrl_keras.ground.validation import (
     shown,
 )
 from dmtrl_keras.kernels.independent import Independent
-from dmtrl_keras.kernels.parameterization import Parameterization, register
+from dmtrl_keras.kernels.parameterization import Parameterization, one_of, register
 from dmtrl_keras.kernels.state import state_weight
 from dmtrl_keras.mtal import similarity as similar_kernels
 from dmtrl_keras.mtal.similarity import KernelKind, Pairing
@@ -236,6 +236,12 @@ class SimilarKernels(Parameterization):
                 f"Received: update_every={self.update_every}, threshold={self.threshold!r}."
             )
         return StepCounter()
+
+    def own_entries(
+        self, shapes: FactorShapes, tasks: int, task: int
+    ) -> dict[str, np.ndarray]:
+        """A task's stored kernels, though other tasks use those that are similar."""
+        return {"kernel": one_of(tasks, task)}
 
     def projected(self, kernel: Tensor, state: keras.layers.Layer | None) -> Tensor:
         """What the optimizer's update leaves of the stacked kernel, if it is overwritten.

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from dmtrl_keras.ground.types import Factors, Tensor
+from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
 from dmtrl_keras.ground.validation import check_positive, real_array, refusal
 from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.mtal import similarity
@@ -94,6 +94,13 @@ class StoredOnce(Parameterization):
         numbers = np.asarray(self.numbers)
         common = (numbers[:, :, None] == numbers[:, None, :]).mean(axis=0)
         return ops.convert_to_tensor(common, factors["kernel"].dtype)
+
+    def own_entries(
+        self, shapes: FactorShapes, tasks: int, task: int
+    ) -> dict[str, np.ndarray]:
+        numbers = np.asarray(self.numbers)
+        own = np.setdiff1d(numbers[:, task], np.delete(numbers, task, axis=1))
+        return {"kernel": np.isin(np.arange(self.count), own)}
 
     def get_config(self) -> dict[str, Any]:
         if self.inputs is None:

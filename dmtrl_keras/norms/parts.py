@@ -9,7 +9,7 @@ from keras import ops
 
 from dmtrl_keras.ground.types import Factors, FactorShapes, Regularizer, Tensor
 from dmtrl_keras.ground.validation import from_keras, is_list, refusal
-from dmtrl_keras.kernels.parameterization import Parameterization, register
+from dmtrl_keras.kernels.parameterization import Parameterization, one_of, register
 from dmtrl_keras.norms.regularizers import GroupLasso, TraceNorm
 
 
@@ -87,6 +87,11 @@ class Parts(Parameterization):
 
     def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         return ops.eye(tasks)
+
+    def own_entries(
+        self, shapes: FactorShapes, tasks: int, task: int
+    ) -> dict[str, np.ndarray]:
+        return dict.fromkeys(self._names, one_of(tasks, task))
 
     def get_config(self) -> dict[str, Any]:
         serialized = [keras.regularizers.serialize(each) for each in self._penalties]

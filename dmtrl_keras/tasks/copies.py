@@ -33,7 +33,12 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization, described
-from dmtrl_keras.kernels.parameterization import Parameterization, Sharing, warn_of_concerns
+from dmtrl_keras.kernels.parameterization import (
+    Parameterization,
+    Sharing,
+    one_of,
+    warn_of_concerns,
+)
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.tasks.attention import AttentionOfAll
 from dmtrl_keras.tasks.layout import TaskBatch, is_shape
@@ -434,6 +439,11 @@ class TaskCopies(CheckedLayer):
             for v, value in zip([*self._held.kernels, *self._held.others], stacked)
         }
         return [found[id(v)] for v in self.layer.weights]
+
+    def own_weights(self, task: int) -> list[tuple[keras.Variable, np.ndarray]]:
+        """What of the variables is one task's alone, as of `TaskKernel`."""
+        found = [own for kernel in self.kernels for own in kernel.own_weights(task)]
+        return [*found, *((v, one_of(self.tasks, task)) for v in self._others)]
 
     def _check_built(self, name: str) -> None:
         if not self.built:

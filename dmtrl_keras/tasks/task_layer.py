@@ -24,7 +24,7 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import Factorization
-from dmtrl_keras.kernels.parameterization import Parameterization, Sharing
+from dmtrl_keras.kernels.parameterization import Parameterization, Sharing, one_of
 from dmtrl_keras.kernels.plan import Geometry
 from dmtrl_keras.kernels.state import KernelRegularizer, KernelState
 from dmtrl_keras.kernels.task_kernel import TaskKernel
@@ -274,6 +274,13 @@ class TaskLayer(CheckedLayer):
         own, bias = (None, None) if column is None else (column.column, column.bias)
         found = [self.stacked.value_alone(own), bias]
         return [ops.convert_to_numpy(value) for value in found if value is not None]
+
+    def own_weights(self, task: int) -> list[tuple[keras.Variable, np.ndarray]]:
+        """What of the variables is one task's alone, as of `TaskKernel`."""
+        found = self.stacked.own_weights(task)
+        return (
+            found if self.bias is None else [*found, (self.bias, one_of(self.tasks, task))]
+        )
 
     def task_twin(self) -> keras.layers.Layer:
         """The ordinary Keras layer that one task alone would use, new and unbuilt."""

@@ -15,6 +15,11 @@ _HIGHER = re.compile(
 )
 
 
+def is_better_if_higher(name: str) -> bool:
+    """Whether the end of a metric's name says that more of it is better."""
+    return _HIGHER.search(name.lower()) is not None
+
+
 def improvement(
     results: Mapping[str, Any],
     baseline: Mapping[str, float],
@@ -67,7 +72,7 @@ def _checked(
             what = "other than zero, to which nothing can be relative"
             raise refusal(f"baseline[{name!r}]", value, owner, what)
     if higher is None:
-        higher = [n for n in baseline if _HIGHER.search(n.lower())]
+        higher = [n for n in baseline if is_better_if_higher(n)]
     listed = isinstance(higher, (list, tuple, set, frozenset))
     if not listed or not all(name in list(baseline) for name in higher):
         raise refusal("higher", higher, owner, f"names of {list(baseline)}")

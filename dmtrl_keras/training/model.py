@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -51,6 +51,7 @@ from dmtrl_keras.training.class_weights import (
     for_all_tasks,
     with_class_weight,
 )
+from dmtrl_keras.training.freezing import Held, Own, hold, own_of_tasks, resting_call
 from dmtrl_keras.training.lengths import (
     PRESENT,
     Piece,
@@ -119,6 +120,8 @@ class MultiTaskModel(ModelOfReplicas):
     # Whether an evaluation goes on with what it measured.
     _going_on: bool = False
     _losses_given: tuple[tuple[str, Any], ...] = ()
+    _frozen: frozenset[str] = frozenset()
+    _own: "_Untracked | None" = None
 
     @functional_constructor
     def __init__(
@@ -157,7 +160,7 @@ class MultiTaskModel(ModelOfReplicas):
             track_layers(self, terms)
             features = [term.connect(self) for term in self._terms]
             self._training_graph = _Untracked(
-                keras.Model(self.input, (self.output, features))
+                ModelOfReplicas(self.input, (self.output, features))
             )
 
     @property
@@ -174,6 +177,138 @@ class MultiTaskModel(ModelOfReplicas):
     def terms(self) -> tuple[LossTerm, ...]:
         """The terms of the loss beside those of the tasks."""
         return tuple(self._terms)
+
+    # --- tasks that rest -------------------------------------------------------------
+
+    @property
+    def frozen_tasks(self) -> tuple[str, ...]:
+        """The names of the tasks that are not trained."""
+        return tuple(task for task in self.task_names if task in self._frozen)
+
+    def freeze(self, *tasks: str) -> None:
+        """Let tasks rest while the others are trained.
+
+        In training their losses count no more, and what is theirs alone stays as it is, to
+        the bit, whatever the optimizer does (the moments of Adam go on where a gradient is
+        zero, and weights decay): layers that no other task uses, such as heads; kernels
+        that are a task's own, its column of the task matrix where kernels are generated
+        from shared factors (LAF, Tucker, TT), its bias, its channels of layers such as
+        batch normalization. Layers of theirs alone run in inference mode. What they share
+        with other tasks goes on, so that their outputs may change all the same; so do the
+        running statistics of layers of all tasks.
+
+        Losses and metrics of tasks at rest are logged as before, and evaluation has them
+        in its total. A model is saved with its frozen tasks. It can be called between two
+        epochs, too (by a callback, see `callbacks.EarlyStoppingByTask`): the next step is
+        traced anew.
+
+        A task whose loss weight is 0, a number or a `keras.Variable` that has become 0, is
+        left alone in the same way, but for the mode of its layers.
+
+        Args:
+            *tasks: names of tasks.
+
+        Raises:
+            ValueError: on unknown tasks, or if no task were left to be trained.
+
+        Example:
+
+        >>> import keras
+        >>> import numpy as np
+        >>> from dmtrl_keras import multitask
+        >>> backbone = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        >>> model = multitask(backbone, ["age", "income"], "laf", heads=1, verbose=False)
+        >>> model.compile("adam", "mse")
+        >>> model.freeze("age")
+        >>> before = model.get_layer("age").get_weights()
+        >>> x, y = np.ones((8, 4)), {"age": np.ones(8), "income": np.zeros(8)}
+        >>> _ = model.fit(x, y, verbose=0)
+        >>> all(map(np.array_equal, before, model.get_layer("age").get_weights()))
+        True
+        """
+        self._check_known(tasks)
+        self._set_frozen(self._frozen.union(tasks))
+
+    def unfreeze(self, *tasks: str) -> None:
+        """Train tasks again.
+
+        Args:
+            *tasks: names of tasks; none: all of them.
+
+        Raises:
+            ValueError: on unknown tasks.
+        """
+        self._check_known(tasks)
+        self._set_frozen(self._frozen.difference(tasks or self._frozen))
+
+    def _check_known(self, tasks: Sequence[str]) -> None:
+        unknown = [task for task in tasks if task not in self.task_names]
+        if unknown:
+            raise refusal(
+                "tasks", unknown, name_of(self), f"names of {list(self.task_names)}"
+            )
+
+    def _set_frozen(self, tasks: frozenset[str]) -> None:
+        if tasks == frozenset(self.task_names):
+            raise ValueError(
+                f"{name_of(self)}: expected at least one task that is trained. "
+                f"Received: all of {list(self.task_names)} frozen."
+            )
+        self._frozen = tasks
+        resting = frozenset[int]()
+        if tasks:
+            resting = resting.union(*(self.own_of(task).layers for task in tasks))
+        for graph in (self, self._training_graph.value if self._terms else None):
+            if graph is not None:
+                graph.called_otherwise = dict.fromkeys(resting, resting_call)
+        self._hold_optimizer()
+        if getattr(self, "train_function", None) is not None:
+            self.make_train_function(force=True)
+
+    def own_of(self, task: str) -> Own:
+        """The weights and the layers that are one task's alone (not for direct use)."""
+        if self._own is None:
+            own = own_of_tasks(self.inference_network())
+            object.__setattr__(self, "_own", _Untracked(own))
+        assert self._own is not None
+        return self._own.value[task]
+
+    def _hold_optimizer(self) -> None:
+        """Let the optimizer leave tasks alone, if there may be such."""
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and (self._frozen or any(self._at_rest().values())):
+            hold(optimizer, self._held)
+
+    def _at_rest(self) -> dict[str, list[Any]]:
+        """By task the loss weights that are 0, or may become so: all of them must be."""
+        weights = self._loss_weights.value if self._loss_weights else {}
+        found = {task: tree.flatten(own) for task, own in weights.items()}
+        return {
+            task: own if all(hasattr(w, "variable") or w == 0 for w in own) else []
+            for task, own in found.items()
+        }
+
+    def _held(self) -> list[Held]:
+        """What the optimizer is to leave alone."""
+        conditions: dict[str, Any] = {
+            task: functools.reduce(
+                lambda a, b: b if a is True else keras.ops.logical_and(a, b),
+                [
+                    keras.ops.equal(keras.ops.convert_to_tensor(w.variable), 0)
+                    for w in own
+                    if hasattr(w, "variable")
+                ],
+                True,
+            )
+            for task, own in self._at_rest().items()
+            if own
+        }
+        conditions |= dict.fromkeys(self._frozen, True)
+        return [
+            Held(variable, entries, condition)
+            for task, condition in conditions.items()
+            for variable, entries in self.own_of(task).weights
+        ]
 
     def new_terms(self) -> list[LossTerm]:
         """Terms like those of this model, for another one, as they were at the start."""
@@ -269,6 +404,7 @@ class MultiTaskModel(ModelOfReplicas):
         all_weights = {task: weights.get(task, 1.0) for task in by_task}
         object.__setattr__(self, "_loss_weights", _Untracked(all_weights))
         object.__setattr__(self, "_moving_weights", moving_weights(weights))
+        self._hold_optimizer()
         losses = tree.flatten([own for _, own in self._losses_given])
         counted = sum(getattr(one, "counts_labels", False) for one in losses)
         if counted:
@@ -335,6 +471,8 @@ class MultiTaskModel(ModelOfReplicas):
         if saving_as_h5():
             self._refuse_h5()
         config = super().get_config()
+        if self._frozen:
+            config["frozen_tasks"] = self.frozen_tasks
         if self._terms:
             config["terms"] = [
                 keras.saving.serialize_keras_object(term) for term in self._terms
@@ -347,21 +485,25 @@ class MultiTaskModel(ModelOfReplicas):
     ) -> Any:
         config = dict(config)
         terms = config.pop("terms", ())
+        frozen = config.pop("frozen_tasks", ())
         with sharing_scope():
             model = super().from_config(config, custom_objects)
             if not terms:
+                model.freeze(*frozen)
                 return model
             terms = [
                 keras.saving.deserialize_keras_object(term, custom_objects)
                 for term in terms
             ]
-        return cls(
+        made = cls(
             model.input,
             model.output,
             terms=terms,
             name=model.name,
             trainable=model.trainable,
         )
+        made.freeze(*frozen)
+        return made
 
     def _check_tasks(self, argument: str, value: Any) -> None:
         if isinstance(value, (list, tuple)):
@@ -464,14 +606,18 @@ class MultiTaskModel(ModelOfReplicas):
         return self._losses_by_task(y, y_pred, sample_weight)[:2]
 
     def _losses_by_task(
-        self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any
+        self,
+        y: Any,
+        y_pred: Mapping[str, Tensor],
+        sample_weight: Any,
+        idle: Collection[str] = (),
     ) -> tuple[dict[str, Tensor], dict[str, float], list[tuple[Tensor, Tensor]]]:
         """As `task_losses`, and the weighted losses of counted labels with the counts."""
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
         y, sample_weight, present = _parted(y, sample_weight)
         y = self._labels(y, sample_weight, self._tasks_with_loss, "a loss")
-        return losses_by_output(self, y, y_pred, sample_weight, present)
+        return losses_by_output(self, y, y_pred, sample_weight, present, idle)
 
     def _labels(
         self, y: Any, sample_weight: Any, expected: frozenset[str], what: str
@@ -518,7 +664,8 @@ class MultiTaskModel(ModelOfReplicas):
             )
         parts = []
         if has_losses(self) and y is not None:
-            losses, weights, counted = self._losses_by_task(y, y_pred, sample_weight)
+            idle = self._frozen if training else ()
+            losses, weights, counted = self._losses_by_task(y, y_pred, sample_weight, idle)
             if counted:
                 loss_tracker(self).set_counted(counted)
             parts += [losses[task] * weights[task] for task in losses]

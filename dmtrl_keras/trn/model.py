@@ -5,12 +5,12 @@ from typing import Any, Self
 
 import keras
 
-from dmtrl_keras.conversion.graph import checked_functional
 from dmtrl_keras.ground.keras_private import (
     cloned_model,
     functional_constructor,
     saving_as_h5,
 )
+from dmtrl_keras.tasks.graph import checked_functional
 from dmtrl_keras.training.model import MultiTaskModel
 from dmtrl_keras.trn.layer import Estimate, Gradient, Method
 from dmtrl_keras.trn.relation import Pair, Relation

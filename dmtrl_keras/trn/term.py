@@ -13,11 +13,11 @@ from typing import Any, Self
 import keras
 from keras import ops, tree
 
-from dmtrl_keras.conversion.graph import trace
 from dmtrl_keras.ground.backend import share_of_replica
 from dmtrl_keras.ground.forms import Form
 from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import is_list, is_real, name_of, refusal
+from dmtrl_keras.tasks.graph import trace
 from dmtrl_keras.tasks.layout import TaskSplit
 from dmtrl_keras.training.missing import align, same_shape, split_missing
 from dmtrl_keras.training.terms import LossTerm, Step

@@ -6,6 +6,7 @@ on TensorFlow, JAX and PyTorch.
 
 import contextlib
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ def tensorflow() -> Any:
     import tensorflow as tf
 
     return tf
+
+
+def has_tensorflow() -> bool:
+    """Whether TensorFlow is installed, which other backends don't need."""
+    return importlib.util.find_spec("tensorflow") is not None
 
 
 def makes_batches(dataset: Any) -> bool:

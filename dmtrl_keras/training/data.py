@@ -1,74 +1,115 @@
 """Data sets of several tasks as one stream of batches."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
+import keras
 import numpy as np
 from keras import tree
 
-from dmtrl_keras.ground.backend import makes_batches, tensorflow
+from dmtrl_keras.ground.backend import has_tensorflow, makes_batches, tensorflow
 from dmtrl_keras.ground.types import Dataset
-from dmtrl_keras.ground.validation import check_bool, check_positive, check_seed
+from dmtrl_keras.ground.validation import (
+    check_bool,
+    check_one_of,
+    check_positive,
+    check_seed,
+)
+from dmtrl_keras.training.batches import Source, TaskBatches, as_numpy, checked_arrays
+from dmtrl_keras.training.mixing import Alone, Shares, checked_mixing
+from dmtrl_keras.training.streams import tf_stream
 
-# Among so many examples is shuffled what has no known end.
-_BUFFER = 1000
+Kind: TypeAlias = Literal["auto", "tf.data", "PyDataset"]
 
 
 def zip_tasks(
     datasets: dict[str, Any],
-    batch_size: int,
+    batch_size: int | Mapping[str, int],
     epoch: int | Literal["longest", "shortest"] = "longest",
     shuffle: bool | int = True,
     seed: int | None = None,
     prefetch: bool = True,
+    *,
+    mixing: Shares = None,
+    alone: Alone = None,
+    common_input: bool = False,
+    missing: float = math.nan,
+    kind: Kind = "auto",
 ) -> Dataset:
     """One stream of dict batches from one data set per task.
 
-    Every batch has `batch_size` examples of every task. Data sets that are shorter than
-    the epoch are repeated; with `shuffle`, in a new order each time. The epoch's length
-    in batches is `stream.cardinality()` (and `len(stream)`).
+    By default every batch has `batch_size` examples of every task, for a network with an
+    input for each. With `common_input` the examples are the rows of one input, and the
+    labels of all other tasks are marked as missing in a row; with `mixing` and `alone` not
+    every task is in every batch, and those that are not have no labels there. Losses and
+    metrics are then `MaskedLoss` and `MaskedMetric`, whose means are over the labels that
+    there are. Data sets that are shorter than the epoch are repeated; with `shuffle`, in a
+    new order each time. The epoch's length in batches is `len(stream)`.
 
     Args:
         datasets: dict from task name to `(x, y)` or `(x, y, sample_weight)` arrays with
-            one length, or to a `tf.data.Dataset` of such examples, unbatched. Both kinds
-            may be mixed. With a number of batches as `epoch` data sets may be endless or of
-            unknown size, such as those of generators, `repeat` and `filter`.
-        batch_size: positive int.
-        epoch: `"longest"`: `ceil(max(n) / batch_size)` batches, in which every example of
-            every task appears; `"shortest"`: `ceil(min(n) / batch_size)`; or the number of
-            batches as an int.
+            one length (data frames and series of pandas too), to a `tf.data.Dataset` of
+            such examples, unbatched, or to a `keras.utils.PyDataset` of batches of them.
+            Kinds may be mixed, but for the latter two. With a number of batches as `epoch`
+            a `tf.data.Dataset` may be endless or of unknown size, such as those of
+            generators, `repeat` and `filter`.
+        batch_size: positive int, or a dict of them by task. Where each task has an input of
+            its own, one with fewer examples than others goes on with rows that it has
+            already, without labels.
+        epoch: `"longest"`: so many batches that every example of every task appears (with
+            tasks drawn at random: in the mean); `"shortest"`: so many as the smallest data
+            set gives; or the number of batches as an int.
         shuffle: whether to shuffle each data set before each repetition: wholly, or, where
-            it has no known end, among the next 1,000 examples. An int: among so many.
+            it has no known end, among the next 1,000 examples. An int: among so many. Of
+            a `PyDataset` its batches are put in another order.
         seed: int or None.
         prefetch: bool, whether to prepare the next batch during a step.
+        mixing: the shares p of the tasks, of examples (with `common_input`: for each row
+            the task is drawn) or with `alone` of batches. `"equal"`; `"size"`,
+            `p_t = n_t / sum_s n_s`; a number, the temperature tau,
+            `p_t = n_t^(1 / tau) / sum_s n_s^(1 / tau)`, which is 1 for `"size"` and goes to
+            equal shares; or a dict of shares by task, which need not sum to 1. None: every
+            batch has all tasks; with `alone`, equal shares.
+        alone: None; or batches of one task alone, `"in_turn"`: after any number of batches
+            each task has had its share of them to within one; `"random"`: drawn. Where each
+            task has an input of its own, the inputs of the others are examples of theirs,
+            without labels.
+        common_input: bool; all tasks have one input, of one form.
+        missing: float, what marks a label that is missing, as in `MaskedLoss`: NaN, for
+            which whole numbers become floats, or a number such as -1.
+        kind: `"tf.data"`, `"PyDataset"` (a `keras.utils.PyDataset`, which every backend
+            trains on without TensorFlow; its `workers` can be set), or `"auto"`: the
+            former, if TensorFlow is installed and no data set is a `PyDataset`.
 
     Returns:
-        A `tf.data.Dataset` of `(inputs, labels)` or `(inputs, labels, sample_weights)`,
-        each a dict by task name, the batches of one size. Where only some tasks have
-        weights, the others have ones.
+        A data set of `(inputs, labels)` or `(inputs, labels, sample_weights)`,
+        each a dict by task name (with `common_input` the inputs as they are). Where only
+        some tasks have weights, the others have ones.
 
     Raises:
         ValueError: on no task, empty data, arrays of different lengths, data that are no
-            arrays, a batched data set, one without a known end if `epoch` depends on it, or
-            a bad `batch_size`, `epoch`, `shuffle` or `seed`.
+            arrays, a batched `tf.data.Dataset`, one without a known end if `epoch` or
+            `mixing` depends on it; on inputs of different forms with `common_input`; on
+            labels that can't be marked; on arguments that are malformed or don't go
+            together.
         tf.errors.InvalidArgumentError: from the stream, if a data set of unknown size
             turns out to have no example.
 
     Example:
 
     >>> import numpy as np
-    >>> stream = zip_tasks(
-    ...     {
-    ...         "digits": (np.zeros((10, 4)), np.zeros(10)),
-    ...         "letters": (np.zeros((25, 4)), np.zeros(25)),
-    ...     },
-    ...     batch_size=5,
-    ... )
+    >>> digits = np.zeros((10, 4)), np.zeros(10)
+    >>> letters = np.zeros((25, 4)), np.zeros(25)
+    >>> data = {"digits": digits, "letters": letters}
+    >>> inputs, labels = next(iter(zip_tasks(data, batch_size=5)))
+    >>> sorted(inputs), tuple(labels["letters"].shape)
+    (['digits', 'letters'], (5,))
+    >>> stream = zip_tasks(data, batch_size=7, mixing="size", common_input=True)
     >>> inputs, labels = next(iter(stream))
-    >>> len(stream), sorted(inputs), tuple(labels["letters"].shape)
-    (5, ['digits', 'letters'], (5,))
+    >>> tuple(inputs.shape), int(np.isfinite(labels["digits"]).sum()) < 8, len(stream)
+    ((7, 4), True, 5)
     """
-    tf = tensorflow()
     if not isinstance(datasets, dict) or not datasets:
         raise ValueError(
             "zip_tasks: `datasets` must be a dict from task name to data, with at least "
@@ -78,65 +119,41 @@ def zip_tasks(
     strange = [name for name in datasets if not isinstance(name, str)]
     if strange:
         raise ValueError(f"zip_tasks: task names must be strings. Received: {strange}.")
-    check_positive("batch_size", batch_size, "zip_tasks")
     if not isinstance(shuffle, bool):
         check_positive("shuffle", shuffle, "zip_tasks", " or a bool")
     seed = check_seed("seed", seed, "zip_tasks")
     prefetch = check_bool("prefetch", prefetch, "zip_tasks")
-    parts, sizes, weighted = {}, {}, {}
+    check_one_of("kind", kind, ("auto", "tf.data", "PyDataset"), "zip_tasks")
+    of_keras = [n for n, d in datasets.items() if isinstance(d, keras.utils.PyDataset)]
+    if kind == "auto":
+        kind = "PyDataset" if of_keras or not has_tensorflow() else "tf.data"
+    elif kind == "tf.data" and of_keras:
+        raise ValueError(
+            f'zip_tasks: expected no keras.utils.PyDataset with kind="tf.data". '
+            f"Received: those of {of_keras}."
+        )
+    parts: dict[str, Any] = {}
     for name, data in datasets.items():
-        part, size = _examples(tf, "zip_tasks", name, data)
-        weighted[name] = len(part.element_spec) == 3
-        parts[name], sizes[name] = part, size
+        if kind == "tf.data":
+            parts[name] = _examples(tensorflow(), "zip_tasks", name, data)
+        else:
+            parts[name] = Source.of(name, data)
+    if kind == "tf.data":
+        sizes = {name: size for name, (_, size) in parts.items()}
+    else:
+        sizes = {name: source.size for name, source in parts.items()}
     if isinstance(epoch, str) and epoch in ("longest", "shortest"):
         _check_sizes(sizes, epoch)
-        last = max if epoch == "longest" else min
-        steps = math.ceil(last(sizes.values()) / batch_size)
     else:
         other = ' or one of "longest" and "shortest"'
-        steps = check_positive("epoch", epoch, "zip_tasks", other)
-    for index, (name, part) in enumerate(parts.items()):
-        if shuffle:
-            own = None if seed is None else int(seed) + index
-            buffer = sizes[name] if sizes[name] > 0 else _BUFFER
-            buffer = buffer if shuffle is True else int(shuffle)
-            part = part.shuffle(buffer, seed=own, reshuffle_each_iteration=True)
-        if any(weighted.values()) and not weighted[name]:
-            part = part.map(lambda x, y: (x, y, 1.0))
-        part = part.repeat()
-        if sizes[name] == tf.data.UNKNOWN_CARDINALITY:
-            part = _not_empty(tf, name, part)
-        parts[name] = part.batch(batch_size, drop_remainder=True)
-    count = 3 if any(weighted.values()) else 2
-
-    def regroup(batch: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-        return tuple({name: batch[name][n] for name in batch} for n in range(count))
-
-    stream = tf.data.Dataset.zip(parts).map(regroup).take(steps)
-    stream = stream.apply(tf.data.experimental.assert_cardinality(steps))
-    return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
-
-
-def _not_empty(tf: Any, name: str, repeated: Dataset) -> Dataset:
-    """A data set that is repeated without end, or fails if it has no example."""
-    spec = repeated.element_spec
-    for own in tf.nest.flatten(spec):
-        if not isinstance(own, tf.TensorSpec) or own.shape.rank is None:
-            # What can't be made of nothing: TensorFlow itself says that the stream ends.
-            return repeated
-
-    def fail(number: Any) -> Any:
-        message = (
-            f"zip_tasks, task {name!r}: expected at least one example. Received: a data "
-            "set that ends without one, such as a filter's that lets nothing through."
-        )
-        with tf.control_dependencies([tf.debugging.Assert(number < 0, [message])]):
-            return tf.nest.map_structure(
-                lambda own: tf.zeros([size or 0 for size in own.shape], own.dtype), spec
-            )
-
-    # What comes after an endless one comes only if there was nothing to repeat.
-    return repeated.concatenate(tf.data.Dataset.range(1).map(fail))
+        epoch = check_positive("epoch", epoch, "zip_tasks", other)
+    mixed = checked_mixing(
+        list(datasets), batch_size, mixing, alone, common_input, missing, sizes
+    )
+    steps = mixed.steps(sizes, epoch)
+    if kind == "tf.data":
+        return tf_stream(parts, mixed, steps, shuffle, seed, prefetch)
+    return TaskBatches(parts, mixed, steps, bool(shuffle), seed)
 
 
 def _check_sizes(sizes: dict[str, int], epoch: str) -> None:
@@ -171,36 +188,11 @@ def _examples(tf: Any, owner: str, name: str, data: Any) -> tuple[Dataset, int]:
                 "Received: cardinality=0."
             )
         return data, size
-    if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
-        raise ValueError(
-            f"{owner}, task {name!r}: expected a tf.data.Dataset, (x, y) or "
-            f"(x, y, sample_weight). Received: {type(data).__name__}. "
-            "A generator of examples becomes a data set by "
-            "`tf.data.Dataset.from_generator(..., output_signature=...)`."
-        )
-    parts = tuple(data[:2]) if len(data) == 3 and data[2] is None else tuple(data)
-    arrays = [array for part in parts for array in tf.nest.flatten((part,))]
-    strange = [
-        f"{type(array).__name__} {array!r:.40}"
-        for array in arrays
-        if not len(getattr(array, "shape", ()))
-    ]
-    if strange or any(isinstance(part, list) for part in parts):
-        raise ValueError(
-            f"{owner}, task {name!r}: expected arrays of examples in (x, y) or (x, y, "
-            "sample_weight), or dicts and tuples of arrays; a list of numbers becomes one "
-            f"by `numpy.asarray`. Received: {[type(part).__name__ for part in parts]}"
-            + (f", in it {strange[0]}." if strange else ".")
-        )
-    sizes = [array.shape[0] for array in arrays]
-    if len(set(sizes)) != 1 or sizes[0] == 0:
-        raise ValueError(
-            f"{owner}, task {name!r}: expected arrays of one positive length. "
-            f"Received: lengths {sizes}."
-        )
+    parts, size = checked_arrays(owner, name, data)
     try:
-        return tf.data.Dataset.from_tensor_slices(parts), sizes[0]
+        return tf.data.Dataset.from_tensor_slices(parts), size
     except (TypeError, ValueError) as error:
+        arrays = tree.flatten(parts)
         kinds = [f"{type(a).__name__} of {getattr(a, 'dtype', '?')}" for a in arrays]
         raise ValueError(
             f"{owner}, task {name!r}: expected arrays that TensorFlow takes. "
@@ -219,7 +211,7 @@ def arrays_of(name: str, data: Any, owner: str, labelled: bool = True) -> tuple[
             one of inputs.
     """
     if isinstance(data, tuple) and len(data) in (2, 3):
-        return data if labelled else data[:1]
+        return as_numpy(data if labelled else data[:1])
     tf = tensorflow()
     if not labelled:
         if isinstance(data.element_spec, tuple):

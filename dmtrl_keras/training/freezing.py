@@ -142,7 +142,7 @@ def hold(optimizer: Any, held: Callable[[], Sequence[Held]]) -> None:
     apply = optimizer.apply
 
     def holding(grads: Sequence[Tensor], trainable_variables: Any = None) -> None:
-        parts = (optimizer.__dict__["_dmtrl_keras_held"]() or list)()
+        parts: Sequence[Held] = (optimizer.__dict__["_dmtrl_keras_held"]() or list)()
         if not parts:
             apply(grads, trainable_variables)
             return

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -45,6 +45,7 @@ from dmtrl_keras.ground.validation import (
     not_quantized,
     refusal,
 )
+from dmtrl_keras.training.batches import TaskBatches, as_numpy, is_frame
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.class_weights import (
     apart_for_validation,
@@ -633,13 +634,23 @@ class MultiTaskModel(ModelOfReplicas):
         if not isinstance(y, Mapping):
             y = {self.task_names[0]: y}
         y = {task: own for task, own in y.items() if own is not None}
-        absent = sorted(expected - set(y))
+        absent = sorted(expected - set(y) - (self._may_be_absent if y else set()))
         if absent:
             raise ValueError(
                 f"{name_of(self)}: expected labels for every task with {what}, also "
-                f"for {absent}. Received: labels for {sorted(y)}."
+                f"for {absent}. Received: labels for {sorted(y)}. With `MaskedLoss` a task "
+                "may be absent from a batch."
             )
         return y
+
+    @property
+    def _may_be_absent(self) -> set[str]:
+        """The tasks all of whose losses leave out labels that are missing."""
+        return {
+            task
+            for task, own in self._losses_given
+            if all(getattr(one, "counts_labels", False) for one in tree.flatten(own))
+        }
 
     def compute_loss(
         self,
@@ -706,7 +717,8 @@ class MultiTaskModel(ModelOfReplicas):
 
         Args:
             *args: as in Keras.
-            **kwargs: as in Keras. `validation_data` may be data of each task, as in
+            **kwargs: as in Keras. Labels `y` may be a data frame with a column for each
+                task. `validation_data` may be data of each task, as in
                 `evaluate`. `class_weight` is a dict from task to a dict from class to
                 weight, `{"gender": {0: 1.0, 1: 3.0}}`; tasks and classes that are not in
                 it have weight 1, and it comes on top of `sample_weight`. Labels are classes
@@ -719,6 +731,12 @@ class MultiTaskModel(ModelOfReplicas):
                 inputs.
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        for name in ("y", "sample_weight"):
+            if given.get(name) is not None:
+                given[name] = self._without_frames(name, given[name])
+        if "shuffle" not in given and not _is_shuffled_by_keras(given.get("x")):
+            # Keras warns that it does not.
+            given["shuffle"] = False
         if given.get("class_weight") is not None:
             given = apart_for_validation(given)
             names = ("x", "y", "sample_weight", "class_weight")
@@ -744,8 +762,10 @@ class MultiTaskModel(ModelOfReplicas):
         self._build_losses(x, y)
         self._build_optimizer()
         data = given.get("validation_data")
-        if isinstance(data, tuple) and len(data) == 3:
-            data = (*data[:2], for_all_tasks(*data[1:]))
+        if isinstance(data, tuple) and len(data) in (2, 3):
+            data = (data[0], *(self._without_frames("y", own) for own in data[1:]))
+            if len(data) == 3:
+                data = (*data[:2], for_all_tasks(*data[1:]))
             given["validation_data"] = data
         x, *others = data if isinstance(data, tuple) else (data,)
         pieces = None if data is None else one_set_each(self, x, *others)
@@ -765,6 +785,40 @@ class MultiTaskModel(ModelOfReplicas):
         given["callbacks"] = [validation, *tree.flatten(given.get("callbacks") or [])]
         del given["validation_data"]
         return super().fit(**given)
+
+    def _without_frames(self, argument: str, value: Any) -> Any:
+        """Labels or weights without data frames: of a column for each task, by task."""
+        if is_frame(value):
+            unknown = [c for c in value.columns if c not in self.task_names]
+            if unknown:
+                what = f"a data frame with a column for each of {list(self.task_names)}"
+                columns = list(value.columns)
+                raise refusal(f"{argument}.columns", columns, name_of(self), what)
+            value = {task: value[task] for task in value.columns}
+        return as_numpy(value)
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; labels may be a data frame, as in `fit`."""
+        return super().train_on_batch(
+            **self._of_batch(super().train_on_batch, args, kwargs)
+        )
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; labels may be a data frame, as in `fit`."""
+        method = super().test_on_batch
+        return method(**self._of_batch(method, args, kwargs))
+
+    def _of_batch(
+        self, method: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments for one batch, with weights of all tasks or of none."""
+        given = inspect.signature(method).bind(*args, **kwargs).arguments
+        for name in ("y", "sample_weight"):
+            if given.get(name) is not None:
+                given[name] = self._without_frames(name, given[name])
+        if given.get("sample_weight") is not None:
+            given["sample_weight"] = for_all_tasks(given.get("y"), given["sample_weight"])
+        return given
 
     def _build_losses(self, x: Any, y: Any) -> None:
         """Make what losses and metrics need, where the labels' shapes are known.
@@ -825,6 +879,10 @@ class MultiTaskModel(ModelOfReplicas):
                 inputs by task of different lengths for a network whose tasks see each
                 other's features.
         """
+        if y is not None:
+            y = self._without_frames("y", y)
+        if sample_weight is not None:
+            sample_weight = self._without_frames("sample_weight", sample_weight)
         pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
         if pieces is None:
             check_labels(self, x, y, sample_weight)
@@ -971,6 +1029,16 @@ class MultiTaskModel(ModelOfReplicas):
         # Keras exports no model that was never called.
         model(inputs)
         return keras.Model.export(model, filepath, format=format, **kwargs)
+
+
+def _is_shuffled_by_keras(x: Any) -> bool:
+    """Whether `fit` can shuffle these data: arrays, or batches of a known number."""
+    if isinstance(x, TaskBatches):
+        # It is shuffled, and its tasks may have their turns.
+        return False
+    if isinstance(x, keras.utils.PyDataset):
+        return x.num_batches is not None
+    return isinstance(x, (Mapping, list, tuple)) or hasattr(x, "shape")
 
 
 def _parted(y: Any, sample_weight: Any) -> tuple[Any, Any, dict[str, Tensor]]:

@@ -333,6 +333,7 @@ def cases():
         ),
         "dmtrl_keras.task_summary": Case(model=plain, verbose=False),
         "dmtrl_keras.zip_tasks": Case(datasets={"a": (x, y)}, batch_size=2, seed=1),
+        "callbacks.EarlyStoppingByTask": Case(),
         "callbacks.TaskImprovement": Case(baseline={"val_a_loss": 0.5}),
         "callbacks.TaskMonitor": Case(data=(x, y)),
         "metrics.improvement": Case(results={"a": 1.0}, baseline={"a": 0.5}),

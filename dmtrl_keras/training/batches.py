@@ -2,8 +2,8 @@
 
 import collections
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -188,6 +188,20 @@ def _rows(batch: Any) -> int:
     return len(tree.flatten(batch)[0])
 
 
+class _Plan(NamedTuple):
+    """Which examples are in which batch of an epoch.
+
+    Attributes:
+        counts: int array `(batches, tasks)`, the examples of each task in each batch.
+        ends: the same, summed over the batches up to each.
+        orders: dict from task to the numbers of its examples, in the order of use.
+    """
+
+    counts: np.ndarray
+    ends: np.ndarray
+    orders: dict[str, np.ndarray]
+
+
 class TaskBatches(keras.utils.PyDataset):
     """One stream of the batches of several tasks (made by `zip_tasks`).
 
@@ -235,7 +249,8 @@ class TaskBatches(keras.utils.PyDataset):
                     for name, source in sources.items()
                 }
             )
-        self._plan()
+        self._plan = self._plan_of(0)
+        self._iterated = False
 
     @property
     def num_batches(self) -> int:
@@ -260,37 +275,43 @@ class TaskBatches(keras.utils.PyDataset):
             if source.data is not None:
                 source.data.on_epoch_end()
         self._epoch += 1
-        self._plan()
+        self._plan = self._plan_of(self._epoch)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         """The batches of one epoch; the next time those of the next."""
-        for index in range(self._steps):
-            yield self[index]
-        self.on_epoch_end()
+        if self._iterated:
+            self.on_epoch_end()
+        self._iterated = True
+        # Whoever is still in an earlier epoch stays there.
+        plan = self._plan
+        return (self._batch(plan, index) for index in range(self._steps))
 
-    def _plan(self) -> None:
-        """Which examples are in which batch of the epoch."""
-        rng = np.random.default_rng([self._seed, self._epoch])
-        self._counts = self._mixing.counts(self._steps, rng)
-        self._ends = np.cumsum(self._counts, axis=0)
-        self._orders = {}
+    def _plan_of(self, epoch: int) -> _Plan:
+        """Which examples are in which batch of an epoch."""
+        rng = np.random.default_rng([self._seed, epoch])
+        counts = self._mixing.counts(self._steps, rng)
+        ends = np.cumsum(counts, axis=0)
+        orders = {}
         for number, (name, source) in enumerate(self._sources.items()):
-            needed = int(self._ends[-1, number])
-            repetitions = max(1, -(-needed // source.size))
+            repetitions = max(1, -(-int(ends[-1, number]) // source.size))
             plain = np.arange(source.size)
-            orders = [
+            own = [
                 source.order(rng) if self._shuffle else plain for _ in range(repetitions)
             ]
-            self._orders[name] = np.concatenate(orders)
+            orders[name] = np.concatenate(own)
+        return _Plan(counts, ends, orders)
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self._steps:
             raise IndexError(index)
-        counts = dict(zip(self._mixing.names, self._counts[index]))
-        ends = dict(zip(self._mixing.names, self._ends[index]))
+        return self._batch(self._plan, index)
+
+    def _batch(self, plan: _Plan, index: int) -> Any:
+        counts = dict(zip(self._mixing.names, plan.counts[index]))
+        ends = dict(zip(self._mixing.names, plan.ends[index]))
         own = {}
         for name, source in self._sources.items():
-            order, count = self._orders[name], int(counts[name])
+            order, count = plan.orders[name], int(counts[name])
             numbers = order[ends[name] - count : ends[name]]
             if self._mixing.common_input:
                 own[name] = source.take(numbers) if count else None
@@ -303,6 +324,12 @@ class TaskBatches(keras.utils.PyDataset):
                 numbers = np.resize(numbers, rows)
             own[name] = source.take(numbers)
         return self._of_all(own, counts)
+
+    @property
+    def has_equal_rows(self) -> bool:
+        """Whether all batches have one number of rows."""
+        alone = self._mixing.alone is not None
+        return not alone or len(set(self._mixing.batch_sizes.values())) == 1
 
     def _rows_of(self, counts: Mapping[str, int]) -> int:
         return int(max(counts.values()))

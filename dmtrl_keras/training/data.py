@@ -18,7 +18,7 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.training.batches import Source, TaskBatches, as_numpy, checked_arrays
 from dmtrl_keras.training.mixing import Alone, Shares, checked_mixing
-from dmtrl_keras.training.streams import tf_stream
+from dmtrl_keras.training.streams import tf_stream, tf_stream_of_arrays
 
 Kind: TypeAlias = Literal["auto", "tf.data", "PyDataset"]
 
@@ -151,9 +151,14 @@ def zip_tasks(
         list(datasets), batch_size, mixing, alone, common_input, missing, sizes
     )
     steps = mixed.steps(sizes, epoch)
-    if kind == "tf.data":
-        return tf_stream(parts, mixed, steps, shuffle, seed, prefetch)
-    return TaskBatches(parts, mixed, steps, bool(shuffle), seed)
+    if kind == "PyDataset":
+        return TaskBatches(parts, mixed, steps, bool(shuffle), seed)
+    arrays = not any(hasattr(data, "element_spec") for data in datasets.values())
+    if arrays and mixed.marks_labels and isinstance(shuffle, bool):
+        parts = {name: Source.of(name, data) for name, data in datasets.items()}
+        batches = TaskBatches(parts, mixed, steps, shuffle, seed)
+        return tf_stream_of_arrays(batches, prefetch)
+    return tf_stream(parts, mixed, steps, shuffle, seed, prefetch)
 
 
 def _check_sizes(sizes: dict[str, int], epoch: str) -> None:

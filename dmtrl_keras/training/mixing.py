@@ -9,6 +9,7 @@ import numpy as np
 
 from dmtrl_keras.ground.validation import (
     check_bool,
+    check_one_of,
     check_positive,
     is_real,
     refusal,
@@ -18,6 +19,8 @@ from dmtrl_keras.ground.validation import (
 Shares: TypeAlias = Literal["equal", "size"] | float | Mapping[str, float] | None
 Alone: TypeAlias = Literal["in_turn", "random"] | None
 _OWNER = "zip_tasks"
+# Below this temperature all but the largest data set has a share of nothing.
+_COLDEST = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +145,8 @@ def checked_mixing(
         )
         batch = dict.fromkeys(names, size)
     common = check_bool("common_input", common_input, _OWNER)
-    if alone is not None and alone not in ("in_turn", "random"):
-        raise refusal("alone", alone, _OWNER, 'None, "in_turn" or "random"')
+    if alone is not None:
+        check_one_of("alone", alone, ("in_turn", "random"), _OWNER, ", or None")
     if not is_real(missing) and not (isinstance(missing, float) and math.isnan(missing)):
         raise refusal("missing", missing, _OWNER, "NaN, or a number that marks labels")
     shares = None
@@ -166,7 +169,7 @@ def checked_mixing(
 
 def _shares(mixing: Any, names: list[str], sizes: Mapping[str, int]) -> dict[str, float]:
     what = (
-        '"equal", "size", a temperature (a positive number), or a dict of shares, not '
+        f'"equal", "size", a temperature (from {_COLDEST}), or a dict of shares, not '
         f"negative and not all 0, for each of {names}"
     )
     if isinstance(mixing, Mapping):
@@ -178,15 +181,18 @@ def _shares(mixing: Any, names: list[str], sizes: Mapping[str, int]) -> dict[str
         weights = [float(mixing[name]) for name in names]
     elif isinstance(mixing, str) and mixing == "equal":
         weights = [1.0] * len(names)
-    elif mixing == "size" or (is_real(mixing) and 0 < mixing < math.inf):
-        temperature = 1.0 if mixing == "size" else float(mixing)
+    elif (isinstance(mixing, str) and mixing == "size") or (
+        is_real(mixing) and _COLDEST <= mixing < math.inf
+    ):
         for name in names:
             if sizes[name] < 1:
                 raise ValueError(
                     f"{_OWNER}, task {name!r}: with mixing={mixing!r} expected data of a "
                     f"known size. Received: cardinality={sizes[name]}. Or give shares."
                 )
-        weights = [sizes[name] ** (1 / temperature) for name in names]
+        temperature = 1.0 if mixing == "size" else float(mixing)
+        largest = max(sizes.values())
+        weights = [(sizes[name] / largest) ** (1 / temperature) for name in names]
     else:
         raise refusal("mixing", mixing, _OWNER, what)
     return {name: weight / sum(weights) for name, weight in zip(names, weights)}

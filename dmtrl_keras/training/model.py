@@ -218,13 +218,13 @@ class MultiTaskModel(ModelOfReplicas):
         >>> import numpy as np
         >>> from dmtrl_keras import multitask
         >>> backbone = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-        >>> model = multitask(backbone, ["age", "income"], "laf", heads=1, verbose=False)
+        >>> model = multitask(backbone, ["age", "income"], heads=1, verbose=False)
         >>> model.compile("adam", "mse")
         >>> model.freeze("age")
-        >>> before = model.get_layer("age").get_weights()
+        >>> before = model.get_layer("age_head").get_weights()
         >>> x, y = np.ones((8, 4)), {"age": np.ones(8), "income": np.zeros(8)}
         >>> _ = model.fit(x, y, verbose=0)
-        >>> all(map(np.array_equal, before, model.get_layer("age").get_weights()))
+        >>> all(map(np.array_equal, before, model.get_layer("age_head").get_weights()))
         True
         """
         self._check_known(tasks)

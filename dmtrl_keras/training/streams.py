@@ -5,7 +5,12 @@ from typing import Any
 
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.types import Dataset, Tensor
-from dmtrl_keras.training.batches import check_one_form, dtype_of_marked, no_mark
+from dmtrl_keras.training.batches import (
+    TaskBatches,
+    check_one_form,
+    dtype_of_marked,
+    no_mark,
+)
 from dmtrl_keras.training.mixing import Mixing
 
 # Among so many examples is shuffled what has no known end.
@@ -56,6 +61,29 @@ def tf_stream(
     else:
         stream = _side_by_side(tf, own, mixing)
     stream = stream.take(steps).apply(tf.data.experimental.assert_cardinality(steps))
+    return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
+
+
+def tf_stream_of_arrays(batches: TaskBatches, prefetch: bool) -> Dataset:
+    """The batches of a stream as a `tf.data.Dataset`.
+
+    A pipeline of TensorFlow's would have an operation for each pair of tasks.
+
+    Args:
+        batches: the stream; what iterates over the data set has an epoch of it.
+        prefetch: bool.
+    """
+    tf = tensorflow()
+
+    def spec(array: Any) -> Any:
+        rows = array.shape[0] if batches.has_equal_rows else None
+        return tf.TensorSpec((rows, *array.shape[1:]), array.dtype)
+
+    stream = tf.data.Dataset.from_generator(
+        lambda: iter(batches),
+        output_signature=tf.nest.map_structure(spec, batches[0]),
+    )
+    stream = stream.apply(tf.data.experimental.assert_cardinality(len(batches)))
     return stream.prefetch(tf.data.AUTOTUNE) if prefetch else stream
 
 

@@ -18,7 +18,7 @@ from dmtrl_keras.ground.keras_private import (
 from dmtrl_keras.ground.types import Tensor
 
 # Up to so many entries of a kernel one batched product is faster than a loop on a CPU.
-_SMALL = 16384
+SMALL = 16384
 
 
 class _Projection:
@@ -43,7 +43,7 @@ class _Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`(T * batch, ...)`, by each task's own kernel."""
-        if math.prod(self.kernel[0].shape) <= _SMALL:
+        if math.prod(self.kernel[0].shape) <= SMALL:
             apart = ops.reshape(x, (self._tasks, -1, *x.shape[1:]))
             y = ops.einsum(self._all, apart, ops.stack(self.kernel))
         else:

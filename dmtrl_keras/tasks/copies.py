@@ -42,8 +42,12 @@ from dmtrl_keras.kernels.parameterization import (
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.tasks.attention import AttentionOfAll
 from dmtrl_keras.tasks.layout import TaskBatch, is_shape
+from dmtrl_keras.tasks.recurrent import RecurrentOfAll
 
 _INPUT = "input"
+
+# What runs all copies of some layers together.
+_AT_ONCE = (AttentionOfAll, RecurrentOfAll)
 
 # Names of weights that are no kernels, however many axes they have.
 _NO_KERNELS = ("bias", "beta", "gamma", "scale", "alpha")
@@ -66,7 +70,7 @@ class _Held:
         self.kernels: list[keras.Variable] = []
         self.others: list[keras.Variable] = []
         self.seeds: list[keras.Variable] = []
-        self.of_all: AttentionOfAll | None = None
+        self.of_all: AttentionOfAll | RecurrentOfAll | None = None
 
     def sort(self) -> None:
         """Sort the variables of the layer, which is built."""
@@ -95,7 +99,8 @@ class TaskCopies(CheckedLayer):
     8), under a prior, one for all. All other weights are each task's own, `(..., T)`:
     biases, scales, running statistics. Random numbers are drawn for one task after another.
     The copies are run one after another, each by the layer's own `call`; of Keras's
-    attention layers all at once, but for the products with kernels. `multitask` makes such
+    attention layers all at once, but for the products with kernels, and of its recurrent
+    layers (without dropout) in one loop over time. `multitask` makes such
     layers of those that no rule knows.
 
     Args:
@@ -287,10 +292,11 @@ class TaskCopies(CheckedLayer):
             self._others.append(self._stacked(variable))
         # They are this layer's from here on, and saved with it.
         self._generators = seed_generators(held)
-        if AttentionOfAll.fits(held):
-            self._held.of_all = AttentionOfAll(
-                held, self.tasks, lambda layer: self._build_by_call(layer, specs)
-            )
+        for kind in _AT_ONCE:
+            if kind.fits(held):
+                self._held.of_all = kind(
+                    held, self.tasks, lambda layer: self._build_by_call(layer, specs)
+                )
         self._start, self._factors, self._draws = None, None, []
         self.built = True
 
@@ -537,7 +543,7 @@ class TaskCopies(CheckedLayer):
 
     def _at_once(
         self,
-        of_all: AttentionOfAll,
+        of_all: AttentionOfAll | RecurrentOfAll,
         inputs: Sequence[Tensor],
         values: Sequence[Sequence[Tensor]],
     ) -> Any:

@@ -5,8 +5,10 @@ import doctest
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorly as tl
 from keras import layers as kl
+from keras import tree
 
 from dmtrl_keras import TensorNormalRegularizer
 from dmtrl_keras.layers import TaskCopies, TaskDense, TaskGroup
@@ -275,6 +277,112 @@ class TakesMasksOff(kl.Layer):
         x._keras_mask = None
         missing = 0 if mask is None else keras.ops.cast(mask, x.dtype)[..., None]
         return x @ self.scale * missing
+
+
+RECURRENT = {
+    "simple": lambda **own: kl.SimpleRNN(4, return_state=True, **own),
+    "lstm": lambda **own: kl.LSTM(4, return_sequences=True, return_state=True, **own),
+    "unrolled": lambda **own: kl.LSTM(4, unroll=True, go_backwards=True, **own),
+    "no bias": lambda **own: kl.LSTM(4, use_bias=False, recurrent_activation="relu", **own),
+    "gru": lambda **own: kl.GRU(4, return_sequences=True, **own),
+    "gru before": lambda **own: kl.GRU(4, reset_after=False, **own),
+    "gru no bias": lambda **own: kl.GRU(
+        4, use_bias=False, zero_output_for_mask=True, **own
+    ),
+    "large": lambda **own: kl.LSTM(72, **own),
+    "both ways": lambda **own: kl.Bidirectional(
+        kl.LSTM(3, return_sequences=True, **own), **own
+    ),
+    "both ways, summed": lambda **own: kl.Bidirectional(
+        kl.GRU(3, return_state=True, **own), merge_mode="sum", **own
+    ),
+    "two kinds": lambda **own: kl.Bidirectional(
+        kl.LSTM(3, **own),
+        backward_layer=kl.GRU(3, go_backwards=True, **own),
+        merge_mode="mul",
+        **own,
+    ),
+}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_at_once(name, masked, rng):
+    """One loop over time is what the layers do by themselves: outputs, gradients, masks."""
+    inputs = keras.Input((5, 6))
+    x = kl.Masking()(inputs) if masked else inputs
+    layer = TaskCopies(RECURRENT[name](name="layer"), TASKS, shared_input=False)
+    copies = layer(x)
+    assert layer._held.of_all is not None
+    model = keras.Model(inputs, copies)
+    shuffled(layer, rng)
+    for weight in layer.weights:
+        weight.assign(weight * rng.choice([-1.0, 1.0], size=weight.shape))
+    data = rng.normal(size=(12, 5, 6)).astype("float32")
+    data[::3, 3:] = 0
+    with tf.GradientTape() as tape:
+        found = model(data)
+        loss = sum(tf.reduce_sum(y**2) for y in tf.nest.flatten(found))
+    held = [*layer._held.kernels, *layer._held.others]
+    stacked = [*(kernel.factors["kernel"] for kernel in layer.kernels), *layer._others]
+    gradients = tape.gradient(loss, [v.value for v in stacked])
+    for task in range(3):
+        own = keras.Input((5, 6))
+        twin = layer.task_twin()
+        alone = keras.Model(own, twin(kl.Masking()(own) if masked else own))
+        twin.set_weights(layer.task_weights(task))
+        with tf.GradientTape() as tape:
+            expected = alone(data[4 * task : 4 * task + 4])
+            loss = sum(tf.reduce_sum(y**2) for y in tf.nest.flatten(expected))
+        tree.map_structure(
+            lambda one, other, t=task: np.testing.assert_allclose(
+                one[4 * t : 4 * t + 4], other, atol=1e-5
+            ),
+            list(tf.nest.flatten(found)),
+            list(tf.nest.flatten(expected)),
+        )
+        theirs = tape.gradient(loss, twin.trainable_variables)
+        mine = {id(v): g[..., task] for v, g in zip(held, gradients)}
+        for variable, gradient in zip(layer.layer.trainable_variables, theirs):
+            np.testing.assert_allclose(mine[id(variable)], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_states_of_recurrent_layers(rng):
+    """Given ones, and those that a layer starts from."""
+    sequences, states = keras.Input((5, 6)), [keras.Input((4,)), keras.Input((4,))]
+    layer = TaskCopies(
+        kl.LSTM(4),
+        2,
+        arguments={
+            "args": [{"input": 0}],
+            "kwargs": {"initial_state": [{"input": 1}, {"input": 2}]},
+        },
+    )
+    model = keras.Model([sequences, *states], layer([sequences, *states]))
+    assert layer._held.of_all is not None
+    data = [rng.normal(size=(6, *x.shape[1:])).astype("float32") for x in model.inputs]
+    found = model(data)
+    for task in range(2):
+        twin = layer.task_twin()
+        twin.build((None, 5, 6))
+        twin.set_weights(layer.task_weights(task))
+        x, *start = (values[3 * task : 3 * task + 3] for values in data)
+        expected = twin(x, initial_state=start)
+        np.testing.assert_allclose(found[3 * task : 3 * task + 3], expected, atol=1e-5)
+
+
+def test_recurrent_one_by_one():
+    """Dropout, states that stay, penalties on outputs, and a loop within a loop."""
+    for layer in (
+        kl.LSTM(3, dropout=0.5),
+        kl.GRU(3, recurrent_dropout=0.5),
+        kl.Bidirectional(kl.SimpleRNN(3), activity_regularizer="l2"),
+        kl.Bidirectional(kl.LSTM(3, dropout=0.1)),
+        kl.RNN(kl.LSTMCell(3)),
+    ):
+        copies = TaskCopies(layer, 2)
+        copies(np.zeros((4, 5, 6), "float32"))
+        assert copies._held.of_all is None
 
 
 def test_masks_that_a_layer_takes_off(rng):

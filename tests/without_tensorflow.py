@@ -12,7 +12,16 @@ import keras
 import numpy as np
 
 import dmtrl_keras
-from dmtrl_keras import TensorNormalRegularizer, multitask, single_task, task_summary
+from dmtrl_keras import (
+    TensorNormalRegularizer,
+    multitask,
+    single_task,
+    task_summary,
+    zip_tasks,
+)
+from dmtrl_keras.callbacks import EarlyStoppingByTask
+from dmtrl_keras.layers import TaskCopies
+from dmtrl_keras.losses import MaskedLoss
 from dmtrl_keras.parameterizations import SimilarKernels, Tucker
 
 # Kernels alone, with state beside them, and from factors.
@@ -54,6 +63,42 @@ def check(sharing, images, labels, folder):
     np.testing.assert_allclose(alone, expected["b"], atol=1e-5, err_msg=sharing)
 
 
+def check_stream(images, labels):
+    """Mix the tasks of a stream, freeze one of them, stop the other by itself."""
+    data = {task: (images, own) for task, own in labels.items()}
+    stream = zip_tasks(data, 16, mixing="equal", common_input=True, missing=-1, seed=0)
+    assert isinstance(stream, keras.utils.PyDataset)
+    model = multitask(backbone(), list(labels), "tucker", rank=0.5, heads=3, verbose=False)
+    loss = MaskedLoss("sparse_categorical_crossentropy", missing=-1)
+    model.compile(keras.optimizers.AdamW(0.01), {task: loss for task in labels})
+    model.fit(stream, verbose=0)
+    model.freeze("a")
+    before, other = (model.get_layer(f"{task}_head").get_weights() for task in "ab")
+    stop = EarlyStoppingByTask("{task}_loss", min_delta=100.0)
+    history = model.fit(stream, epochs=5, verbose=0, callbacks=[stop])
+    assert all(map(np.array_equal, before, model.get_layer("a_head").get_weights()))
+    assert not any(map(np.array_equal, other, model.get_layer("b_head").get_weights()))
+    assert len(history.epoch) == 2 and stop.stopped_epochs == {"b": 1}
+    # Frozen between two epochs.
+    model.unfreeze()
+    stop = EarlyStoppingByTask("{task}_loss", min_delta=100.0, start_from_epoch=1)
+    model.fit(stream, epochs=2, verbose=0, callbacks=[stop])
+    assert model.frozen_tasks == ()
+
+
+def check_recurrent():
+    """Copies of a recurrent layer in one loop, beside each by itself."""
+    copies = TaskCopies(keras.layers.Bidirectional(keras.layers.GRU(3)), 2)
+    x = np.random.default_rng(1).normal(size=(6, 5, 4)).astype("float32")
+    found = np.asarray(copies(x))
+    for task in range(2):
+        twin = copies.task_twin()
+        twin.build((None, 5, 4))
+        twin.set_weights(copies.task_weights(task))
+        own = slice(3 * task, 3 * task + 3)
+        np.testing.assert_allclose(found[own], twin(x[own]), atol=1e-5)
+
+
 def main():
     """Check all cases."""
     rng = np.random.default_rng(0)
@@ -62,8 +107,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for sharing in CASES:
             check(sharing, images, labels, folder)
+    check_stream(images, labels)
+    check_recurrent()
     assert keras.backend.backend() == "jax" and "tensorflow" not in sys.modules
-    print("On JAX, without TensorFlow:", *CASES)
+    print("On JAX, without TensorFlow:", *CASES, "streams", "recurrent")
 
 
 if __name__ == "__main__":

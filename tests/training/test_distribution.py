@@ -279,6 +279,52 @@ def test_families_on_two_devices(on_two_devices):
     on_two_devices(NETWORKS + TWO + SAME_AS_ONE)
 
 
+FROZEN = """
+import keras
+import numpy as np
+from dmtrl_keras import multitask
+
+rng = np.random.default_rng(0)
+x = rng.normal(size=(64, 6)).astype("float32")
+y = {"a": x[:, 0], "b": x[:, 1]}
+with two.scope():
+    layers = [keras.layers.Dense(16, "relu"), keras.layers.BatchNormalization()]
+    backbone = keras.Sequential([keras.Input((6,)), *layers, keras.layers.Dense(16)])
+    model = multitask(backbone, ["a", "b"], "laf", rank=2, heads=1, verbose=False)
+    weight = keras.Variable(1.0, trainable=False)
+    model.compile(keras.optimizers.AdamW(0.05), "mse", loss_weights={"a": weight})
+
+
+def own(task):
+    parts = model.own_of(task).weights
+    return [np.where(True if e is None else e, np.array(v), 0) for v, e in parts]
+
+
+def same(task, before):
+    return [np.array_equal(*pair) for pair in zip(before, own(task))]
+
+
+model.fit(x, y, batch_size=16, verbose=0)
+for rest, other in (("b", "a"), ("a", "b")):
+    if rest == "b":
+        model.freeze("b")
+    else:
+        model.unfreeze()
+        weight.assign(0.0)
+    before = {task: own(task) for task in "ab"}
+    model.fit(x, y, batch_size=16, verbose=0)
+    assert all(same(rest, before[rest])), rest
+    assert not any(same(other, before[other])), other
+"""
+
+
+@pytest.mark.long
+@tensorflow_only
+def test_tasks_at_rest_on_two_devices(on_two_devices):
+    """Frozen, or with a loss weight that became 0: to the bit."""
+    on_two_devices(TWO + FROZEN)
+
+
 REPLICAS = """
 import keras
 import numpy as np

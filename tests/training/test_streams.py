@@ -421,6 +421,36 @@ def test_absent_tasks(rng):
         model.train_on_batch(x, {})
 
 
+def test_only_what_a_task_needs():
+    """A network of one output has the same layers; one optimizer trains them by turns."""
+    stream = zip_tasks(data(), 5, alone="in_turn", common_input=True, epoch=6, seed=0)
+    found = []
+    for apart in (True, False):
+        keras.utils.set_random_seed(2)
+        model = network(True)
+        optimizer = keras.optimizers.SGD(1e-8)
+        losses = {name: MaskedLoss("mse") for name in SIZES}
+        model.compile(optimizer, losses)
+        optimizer.build(model.trainable_variables)
+        parts = {
+            name: MultiTaskModel(model.input, {name: model.output[name]}) for name in SIZES
+        }
+        for name, part in parts.items():
+            part.compile(optimizer, {name: losses[name]})
+            # The layers of the others' heads are no part of it.
+            assert len(part.layers) == len(model.layers) - 2
+        for x, y in batches(stream):
+            (turn,) = (name for name in SIZES if np.isfinite(y[name]).all())
+            if apart:
+                parts[turn].train_on_batch(x, {turn: y[turn]})
+            else:
+                model.train_on_batch(x, y)
+        found.append(model.get_weights())
+        stream = zip_tasks(data(), 5, alone="in_turn", common_input=True, epoch=6, seed=0)
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -39,7 +39,16 @@ from .arguments import (
 )
 from .files import replacing, working_in, write
 from .reading import one_line
-from .results import Results, Run, has_block, markdown_table, run_all, write_block
+from .results import (
+    BestModels,
+    Results,
+    Run,
+    Tick,
+    has_block,
+    markdown_table,
+    run_all,
+    write_block,
+)
 
 # All experiments that a search knows, by the names of their modules.
 EXPERIMENTS = ("mnist", "mtal", "mtfl", "office_caltech", "celeba", "omniglot")
@@ -268,25 +277,6 @@ def decaying(options, steps, weight_decay=0.0):
     """
     rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
     return make_optimizer(options.optimizer, rate, weight_decay)
-
-
-class Tick:
-    """What a run calls after each epoch, and what knows the network of the run.
-
-    Args:
-        function: function without arguments.
-
-    Attributes:
-        model: the Keras model that was trained last, if with the callbacks of `ticking`;
-            None: there was none.
-    """
-
-    def __init__(self, function):
-        self._function = function
-        self.model = None
-
-    def __call__(self):
-        self._function()
 
 
 class _EachEpoch(keras.callbacks.Callback):
@@ -555,6 +545,11 @@ class Experiment:
             default=f"results/{self.name}",
             help="folder of results; a call that was interrupted goes on from them",
         )
+        p.add_argument(
+            "--keep-models",
+            action="store_true",
+            help="keep each method's network with the least error, in OUTPUT/models",
+        )
         add_page(p)
         if self.page_block is not None:
             help_text = "the name of the page's marks"
@@ -640,7 +635,14 @@ class Experiment:
         """The results of all runs, a data frame; what has no results yet is run."""
         results = Results(options.output / "runs.jsonl")
         runs = list(self.plan(options, data))
-        return run_all(results, runs, console, self.describe, options.strategy)
+        return self._run_all(results, runs, options, console)
+
+    def _run_all(self, results, runs, options, console):
+        best = None
+        if options.keep_models:
+            models = options.output / "models"
+            best = BestModels(models, lambda found: self.scores(found)["error"])
+        return run_all(results, runs, console, self.describe, options.strategy, best)
 
     def find_chosen(self, options, console, groups):
         """The results of the runs with the best settings, a data frame.
@@ -663,7 +665,7 @@ class Experiment:
                 # A setting with which training diverges has none.
                 best = values[int(np.argmin(np.nan_to_num(errors, nan=np.inf)))]
             chosen = [planned(best, seed, False) for _, seed in self.by_seed(options)]
-            rows.append(run_all(results, chosen, console, self.describe, options.strategy))
+            rows.append(self._run_all(results, chosen, options, console))
         return pd.concat(rows, ignore_index=True)
 
     @one_line()

@@ -1,6 +1,7 @@
 """Runs whose results survive an interruption, and the tables made of them."""
 
 import json
+import math
 import pathlib
 import time
 import typing
@@ -9,7 +10,7 @@ import pandas as pd
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy import stats
 
-from .files import UnusableFileError, locked, write
+from .files import UnusableFileError, locked, replacing, write
 
 # Of every line.
 _START = b'{"settings": '
@@ -152,7 +153,60 @@ class Run(typing.NamedTuple):
     function: typing.Callable
 
 
-def run_all(results, runs, console, describe, strategy):
+class Tick:
+    """What a run calls after each epoch, and what knows the network of the run.
+
+    Args:
+        function: function without arguments.
+
+    Attributes:
+        model: the Keras model that was trained last, if with the callbacks of `ticking`;
+            None: there was none.
+    """
+
+    def __init__(self, function):
+        self._function = function
+        self.model = None
+
+    def __call__(self):
+        self._function()
+
+
+class BestModels:
+    """Keeps the network of each method that has the least error of its runs, as a file.
+
+    Args:
+        folder: `pathlib.Path`, of `METHOD.keras` and of `models.json`, which says how each
+            was made and what error it has.
+        error: function from the results of a run to its error, a float.
+    """
+
+    def __init__(self, folder, error):
+        self._folder, self._error = folder, error
+        self._list = folder / "models.json"
+
+    def see(self, settings, found, model):
+        """Keep the network of a run, if it is the best of its method so far.
+
+        Args:
+            settings: dict, those of the run.
+            found: dict, its results.
+            model: the Keras model, or None.
+        """
+        self._folder.mkdir(exist_ok=True)
+        kept = json.loads(self._list.read_text()) if self._list.exists() else {}
+        method, error = settings["method"], self._error(found)
+        before = kept.get(method, {"error": math.inf})["error"]
+        if model is None or not error < before:
+            return
+        path = self._folder / f"{method}.keras"
+        with replacing(path) as part:
+            model.save(part)
+        kept[method] = {"file": path.name, "error": error, "settings": settings}
+        write(self._list, json.dumps(kept, indent=1))
+
+
+def run_all(results, runs, console, describe, strategy, best=None):
     """Run what has no results yet, one after the other.
 
     Args:
@@ -161,6 +215,7 @@ def run_all(results, runs, console, describe, strategy):
         console: `rich.console.Console`.
         describe: function from the results of a run to a str for the screen.
         strategy: `tf.distribute.Strategy`, in whose scope they run.
+        best: `BestModels` that looks at the networks, or None.
 
     Returns:
         A data frame with a row for each run, its settings and its results.
@@ -175,7 +230,11 @@ def run_all(results, runs, console, describe, strategy):
             if results.get(run.settings) is None:
                 started = time.perf_counter()
                 with strategy.scope():
-                    found = run.function(lambda: progress.advance(inner))
+                    tick = Tick(lambda: progress.advance(inner))
+                    found = run.function(tick)
+                if best is not None:
+                    # First: what has results is not trained again.
+                    best.see(run.settings, found, tick.model)
                 results.add(run.settings, found)
                 seconds = time.perf_counter() - started
                 console.print(f"{run.title}: {describe(found)}, {seconds:.0f} s")

@@ -1,7 +1,9 @@
 """What experiments have in common, by one that trains nothing."""
 
+import json
 import pathlib
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -254,3 +256,34 @@ def test_hits():
     outputs = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, np.nan]])
     np.testing.assert_array_equal(hits(outputs, np.array([1, 1, 0])), [1, 0, np.nan])
     assert hits(outputs[:2], np.array([1, 1])).mean() == 0.5
+
+
+class Networks(Toy):
+    """The same, with networks whose error goes down and up again by the seed."""
+
+    def run(self, options, method, part, seed, tick, callbacks=None):
+        found = super().run(options, method, part, seed, tick)
+        network = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        network.set_weights([np.full((2, 1), float(seed)), np.zeros(1)])
+        if method == "one":
+            tick.model = network
+        error = {0: 0.5, 1: 0.2, 2: 0.3, 3: np.nan}[seed]
+        return {**found, "accuracy": {"a": 1 - error}}
+
+
+def test_best_models(tmp_path):
+    """Of each method the network with the least error is kept, also in a later call."""
+    arguments = ["--output", str(tmp_path), "--methods", "one", "two"]
+    Networks().main(arguments)
+    assert not (tmp_path / "models").exists()
+    folder = tmp_path / "kept"
+    arguments[1] = str(folder)
+    Networks().main([*arguments, "--keep-models", "--repeats", "2"])
+    Networks().main([*arguments, "--keep-models", "--repeats", "4"])
+    kept = json.loads((folder / "models" / "models.json").read_text())
+    assert list(kept) == ["one"]
+    assert kept["one"]["error"] == pytest.approx(0.2)
+    assert kept["one"]["settings"]["seed"] == 1
+    network = keras.saving.load_model(folder / "models" / kept["one"]["file"])
+    assert float(network.get_weights()[0][0, 0]) == 1.0
+    assert len(list((folder / "models").iterdir())) == 2

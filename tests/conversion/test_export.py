@@ -160,6 +160,42 @@ def test_backbone(rng, tmp_path):
     assert_close(through_onnx(runtime, model, tmp_path, {input_name: x}), expected)
 
 
+def words(x):
+    """Words, attention among them, their mean."""
+    x = kl.Embedding(9, 4)(x)
+    return kl.GlobalAveragePooling1D()(x + kl.MultiHeadAttention(2, 3)(x, x))
+
+
+# Layers of which there are copies, and the shape and kind of their inputs.
+COPIED = {
+    "words": (words, (5,), "int32"),
+    "upwards": (lambda x: kl.Flatten()(kl.Conv2DTranspose(3, 3, 2)(x)), (4, 4, 2), None),
+    "lstm": (kl.LSTM(4, unroll=True), (5, 3), None),
+    "both ways": (kl.Bidirectional(kl.GRU(4)), (5, 3), None),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", COPIED)
+def test_copies(kind, rng, tmp_path):
+    """Copies of layers without a rule; of a loop over time LiteRT has no kernel."""
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+    runtime = pytest.importorskip("onnxruntime")
+    layers, shape, dtype = COPIED[kind]
+    inputs = keras.Input(shape, dtype=dtype, name="x")
+    backbone = keras.Model(inputs, layers(inputs))
+    model = multitask(backbone, NAMES, start="apart", heads=2, verbose=False)
+    x = rng.integers(0, 9, size=(3, *shape)).astype(dtype or "float32")
+    expected = {k: ops.convert_to_numpy(v) for k, v in model(x).items()}
+    assert not np.allclose(*expected.values(), atol=1e-3)
+    assert_close(through_onnx(runtime, model, tmp_path, {"x": x}), expected)
+    if kind == "both ways":
+        return
+    model.export(tmp_path / "model.tflite", format="litert", verbose=False)
+    path = str(tmp_path / "model.tflite")
+    assert_close(interpreter.Interpreter(path).get_signature_runner()(x=x), expected)
+
+
 def through_onnx(runtime, model, folder, inputs):
     """Outputs by name of an exported ONNX file."""
     path = str(folder / "model.onnx")

@@ -10,7 +10,9 @@ in what the tasks share, and in the prior over what they do not share:
 - `shared`: one network for all tasks, as if they were one;
 - `drn8`, `drn`: task covariances of the classifiers, or of bottlenecks and classifiers;
 - `drn-bi`: DRN with one-versus-rest classifiers;
-- `mrn8`, `mrn`: covariances of features, classes and tasks, of the same layers.
+- `mrn8`, `mrn`: covariances of features, classes and tasks, of the same layers;
+- `frozen`, `lora`, `lora-tt`, where a trunk is fine-tuned (`--tune-from`): it stays as it
+  is; or each task has a difference of rank 4 to it, or one of Tensor-Train factors of all.
 
 With `--outlier DOMAIN` the labels of one domain are shifted, so that it contradicts the
 others: what is shared with it does harm, unless the sign of the relation is learned. With
@@ -47,6 +49,7 @@ from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.mrn.network import PRIORS, prior_by_name
 from dmtrl_keras.mrn.regularizer import MEANS
 from dmtrl_keras.optimizers import LearningRateMultiplier
+from dmtrl_keras.parameterizations import TT, LoRA
 
 from .arguments import OPTIMIZERS, REPEATS, real, whole
 from .domains import (
@@ -73,8 +76,9 @@ from .reading import DataError, read_arrays, reading
 from .results import mean_and_spread
 from .trunks import load_trunk
 
+_OWN = ("trunk", "bottleneck", "classifier")
 METHODS = {
-    "stl": {"prior": None, "layers": ("trunk", "bottleneck", "classifier")},
+    "stl": {"prior": None, "layers": _OWN},
     "mtcnn": {"prior": None, "layers": ("classifier",)},
     "shared": {"prior": None, "layers": ()},
     "drn8": {"prior": "drn", "layers": ("classifier",)},
@@ -82,6 +86,13 @@ METHODS = {
     "drn": {"prior": "drn"},
     "mrn8": {"prior": "mrn", "layers": ("classifier",)},
     "mrn": {"prior": "mrn"},
+    "frozen": {"prior": None, "layers": ("classifier",), "frozen": True},
+    "lora": {"prior": None, "layers": _OWN, "trunk_sharing": LoRA(4)},
+    "lora-tt": {
+        "prior": None,
+        "layers": _OWN,
+        "trunk_sharing": LoRA(together=TT(rank=0.02)),
+    },
 }
 TITLES = {
     "stl": "STL",
@@ -92,7 +103,12 @@ TITLES = {
     "drn": "DRN",
     "mrn8": "MRN_8",
     "mrn": "MRN",
+    "frozen": "frozen trunk",
+    "lora": "LoRA",
+    "lora-tt": "LoRA, TT of all",
 }
+# They say something about trunks that are fine-tuned only.
+ON_TRUNKS = ("frozen", "lora", "lora-tt")
 NEW_LAYERS = ("bottleneck", "classifier")
 PREDICT_BATCH = 256
 
@@ -191,11 +207,13 @@ class Trainer:
             if o.initializer is not None:
                 arguments["kernel_initializer"] = {"classifier": o.initializer}
         backbone = self._new_backbone()
+        if arguments.pop("frozen", False) and isinstance(backbone, keras.Model):
+            backbone.trainable = False
         return relationship_network(
             backbone,
             list(self.domains),
             self.classes,
-            o.bottleneck,
+            o.bottleneck or None,
             prior=prior,
             dropout=o.dropout,
             common_draw=not o.own_draws,
@@ -601,6 +619,7 @@ class OfficeCaltech(Experiment):
     page_block = "office"
     description = "Domains as tasks: STL, MTCNN, DRN and MRN."
     methods = TITLES
+    default_methods = [name for name in TITLES if name not in ON_TRUNKS]
     defaults = {"batch_size": 16, "optimizer": "sgd"}
     helps = {"batch_size": "examples of each task in a step"}
     settings = ("seed", "steps", "batch_size", "bottleneck", "dropout", "multiplier")
@@ -716,7 +735,7 @@ class OfficeCaltech(Experiment):
             help="of the classifiers with a prior; zeros by default",
         )
         p.add_argument("--update-every", type=whole(1), default=10)
-        p.add_argument("--bottleneck", type=whole(1), default=256)
+        p.add_argument("--bottleneck", type=whole(0), default=256, help="units; 0: none")
         p.add_argument("--dropout", type=real(least=0, below=1), default=0.0)
         p.add_argument(
             "--own-draws",
@@ -735,8 +754,11 @@ class OfficeCaltech(Experiment):
     def check(self, p, options):
         if options.scale is not None and not options.scale[1]:
             p.error("--scale: expected a divisor that is not 0")
+        on_trunks = [name for name in options.methods if name in ON_TRUNKS]
+        if on_trunks and options.tune_from is None:
+            p.error(f"--methods: {', '.join(on_trunks)}: for a trunk, by --tune-from")
         if options.missing_classes and "drn-bi" in options.methods:
-            if options.methods != list(self.methods):
+            if options.methods != self.default_methods:
                 p.error("--missing-classes: drn-bi would take what is missing for absent")
             options.methods.remove("drn-bi")
 

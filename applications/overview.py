@@ -9,6 +9,7 @@ one of the methods that share nothing, in per cent, with a 95% interval.
 """
 
 import argparse
+import json
 import pathlib
 
 import pandas as pd
@@ -18,7 +19,7 @@ from dmtrl_keras.ground.tables import make_console
 
 from .arguments import REPEATS, SEED, add_page, check_page, parse_arguments, real, whole
 from .experiment import Table, publish
-from .files import working_in
+from .files import working_in, write
 from .reading import one_line
 
 # Data sets in the order of the table; they are presets of `compare --experiment`.
@@ -64,12 +65,29 @@ def parse(arguments=None):
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("results/overview"),
-        help="folder of results; a call that was interrupted goes on from them",
+        help="folder of results; a call that was interrupted goes on from them, and a data "
+        "set that was begun with the settings that it was begun with",
     )
     add_page(p)
     options = parse_arguments(p, arguments)
     check_page(p, options, BLOCKS)
     return options
+
+
+def begun_with(folder, settings):
+    """The settings with which a data set was begun, so that it goes on with them.
+
+    Data sets that take longer can so have another budget than the others of one table.
+
+    Args:
+        folder: `pathlib.Path` of its results.
+        settings: dict, those of this call, which are written down if it is the first.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    write(path, json.dumps(settings, indent=1))
+    return settings
 
 
 def table_of_gains(found):
@@ -133,12 +151,9 @@ def main(arguments=None):
             problem = compare.experiment_problem(name, options.data)
             folder = options.output / name
             folder.mkdir(exist_ok=True)
+            settings = begun_with(folder, own | {"methods": options.methods})
             found[name] = compare.compare(
-                problem,
-                folder=folder,
-                methods=options.methods,
-                told=console.print,
-                **own,
+                problem, folder=folder, told=console.print, **settings
             )
             console.print(found[name].sentence, highlight=False)
         note = (

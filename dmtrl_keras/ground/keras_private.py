@@ -163,6 +163,11 @@ def attached(tensor: Any, name: str) -> Any:
     return get_tensor_attr(tensor, name)
 
 
+def logits_of(tensor: Any) -> Any:
+    """What the softmax or sigmoid that made a tensor was given, where it is known."""
+    return getattr(tensor, "_keras_logits", None)
+
+
 # --- training ---------------------------------------------------------------------
 
 

@@ -55,6 +55,7 @@ def relationship_network(
     name: str | None = None,
     kernel_initializer: Any = None,
     activation: Any = None,
+    trunk_sharing: Any = "independent",
 ) -> MultiTaskModel:
     """A network of T tasks whose relations are learned (DRN, MRN).
 
@@ -117,6 +118,9 @@ def relationship_network(
         activation: a Keras activation or its name, of the outputs, or a dict of them by
             task; `"linear"` for regression. None, also in the dict: softmax, or
             sigmoid if `binary`.
+        trunk_sharing: where each task has a trunk of its own, how their kernels are
+            related, as `sharing` of `multitask`: `parameterizations.LoRA(4)`, a frozen
+            trunk and a difference of low rank for each; `"tt"`; a dict by layer.
 
     Returns:
         A `MultiTaskModel`, not compiled: from images or features to probabilities, or what
@@ -186,7 +190,13 @@ def relationship_network(
     if isinstance(bottleneck, str):
         backbone, last = _without_last(backbone, bottleneck, "bottleneck" in layers)
         bottleneck = None
-    inputs, features = _trunk(backbone, names, "trunk" in layers, shared_input)
+    own = trunk_sharing if "trunk" in layers else None
+    if own is None and trunk_sharing != "independent":
+        raise ValueError(
+            f"{owner}: `trunk_sharing` is for trunks that are the tasks' own. "
+            f"Received: trunk_sharing={trunk_sharing!r}, layers={layers!r}."
+        )
+    inputs, features = _trunk(backbone, names, own, shared_input)
     common_prior = named_prior(prior, strength, "start", owner)
     apart = len(groups) > 1 and not binary
     priors = {
@@ -424,21 +434,28 @@ def _each(
 
 
 def _trunk(
-    backbone: Any, names: Sequence[str], own: bool, shared_input: bool
+    backbone: Any, names: Sequence[str], own: Any, shared_input: bool
 ) -> tuple[Any, Features]:
-    """The inputs of the network, and the `Features` that the trunk makes of them."""
+    """The inputs of the network, and the `Features` that the trunk makes of them.
+
+    Args:
+        backbone: see `relationship_network`.
+        names: list of the tasks.
+        own: how the kernels of their own trunks are related; None: there is one trunk.
+        shared_input: bool.
+    """
     if not isinstance(backbone, keras.Model):
         if not is_list(backbone):
             what = "a Keras model, or the shape of the features without the batch"
             raise refusal("backbone", backbone, "relationship_network", what)
         backbone = check_sizes("backbone", backbone, "relationship_network")
-        make, own = keras.layers.Identity(name="trunk"), False
+        make, own = keras.layers.Identity(name="trunk"), None
     else:
         checked_functional(backbone, "relationship_network")
         make = backbone
     shape = backbone if isinstance(backbone, tuple) else backbone.input_shape[1:]
-    if own:
-        model = multitask(backbone, names, shared_input=shared_input, verbose=False)
+    if own is not None:
+        model = multitask(backbone, names, own, shared_input=shared_input, verbose=False)
         inputs, features = model.input, TaskStack(names)(model.output)
         form, vectors = Form.GROUPED, model.output[names[0]]
     elif shared_input:

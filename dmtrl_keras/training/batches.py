@@ -12,6 +12,8 @@ from keras import tree
 from dmtrl_keras.training.mixing import Mixing
 
 _OWNER = "zip_tasks"
+# By this name a stream says what marks labels that are missing.
+MARK = "_dmtrl_keras_missing"
 # So many batches of a source are kept, for examples that go over the end of one.
 _KEPT = 4
 
@@ -135,7 +137,11 @@ class Source:
 
     @classmethod
     def _of_batches(cls, name: str, data: keras.utils.PyDataset) -> Self:
-        count = data.num_batches
+        try:
+            count = data.num_batches
+        except (NotImplementedError, TypeError):
+            # Of one without a length.
+            count = None
         if not count:
             raise ValueError(
                 f"{_OWNER}, task {name!r}: expected a PyDataset of a known number of "
@@ -403,7 +409,8 @@ def no_mark(name: str, received: str, mixing: Mixing) -> ValueError:
     """The error of labels of which none can be marked as missing."""
     return ValueError(
         f"{_OWNER}, task {name!r}: expected labels of which one can be marked by "
-        f"missing={mixing.missing:g}, an array of numbers. Received: {received}."
+        f"missing={mixing.missing:g}, an array of numbers of a type that has it. "
+        f"Received: {received}."
     )
 
 

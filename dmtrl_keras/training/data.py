@@ -16,7 +16,7 @@ from dmtrl_keras.ground.validation import (
     check_positive,
     check_seed,
 )
-from dmtrl_keras.training.batches import Source, TaskBatches, as_numpy, checked_arrays
+from dmtrl_keras.training.batches import MARK, Source, TaskBatches, as_numpy, checked_arrays
 from dmtrl_keras.training.mixing import Alone, Shares, checked_mixing
 from dmtrl_keras.training.streams import tf_stream, tf_stream_of_arrays
 
@@ -151,14 +151,20 @@ def zip_tasks(
         list(datasets), batch_size, mixing, alone, common_input, missing, sizes
     )
     steps = mixed.steps(sizes, epoch)
-    if kind == "PyDataset":
-        return TaskBatches(parts, mixed, steps, bool(shuffle), seed)
     arrays = not any(hasattr(data, "element_spec") for data in datasets.values())
-    if arrays and mixed.marks_labels and isinstance(shuffle, bool):
+    stream: Any
+    if kind == "PyDataset":
+        stream = TaskBatches(parts, mixed, steps, bool(shuffle), seed)
+    elif arrays and mixed.marks_labels and isinstance(shuffle, bool):
         parts = {name: Source.of(name, data) for name, data in datasets.items()}
         batches = TaskBatches(parts, mixed, steps, shuffle, seed)
-        return tf_stream_of_arrays(batches, prefetch)
-    return tf_stream(parts, mixed, steps, shuffle, seed, prefetch)
+        stream = tf_stream_of_arrays(batches, prefetch)
+    else:
+        stream = tf_stream(parts, mixed, steps, shuffle, seed, prefetch)
+    if mixed.marks_labels:
+        # For `fit`, which knows the losses.
+        setattr(stream, MARK, mixed.missing)
+    return stream
 
 
 def _check_sizes(sizes: dict[str, int], epoch: str) -> None:
@@ -217,6 +223,10 @@ def arrays_of(name: str, data: Any, owner: str, labelled: bool = True) -> tuple[
     """
     if isinstance(data, tuple) and len(data) in (2, 3):
         return as_numpy(data if labelled else data[:1])
+    if isinstance(data, keras.utils.PyDataset):
+        source = Source.of(name, data)
+        arrays = source.take(np.arange(source.size))
+        return arrays if labelled else arrays[:1]
     tf = tensorflow()
     if not labelled:
         if isinstance(data.element_spec, tuple):

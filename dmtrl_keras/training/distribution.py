@@ -220,13 +220,8 @@ def train(
     first = local_part(_first(batches, owner), strategy)
     symbolic_build(model, first)
 
-    @tf.function
-    def train_step(batch: Any) -> None:
-        strategy.run(model.train_step, args=(batch,))
-
-    @tf.function
-    def test_step(batch: Any) -> None:
-        strategy.run(model.test_step, args=(batch,))
+    def traced(step: Callable[[Any], Any]) -> Callable[[Any], None]:
+        return tf.function(lambda batch: strategy.run(step, args=(batch,)) and None)
 
     def run(step: Callable[[Any], None], batches: Any) -> dict[str, float]:
         model.reset_metrics()
@@ -242,9 +237,14 @@ def train(
     model.stop_training = False
     every.on_train_begin()
     logs = {}
+    train_step, test_step = traced(model.train_step), traced(model.test_step)
+    frozen = getattr(model, "frozen_tasks", ())
     # Set by `BackupAndRestore`, as for `fit`.
     for epoch in range(restored_epoch(model) or initial_epoch, epochs):
         every.on_epoch_begin(epoch)
+        if frozen != getattr(model, "frozen_tasks", ()):
+            # A step does otherwise for tasks at rest.
+            frozen, train_step = model.frozen_tasks, traced(model.train_step)
         logs = run(train_step, batches)
         if validation_data is not None:
             found = run(test_step, validation_data)

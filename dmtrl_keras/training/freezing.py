@@ -148,6 +148,9 @@ def hold(optimizer: Any, held: Callable[[], Sequence[Held]]) -> None:
             return
         before = [ops.copy(ops.convert_to_tensor(part.variable)) for part in parts]
         if trainable_variables is not None:
+            if not optimizer.built:
+                # With all of them, which may be trained again.
+                optimizer.build(list(trainable_variables))
             # Keras warns of variables without a gradient, as all of a head has none.
             whole = {id(p.variable) for p in parts if p.entries is None}
             pairs = [

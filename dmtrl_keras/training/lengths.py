@@ -65,6 +65,14 @@ def one_set_each(
             tasks with inputs of their own see each other's features.
     """
     owner, tasks = name_of(model), model.task_names
+    if isinstance(x, Mapping) and y is None and labelled:
+        known = set(tasks) & set(x) or not set(x) & {tensor.name for tensor in model.inputs}
+        if known and not set(x) <= set(tasks) and any(map(_is_data_set, x.values())):
+            unknown = sorted(set(x) - set(tasks))
+            raise ValueError(
+                f"{owner}: unknown tasks among the data sets: {unknown}. The tasks are "
+                f"{list(tasks)}."
+            )
     if not isinstance(x, Mapping) or not x or not set(x) <= set(tasks):
         return None
     if y is None and all(_is_data_set(data) for data in x.values()):
@@ -72,8 +80,11 @@ def one_set_each(
         x = {task: part[0] for task, part in parts.items()}
         if labelled:
             y = {task: part[1] for task, part in parts.items()}
-        weights = {task: part[2] for task, part in parts.items() if len(part) > 2}
-        sample_weight = weights or None
+        if any(len(part) > 2 for part in parts.values()):
+            sample_weight = {
+                task: part[2] if len(part) > 2 else np.ones(_length(tree.flatten(part)[0]))
+                for task, part in parts.items()
+            }
         split = True
     else:
         split = False
@@ -179,6 +190,8 @@ class TaskValidation(keras.callbacks.Callback):
 def _is_data_set(data: Any) -> bool:
     """Whether it is `(x, y)`, `(x, y, sample_weight)`, or a `tf.data.Dataset`."""
     if isinstance(data, tuple) and len(data) in (2, 3):
+        return True
+    if isinstance(data, keras.utils.PyDataset):
         return True
     # Named, not imported: TensorFlow may be absent.
     return type(data).__module__.startswith("tensorflow") and hasattr(data, "element_spec")

@@ -1,6 +1,7 @@
 """Losses for several tasks: the hinge of T outputs, and losses with missing labels."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -10,7 +11,13 @@ from keras import ops
 from numpy.typing import ArrayLike
 
 from dmtrl_keras.ground.backend import mean_over_replicas
-from dmtrl_keras.ground.keras_private import MASK, attach, attached, function_of
+from dmtrl_keras.ground.keras_private import (
+    MASK,
+    attach,
+    attached,
+    function_of,
+    logits_of,
+)
 from dmtrl_keras.ground.types import DType, Tensor
 from dmtrl_keras.ground.validation import (
     check_name,
@@ -266,6 +273,16 @@ class MaskedLoss(Masked, keras.losses.Loss):
     def _values(self, y_true: Tensor, y_pred: Tensor) -> tuple[Tensor, Tensor]:
         """One loss value for each label, 0 where there is none; and which are present."""
         mask = attached(y_pred, MASK)
+        logits = logits_of(y_pred)
+        if logits is not None and getattr(self.loss, "from_logits", False):
+            # As Keras's own losses do, which don't see it through what is done below.
+            warnings.warn(
+                f"{name_of(self)}: expected outputs without an activation, since the loss "
+                "is from_logits=True. Received: those of a softmax or a sigmoid; what it "
+                "was given is taken.",
+                stacklevel=2,
+            )
+            y_pred = logits
         y_pred = ops.convert_to_tensor(y_pred, dtype=self.dtype)
         parts = self._parts(y_true, y_pred, self.dtype, mask)
         y_true, y_pred, present = parts.y_true, parts.y_pred, parts.present

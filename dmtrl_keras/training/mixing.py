@@ -71,14 +71,24 @@ class Mixing:
         """
         if not isinstance(epoch, str):
             return int(epoch)
-        needed = [
-            # One that is never taken is no reason to go on.
-            sizes[n] / self.per_batch(n) if self.per_batch(n) else 0.0
-            for n in self.names
+        # One that is never taken is no reason to go on.
+        taken = [name for name in self.names if self.per_batch(name)]
+        needed = [math.ceil(sizes[n] / self.per_batch(n) - 1e-9) for n in taken]
+        if self.alone == "in_turn":
+            needed = self._after_turns(
+                {name: math.ceil(sizes[name] / self.batch_sizes[name]) for name in taken}
+            )
+        return min(needed) if epoch == "shortest" else max(needed)
+
+    def _after_turns(self, wanted: Mapping[str, int]) -> list[int]:
+        """After how many batches in turn each task has had so many of them."""
+        assert self.shares is not None
+        longest = max(math.ceil(n / self.shares[task]) for task, n in wanted.items())
+        order = self.turns(longest + len(self.names) + 1)
+        return [
+            int(np.flatnonzero(order == self.names.index(task))[n - 1]) + 1
+            for task, n in wanted.items()
         ]
-        if epoch == "shortest":
-            return math.ceil(min(n for n in needed if n) - 1e-9)
-        return math.ceil(max(needed) - 1e-9)
 
     def turns(self, steps: int) -> np.ndarray:
         """The number of the task of each batch, if they are in turn.

@@ -1,10 +1,12 @@
 """The functional model whose outputs are a dict by task name."""
 
+import contextlib
 import functools
 import inspect
+import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -44,8 +46,9 @@ from dmtrl_keras.ground.validation import (
     no_h5,
     not_quantized,
     refusal,
+    shown,
 )
-from dmtrl_keras.training.batches import TaskBatches, as_numpy, is_frame
+from dmtrl_keras.training.batches import MARK, TaskBatches, as_numpy, is_frame
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.class_weights import (
     apart_for_validation,
@@ -63,6 +66,7 @@ from dmtrl_keras.training.lengths import (
     one_set_each,
 )
 from dmtrl_keras.training.metrics import TotalLoss
+from dmtrl_keras.training.missing import Masked
 from dmtrl_keras.training.optimizers import check_proximal
 from dmtrl_keras.training.terms import LossTerm, Step, checked_terms
 from dmtrl_keras.training.weights import (
@@ -120,6 +124,8 @@ class MultiTaskModel(ModelOfReplicas):
     _network: "_Untracked | None" = None
     # Whether an evaluation goes on with what it measured.
     _going_on: bool = False
+    # Whether `fit` or `evaluate` runs, not a single batch.
+    _of_data_set: bool = False
     _losses_given: tuple[tuple[str, Any], ...] = ()
     _frozen: frozenset[str] = frozenset()
     _own: "_Untracked | None" = None
@@ -155,6 +161,7 @@ class MultiTaskModel(ModelOfReplicas):
         super().__init__(inputs, outputs, name=name, **kwargs)
         if original is not None and not terms:
             terms = original.new_terms()
+        frozen = () if original is None else original.frozen_tasks
         terms = checked_terms(terms, name_of(self))
         if terms:
             self._terms = terms
@@ -163,6 +170,8 @@ class MultiTaskModel(ModelOfReplicas):
             self._training_graph = _Untracked(
                 ModelOfReplicas(self.input, (self.output, features))
             )
+        if frozen:
+            self.freeze(*frozen)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -210,7 +219,7 @@ class MultiTaskModel(ModelOfReplicas):
             *tasks: names of tasks.
 
         Raises:
-            ValueError: on unknown tasks, or if no task were left to be trained.
+            ValueError: on unknown tasks, on none, or if no task were left to be trained.
 
         Example:
 
@@ -227,6 +236,9 @@ class MultiTaskModel(ModelOfReplicas):
         >>> all(map(np.array_equal, before, model.get_layer("age_head").get_weights()))
         True
         """
+        if not tasks:
+            what = f"names of {list(self.task_names)}, one at least"
+            raise refusal("tasks", [], name_of(self), what)
         self._check_known(tasks)
         self._set_frozen(self._frozen.union(tasks))
 
@@ -245,9 +257,8 @@ class MultiTaskModel(ModelOfReplicas):
     def _check_known(self, tasks: Sequence[str]) -> None:
         unknown = [task for task in tasks if task not in self.task_names]
         if unknown:
-            raise refusal(
-                "tasks", unknown, name_of(self), f"names of {list(self.task_names)}"
-            )
+            what = f"names of {list(self.task_names)}, one after another"
+            raise refusal("tasks", unknown, name_of(self), what)
 
     def _set_frozen(self, tasks: frozenset[str]) -> None:
         if tasks == frozenset(self.task_names):
@@ -490,7 +501,8 @@ class MultiTaskModel(ModelOfReplicas):
         with sharing_scope():
             model = super().from_config(config, custom_objects)
             if not terms:
-                model.freeze(*frozen)
+                if frozen:
+                    model.freeze(*frozen)
                 return model
             terms = [
                 keras.saving.deserialize_keras_object(term, custom_objects)
@@ -503,7 +515,8 @@ class MultiTaskModel(ModelOfReplicas):
             name=model.name,
             trainable=model.trainable,
         )
-        made.freeze(*frozen)
+        if frozen:
+            made.freeze(*frozen)
         return made
 
     def _check_tasks(self, argument: str, value: Any) -> None:
@@ -634,12 +647,15 @@ class MultiTaskModel(ModelOfReplicas):
         if not isinstance(y, Mapping):
             y = {self.task_names[0]: y}
         y = {task: own for task, own in y.items() if own is not None}
-        absent = sorted(expected - set(y) - (self._may_be_absent if y else set()))
+        # Of a whole data set it would be a mistake.
+        may = self._may_be_absent if y and not self._of_data_set else set()
+        absent = sorted(expected - set(y) - may)
         if absent:
             raise ValueError(
                 f"{name_of(self)}: expected labels for every task with {what}, also "
-                f"for {absent}. Received: labels for {sorted(y)}. With `MaskedLoss` a task "
-                "may be absent from a batch."
+                f"for {absent}. Received: labels for {sorted(y)}. Mark those that are "
+                "missing, and leave them out by `MaskedLoss`; from a single batch a task "
+                "with such a loss may be absent."
             )
         return y
 
@@ -759,6 +775,8 @@ class MultiTaskModel(ModelOfReplicas):
                 f"makes one stream of several data sets. Received: lengths {sizes}."
             )
         check_labels(self, x, y, given.get("sample_weight"))
+        self._check_tasks("sample_weight", given.get("sample_weight"))
+        self._check_marks(x)
         self._build_losses(x, y)
         self._build_optimizer()
         data = given.get("validation_data")
@@ -771,7 +789,8 @@ class MultiTaskModel(ModelOfReplicas):
         pieces = None if data is None else one_set_each(self, x, *others)
         if pieces is None:
             check_labels(self, x, *others)
-            return super().fit(**given)
+            with self._through_data_set():
+                return super().fit(**given)
         if given.get("validation_steps") is not None:
             raise ValueError(
                 f"{name_of(self)}: with a validation set for each task expected "
@@ -784,7 +803,8 @@ class MultiTaskModel(ModelOfReplicas):
         )
         given["callbacks"] = [validation, *tree.flatten(given.get("callbacks") or [])]
         del given["validation_data"]
-        return super().fit(**given)
+        with self._through_data_set():
+            return super().fit(**given)
 
     def _without_frames(self, argument: str, value: Any) -> Any:
         """Labels or weights without data frames: of a column for each task, by task."""
@@ -819,6 +839,32 @@ class MultiTaskModel(ModelOfReplicas):
         if given.get("sample_weight") is not None:
             given["sample_weight"] = for_all_tasks(given.get("y"), given["sample_weight"])
         return given
+
+    @contextlib.contextmanager
+    def _through_data_set(self) -> Iterator[None]:
+        """A context in which labels are those of a whole data set."""
+        before, self._of_data_set = self._of_data_set, True
+        try:
+            yield
+        finally:
+            self._of_data_set = before
+
+    def _check_marks(self, x: Any) -> None:
+        """Refuse a stream of `zip_tasks` whose marks the losses take for labels."""
+        mark = getattr(x, MARK, None)
+        if mark is None:
+            return
+        for task, own in self._losses_given:
+            for loss in tree.flatten(own):
+                masked = isinstance(loss, Masked)
+                if masked and (math.isnan(mark) or loss.missing == mark):
+                    continue
+                received = f"missing={loss.missing:g}" if masked else shown(loss)
+                raise ValueError(
+                    f"{name_of(self)}: in this stream labels that are missing are marked. "
+                    f"Expected MaskedLoss(..., missing={mark:g}) for task {task!r}. "
+                    f"Received: {received}."
+                )
 
     def _build_losses(self, x: Any, y: Any) -> None:
         """Make what losses and metrics need, where the labels' shapes are known.
@@ -886,19 +932,21 @@ class MultiTaskModel(ModelOfReplicas):
         pieces = None if kwargs else one_set_each(self, x, y, sample_weight)
         if pieces is None:
             check_labels(self, x, y, sample_weight)
+            self._check_tasks("sample_weight", sample_weight)
             sample_weight = for_all_tasks(y, sample_weight)
             self._build_losses(x, y)
-            return super().evaluate(
-                x=x,
-                y=y,
-                batch_size=batch_size,
-                verbose=verbose,
-                sample_weight=sample_weight,
-                steps=steps,
-                callbacks=callbacks,
-                return_dict=return_dict,
-                **kwargs,
-            )
+            with self._through_data_set():
+                return super().evaluate(
+                    x=x,
+                    y=y,
+                    batch_size=batch_size,
+                    verbose=verbose,
+                    sample_weight=sample_weight,
+                    steps=steps,
+                    callbacks=callbacks,
+                    return_dict=return_dict,
+                    **kwargs,
+                )
         if steps is not None:
             raise ValueError(
                 f"{name_of(self)}: with data for each task expected steps=None. "
@@ -915,7 +963,8 @@ class MultiTaskModel(ModelOfReplicas):
         for piece in pieces:
             labels = {**_parted(piece.y or {}, None)[0], **labels}
         expected = self._tasks_with_loss | self._tasks_with_metrics
-        self._labels(labels, None, expected, "a loss or metrics")
+        with self._through_data_set():
+            self._labels(labels, None, expected, "a loss or metrics")
         build_losses(self, labels)
         # One loss is logged as the total alone: of the pieces that have it, the first.
         pieces = sorted(pieces, key=lambda p: not self._tasks_with_loss & set(p.sizes))

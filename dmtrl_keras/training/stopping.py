@@ -1,5 +1,6 @@
 """Early stopping of each task by itself, while the others are trained on."""
 
+import warnings
 from typing import Any, Literal
 
 import keras
@@ -47,6 +48,9 @@ class EarlyStoppingByTask(keras.callbacks.Callback):
     Raises:
         ValueError: on malformed arguments; in training, on a model that is no
             `MultiTaskModel`, on names that are not in the logs.
+
+    Warns:
+        UserWarning: at the end, if there was no validation to look at.
 
     Example:
 
@@ -100,6 +104,7 @@ class EarlyStoppingByTask(keras.callbacks.Callback):
         self.best: dict[str, float] = {}
         self._waited: dict[str, int] = {}
         self._values: dict[str, list[np.ndarray]] = {}
+        self._looked = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Begin anew."""
@@ -107,6 +112,7 @@ class EarlyStoppingByTask(keras.callbacks.Callback):
             what = "a MultiTaskModel, such as `multitask` makes"
             raise refusal("model", self.model, type(self).__name__, what)
         self.stopped_epochs, self.best, self._waited, self._values = {}, {}, {}, {}
+        self._looked = False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Freeze the tasks that have not improved for long enough."""
@@ -114,6 +120,7 @@ class EarlyStoppingByTask(keras.callbacks.Callback):
         if self.monitor.startswith("val_") and not any(n.startswith("val_") for n in logs):
             # There was no validation in this epoch.
             return
+        self._looked = True
         if epoch < self.start_from_epoch:
             return
         for task in self.model.task_names:
@@ -134,12 +141,21 @@ class EarlyStoppingByTask(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Let the tasks that were stopped be trained again."""
+        if not self._looked:
+            warnings.warn(
+                f"{type(self).__name__}: there was no validation, so that "
+                f"{self.monitor!r} was never looked at.",
+                stacklevel=2,
+            )
         stopped = [t for t in self.stopped_epochs if t in self.model.frozen_tasks]
         if stopped:
             self.model.unfreeze(*stopped)
 
+    def _name(self, task: str) -> str:
+        return self.monitor.replace("{task}", task)
+
     def _value(self, task: str, logs: dict[str, Any]) -> float:
-        name = self.monitor.replace("{task}", task)
+        name = self._name(task)
         if name not in logs:
             raise ValueError(
                 f"{type(self).__name__}: expected names that are in the logs for "
@@ -154,8 +170,8 @@ class EarlyStoppingByTask(keras.callbacks.Callback):
         self.stopped_epochs[task] = epoch
         if self.verbose:
             print(
-                f"Epoch {epoch + 1}: task {task!r} stops, {self.monitor} of it was best "
-                f"at {self.best[task]:.5g}."
+                f"Epoch {epoch + 1}: task {task!r} stops, {self._name(task)} was best at "
+                f"{self.best[task]:.5g}."
             )
         for (variable, entries), value in zip(self._own(task), self._values.get(task, [])):
             kept = True if entries is None else entries

@@ -15,6 +15,7 @@ from dmtrl_keras import (
     task_layers,
 )
 from dmtrl_keras.mrn.network import LAYERS, prior_by_name
+from dmtrl_keras.parameterizations import LoRA
 
 TASKS = ["amazon", "webcam", "dslr"]
 
@@ -71,6 +72,28 @@ def test_what_is_shared(own, shared_input, rng):
             x = np.maximum(x, 0) if name == "bottleneck" else np.exp(x)
         expected = x / x.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(outputs[task], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_input", [True, False])
+def test_related_trunks(shared_input, rng):
+    """The tasks' own trunks may be a frozen one and differences of low rank."""
+    backbone = trunk()
+    arguments = {"layers": LAYERS, "prior": None, "shared_input": shared_input}
+    model = relationship_network(
+        backbone, TASKS, 4, None, trunk_sharing=LoRA(1), **arguments
+    )
+    conv = model.get_layer("conv1")
+    assert conv.sharing.name == "lora" and conv.rank == (1,)
+    trained = {tuple(v.shape) for v in conv.trainable_variables}
+    assert trained == {(3, 3, 3, 1, 3), (1, 4, 3), (4, 3)}
+    x = rng.normal(size=(2, 8, 8, 3)).astype("float32")
+    features = model(x if shared_input else dict.fromkeys(TASKS, x))
+    assert set(features) == set(TASKS)
+    np.testing.assert_allclose(
+        conv.task_kernel(1), backbone.get_layer("conv1").kernel, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="trunks that are the tasks' own"):
+        relationship_network(backbone, TASKS, 4, trunk_sharing="tt")
 
 
 def test_priors_are_one_argument_apart():

@@ -3,9 +3,11 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from dmtrl_keras import MultiTaskModel, add_task, layers, multitask, zip_tasks
 from dmtrl_keras.callbacks import EarlyStoppingByTask
+from dmtrl_keras.distribution import train
 from dmtrl_keras.layers import CrossStitch, TaskCopies
 from dmtrl_keras.optimizers import LearningRateMultiplier
 from dmtrl_keras.parameterizations import LAF, TT, LoRA, Parts, SimilarKernels, Tucker
@@ -286,9 +288,42 @@ def test_inputs_of_each_task(rng):
     assert same(before, own(model, "a"))
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_frozen_from_the_start(data, eager):
+    """The optimizer has been made for what is trained later, too; clones are frozen."""
+    model = network()
+    model.compile(keras.optimizers.Adam(0.05), "mse", run_eagerly=eager)
+    model.freeze("b")
+    before = own(model, "b")
+    model.train_on_batch(*data)
+    assert same(before, own(model, "b"))
+    assert keras.models.clone_model(model).frozen_tasks == ("b",)
+    model.unfreeze()
+    model.train_on_batch(*data)
+    assert moved(model, before, "b")
+
+
+def test_a_loop_of_ones_own(data):
+    """The compiled optimizer leaves tasks alone in any step that is traced afterwards."""
+    x, y = data
+    model = network()
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    model.freeze("a")
+    before = own(model, "a")
+    for _ in range(2):
+        with tf.GradientTape() as tape:
+            outputs = model(x, training=True)
+            loss = model.compute_loss(x, y, outputs)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        model.optimizer.apply(gradients, model.trainable_variables)
+    assert same(before, own(model, "a"))
+
+
 def test_errors():
     """Unknown tasks, and no task to be trained."""
     model = network()
+    with pytest.raises(ValueError, match="one at least"):
+        model.freeze()
     with pytest.raises(ValueError, match=r"names of \['a', 'b', 'c'\].*\['d'\]"):
         model.freeze("a", "d")
     with pytest.raises(ValueError, match="at least one task that is trained"):
@@ -355,7 +390,26 @@ def test_early_stopping_by_accuracy(data, capsys):
     stop = EarlyStoppingByTask("{task}_accuracy", patience=1, start_from_epoch=2, verbose=1)
     model.fit(*data, epochs=5, verbose=0, callbacks=[Accuracies(), stop])
     assert stop.stopped_epochs == {"b": 3}
-    assert "Epoch 4: task 'b' stops" in capsys.readouterr().out
+    assert "Epoch 4: task 'b' stops, b_accuracy was best" in capsys.readouterr().out
+
+
+def test_early_stopping_in_the_loop_of_machines(data):
+    """`distribution.train` traces its step anew when a task is at rest."""
+    model = network()
+    model.compile(keras.optimizers.AdamW(0.05), "mse")
+    told = Logged({"a": [5, 5, 5, 5], "b": [4, 3, 2, 1], "c": [4, 3, 2, 1]})
+    kept = {}
+
+    class Keep(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            kept[epoch] = {task: own(model, task) for task in TASKS}
+
+    stop = EarlyStoppingByTask(patience=1)
+    batches = tf.data.Dataset.from_tensor_slices(data).batch(16)
+    train(model, batches, 4, batches, callbacks=[told, Keep(), stop])
+    assert stop.stopped_epochs == {"a": 1}
+    assert same(kept[1]["a"], kept[3]["a"])
+    assert not same(kept[1]["b"], kept[3]["b"])
 
 
 def test_early_stopping_errors(data):
@@ -374,8 +428,8 @@ def test_early_stopping_errors(data):
     model = network()
     model.compile("sgd", "mse")
     stop = EarlyStoppingByTask("val_{task}_auc")
-    # Without validation there is nothing to look at.
-    model.fit(*data, verbose=0, callbacks=[stop])
+    with pytest.warns(UserWarning, match="there was no validation"):
+        model.fit(*data, verbose=0, callbacks=[stop])
     with pytest.raises(ValueError, match=r"Received: 'val_a_auc'\. In the logs are"):
         model.fit(*data, validation_data=data, verbose=0, callbacks=[stop])
     plain = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])

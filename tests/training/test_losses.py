@@ -1,12 +1,14 @@
 """Losses: the hinge of T outputs, and any loss with missing labels."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from dmtrl_keras import MultiTaskModel
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.losses import MaskedLoss, TaskHinge, one_vs_rest
 from dmtrl_keras.metrics import MaskedMetric, MeanBinaryError, MulticlassError
@@ -442,3 +444,26 @@ def test_errors(call, message):
     """What was received and expected."""
     with pytest.raises(ValueError, match=f"(?s){message}"):
         call()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_logits_of_outputs_with_an_activation(sparse, rng):
+    """As in Keras: what the activation was given is taken, with a warning."""
+    inputs = keras.Input((3,))
+    units, activation = (4, "softmax") if sparse else (1, "sigmoid")
+    model = MultiTaskModel(
+        inputs, {"a": keras.layers.Dense(units, activation, name="a_out")(inputs)}
+    )
+    kind = "SparseCategoricalCrossentropy" if sparse else "BinaryCrossentropy"
+    labels = rng.integers(units if sparse else 2, size=(8, 1)).astype("float32")
+    x = rng.normal(size=(8, 3)).astype("float32")
+    found = []
+    for from_logits in (True, False):
+        model.compile("sgd", MaskedLoss(getattr(keras.losses, kind)(from_logits)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(model.evaluate(x, labels, verbose=0))
+        said = any("expected outputs without" in str(one.message) for one in caught)
+        assert said == (from_logits and keras.backend.backend() == "tensorflow")
+    if keras.backend.backend() == "tensorflow":
+        np.testing.assert_allclose(found[0], found[1], rtol=1e-5)

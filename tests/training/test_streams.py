@@ -160,12 +160,27 @@ def test_alone_with_inputs_of_each_task(kind, sizes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_in_turn_until_all_were_seen(kind):
+    """Every example of the longest appears, whenever its turns are."""
+    given = {"a": arrays(30), "b": arrays(100, 1000.0)}
+    for sizes, expected in (({"a": 8, "b": 16}, 14), ({"a": 30, "b": 30}, 8)):
+        stream = zipped(
+            given, sizes, alone="in_turn", common_input=True, shuffle=False, kind=kind
+        )
+        assert len(stream) == expected
+        seen = np.concatenate([x[:, 0] for x, _ in batches(stream)])
+        assert set(range(1000, 1100)) <= set(seen)
+    short = zipped(given, 10, "shortest", alone="in_turn", common_input=True, kind=kind)
+    assert len(short) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_epochs(kind):
     """Long enough for all, or for the smallest; for shares, in the mean."""
     for arguments, longest, shortest in (
         ({"batch_size": 10}, 12, 2),
         ({"batch_size": {"a": 10, "b": 10, "c": 40}}, 6, 2),
-        ({"batch_size": 10, "alone": "in_turn"}, 36, 6),
+        ({"batch_size": 10, "alone": "in_turn"}, 36, 4),
         ({"batch_size": 10, "mixing": "size", "common_input": True}, 20, 20),
         ({"batch_size": 10, "mixing": "equal", "common_input": True}, 36, 6),
         (
@@ -413,6 +428,12 @@ def test_absent_tasks(rng):
     model.optimizer.learning_rate = 1e-6
     model.train_on_batch(x, {"a": y, "b": y}, return_dict=True)
     assert not all(map(np.array_equal, before, model.get_weights()))
+    # Of a whole data set it is a mistake.
+    for run in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=r"also for \['b', 'c'\]"):
+            run(x, {"a": y}, verbose=0)
+    with pytest.raises(ValueError, match=r"also for \['b', 'c'\]"):
+        model.evaluate({"a": (x, y)}, verbose=0)
     plain = network(True)
     plain.compile("sgd", "mse")
     with pytest.raises(ValueError, match=r"also for \['b', 'c'\].*`MaskedLoss`"):
@@ -508,6 +529,42 @@ def test_bad_data(kind):
     assert len(zipped(words, 20, kind=kind)) == 6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_that_know_no_marks(kind):
+    """`fit` says so before they are taken for labels."""
+    model = network(True)
+    stream = zipped(data(), 4, mixing="size", common_input=True, missing=-1, kind=kind)
+    for loss, received in (
+        ("mse", "mse"),
+        (MaskedLoss("mse"), "missing=nan"),
+        (MaskedLoss("mse", missing=-2), "missing=-2"),
+    ):
+        model.compile("sgd", {**dict.fromkeys(SIZES, MaskedLoss("mse", -1)), "b": loss})
+        with pytest.raises(ValueError, match=rf"missing=-1\) for task 'b'.*{received}"):
+            model.fit(stream, verbose=0)
+
+
+def test_data_of_each_task_in_evaluation():
+    """Weights of some tasks, batches of a PyDataset, and names that there are not."""
+    model = compiled(True)
+    given = data()
+    weight = np.linspace(0, 1, 20)
+    found = model.evaluate({**given, "a": (*given["a"], weight)}, verbose=0)
+    ones = {name: (*own, np.ones(len(own[1]))) for name, own in given.items()}
+    ones["a"] = (*given["a"], weight)
+    np.testing.assert_allclose(found, model.evaluate(ones, verbose=0), rtol=1e-6)
+    sources = {**given, "b": Batches(*given["b"], 7)}
+    np.testing.assert_allclose(
+        model.evaluate(sources, verbose=0), model.evaluate(given, verbose=0), rtol=1e-6
+    )
+    for run in (model.evaluate, lambda x: model.fit(*given["a"], validation_data=x)):
+        with pytest.raises(ValueError, match=r"unknown tasks.*\['d'\]. The tasks are"):
+            run({"a": given["a"], "d": given["b"]})
+    x, y = given["a"]
+    with pytest.raises(ValueError, match=r"unknown tasks in `sample_weight`: \['d'\]"):
+        model.fit(x, dict.fromkeys(SIZES, y), sample_weight={"d": weight}, verbose=0)
+
+
 def test_bad_sources():
     """Which kinds of data go together, and of what size they are."""
     examples = tf.data.Dataset.from_tensor_slices(arrays(6))
@@ -522,8 +579,13 @@ def test_bad_sources():
     class Endless(Batches):
         num_batches = None
 
-    with pytest.raises(ValueError, match=r"'a'.*known number of batches.*None"):
-        zip_tasks({"a": Endless(*arrays(6), 2)}, 2)
+    class Open(keras.utils.PyDataset):
+        def __getitem__(self, index):
+            return arrays(2)
+
+    for source in (Endless(*arrays(6), 2), Open()):
+        with pytest.raises(ValueError, match=r"'a'.*known number of batches.*None"):
+            zip_tasks({"a": source}, 2)
     open_labels = examples.map(lambda x, y: (x, tf.boolean_mask(y[None], [y >= 0])))
     with pytest.raises(ValueError, match=r"'a'.*open shape"):
         zip_tasks({"a": open_labels}, 2, epoch=2, common_input=True)

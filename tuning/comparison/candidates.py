@@ -371,7 +371,7 @@ class Network(Candidate):
             self.method,
             functools.partial(backbone_of, problem, width),
             {t: _loss(problem, t) for t in problem.tasks},
-            heads=problem.heads,
+            heads=_linear_heads(problem),
             shared_input=problem.shared,
             defaults=self._fixed,
         )
@@ -487,6 +487,14 @@ def relations_of(model):
         return None
     # A pair that is not compared is one of which nothing is known.
     return Relations(found[-1].title, np.nan_to_num(found[-1].matrix))
+
+
+def _linear_heads(problem):
+    """Outputs without an activation: logits, as the losses take them, and regressions."""
+    return {
+        task: keras.layers.Dense(outputs, name=f"{task}_head", dtype=keras.config.floatx())
+        for task, outputs in problem.heads.items()
+    }
 
 
 def _loss(problem, task):

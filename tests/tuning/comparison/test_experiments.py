@@ -1,11 +1,13 @@
 """The data of the experiments as problems, from small files in their forms."""
 
 import keras
+import keras_tuner as kt
 import numpy as np
 import pytest
 
 from dmtrl_keras import multitask
 from tuning.comparison import candidates, command, experiments
+from tuning.comparison.problem import BINARY, CLASSES, REGRESSION, Problem, classes_of
 from tuning.comparison.search import Options, draw, methods_of
 
 
@@ -25,6 +27,33 @@ def test_unknown():
         experiments.problem_of("none")
     with pytest.raises(ValueError, match="--data FOLDER"):
         experiments.problem_of("omniglot")
+
+
+@pytest.mark.parametrize("kind", [BINARY, CLASSES, REGRESSION])
+def test_networks_learn(kind, rng):
+    """What has no linear answer, by a network: it is far better than any constant."""
+    x = rng.normal(size=(300, 2)).astype("float32")
+    product = x[:, 0] * x[:, 1]
+    y = {REGRESSION: 5 * product + 40, BINARY: (product > 0).astype(int)}
+    y[CLASSES] = y[BINARY] + 2 * (x[:, 0] > 0)
+    problem = Problem(
+        x, {"a": y[kind], "b": y[kind][::-1] * 0 + y[kind]}, kinds={"a": kind, "b": kind}
+    )
+    network = candidates.Network("stl", "STL", "independent")
+    part = {task: np.arange(200) for task in problem.tasks}
+    hp = kt.HyperParameters()
+    hp.Fixed("learning_rate", 0.01)
+    trained = network.train(problem, part, hp, Options(epochs=20), 20, 0)
+    outputs = trained.predict({task: x[200:] for task in problem.tasks})
+    for task in problem.tasks:
+        labels = problem.y[task][200:]
+        if kind == REGRESSION:
+            left = np.mean((np.ravel(outputs[task]) - np.ravel(labels)) ** 2)
+            assert left < 0.2 * np.var(labels)
+            continue
+        assert np.mean(classes_of(outputs[task]) != np.ravel(labels)) < 0.15
+        # They are logits.
+        assert outputs[task].min() < -0.5 and outputs[task].max() > 1
 
 
 @pytest.mark.long

@@ -275,7 +275,7 @@ def test_inputs_of_each_task(rng):
     """Where tasks have inputs of their own, too."""
     inputs = {task: keras.Input((4,), name=task) for task in TASKS}
     stacked = layers.TaskStack(TASKS)(inputs)
-    outputs = layers.TaskSplit(TASKS)(layers.TTDense(1, 3, rank=0.9)(stacked))
+    outputs = layers.TaskSplit(TASKS)(layers.TaskDense(1, 3)(stacked))
     model = MultiTaskModel(inputs, outputs)
     model.compile(keras.optimizers.Adam(0.05), "mse")
     model.freeze("a")

@@ -73,6 +73,10 @@ class Options:
             raise DataError(f"`budget`: expected minutes. Received: {self.budget!r}.")
 
 
+# Networks of tables with fewer rows of a task extrapolate to anything.
+FEW_ROWS = 20
+
+
 def methods_of(problem, options):
     """The methods that fit, and for the others why not.
 
@@ -87,6 +91,12 @@ def methods_of(problem, options):
     asked = list(asked)
     lacks = {name: CANDIDATES[name].lack(problem) for name in asked}
     lacks = {name: lack for name, lack in lacks.items() if lack is not None}
+    if options.methods is None and problem.tabular:
+        rows = int(np.median([len(own) for own in draw(problem, options, 0)[0].values()]))
+        if rows < FEW_ROWS:
+            few = f"of {rows} rows of a task it learns too little; --methods takes it"
+            networks = (name for name in asked if CANDIDATES[name].has_epochs)
+            lacks = {**dict.fromkeys(networks, few), **lacks}
     if len(lacks) == len(asked):
         raise DataError(f"`methods`: none of these fits. {lacks}")
     return [name for name in asked if name not in lacks], lacks

@@ -193,7 +193,8 @@ def relationship_network(
     own = trunk_sharing if "trunk" in layers else None
     if own is None and trunk_sharing != "independent":
         raise ValueError(
-            f"{owner}: `trunk_sharing` is for trunks that are the tasks' own. "
+            f"{owner}: `trunk_sharing` is for trunks that are the tasks' own, expected "
+            f"layers={LAYERS}. "
             f"Received: trunk_sharing={trunk_sharing!r}, layers={layers!r}."
         )
     inputs, features = _trunk(backbone, names, own, shared_input)

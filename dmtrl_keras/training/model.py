@@ -213,7 +213,8 @@ class MultiTaskModel(ModelOfReplicas):
         traced anew.
 
         A task whose loss weight is 0, a number or a `keras.Variable` that has become 0, is
-        left alone in the same way, but for the mode of its layers.
+        left alone in the same way, but for the mode of its layers. (Not in a model with
+        `terms`, which train it, too.)
 
         Args:
             *tasks: names of tasks.
@@ -293,7 +294,8 @@ class MultiTaskModel(ModelOfReplicas):
 
     def _at_rest(self) -> dict[str, list[Any]]:
         """By task the loss weights that are 0, or may become so: all of them must be."""
-        weights = self._loss_weights.value if self._loss_weights else {}
+        # Terms of the loss train a task whose own loss has no weight.
+        weights = self._loss_weights.value if self._loss_weights and not self._terms else {}
         found = {task: tree.flatten(own) for task, own in weights.items()}
         return {
             task: own if all(hasattr(w, "variable") or w == 0 for w in own) else []

@@ -305,8 +305,16 @@ RECURRENT = {
 }
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in ("lstm", "gru", "both ways") else pytest.mark.long
+        )
+        for name in RECURRENT
+    ],
+)
 def test_recurrent_at_once(name, masked, rng):
     """One loop over time is what the layers do by themselves: outputs, gradients, masks."""
     inputs = keras.Input((5, 6))

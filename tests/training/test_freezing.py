@@ -36,6 +36,14 @@ SHARINGS = {
 }
 
 
+def some(names, *quick):
+    """All of them, those that are not named in long tests."""
+    return [
+        pytest.param(name, marks=() if name in quick else pytest.mark.long)
+        for name in names
+    ]
+
+
 @pytest.fixture
 def data(rng):
     """Features, and labels of each task."""
@@ -82,7 +90,7 @@ def moved(model, before, task):
     return sum(map(np.array_equal, before, own(model, task))) <= 1
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", some(OPTIMIZERS, "adamw", "nested"))
 def test_optimizers(optimizer, data):
     """A frozen task's weights stay, those of the others move; afterwards all move."""
     model = network(Tucker(0.7))
@@ -106,7 +114,7 @@ def test_optimizers(optimizer, data):
     assert moved(model, before["b"], "b")
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", some(SHARINGS, "independent", "tucker"))
 def test_kernels(sharing, data):
     """Independent tasks' outputs stay; shared factors go on, a task's column does not."""
     model = network(SHARINGS[sharing])

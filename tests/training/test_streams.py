@@ -13,7 +13,7 @@ from dmtrl_keras.losses import MaskedLoss
 from dmtrl_keras.metrics import MaskedMetric
 
 # Of arrays, both kinds; and of data sets of TensorFlow's.
-KINDS = ("tf.data", "PyDataset", "examples")
+KINDS = ("tf.data", "PyDataset", pytest.param("examples", marks=pytest.mark.long))
 SIZES = {"a": 20, "b": 60, "c": 120}
 
 

@@ -29,7 +29,10 @@ def test_unknown():
         experiments.problem_of("omniglot")
 
 
-@pytest.mark.parametrize("kind", [BINARY, CLASSES, REGRESSION])
+@pytest.mark.parametrize(
+    "kind",
+    [BINARY, *(pytest.param(k, marks=pytest.mark.long) for k in (CLASSES, REGRESSION))],
+)
 def test_networks_learn(kind, rng):
     """What has no linear answer, by a network: it is far better than any constant."""
     x = rng.normal(size=(300, 2)).astype("float32")

@@ -20,6 +20,7 @@ from dmtrl_keras.ground.validation import (
     from_keras,
     is_list,
     refusal,
+    shown,
     task_names,
 )
 from dmtrl_keras.mrn.covariance import Epsilon
@@ -191,11 +192,12 @@ def relationship_network(
         backbone, last = _without_last(backbone, bottleneck, "bottleneck" in layers)
         bottleneck = None
     own = trunk_sharing if "trunk" in layers else None
-    if own is None and trunk_sharing != "independent":
+    default = isinstance(trunk_sharing, str) and trunk_sharing == "independent"
+    if own is None and not default:
         raise ValueError(
             f"{owner}: `trunk_sharing` is for trunks that are the tasks' own, expected "
             f"layers={LAYERS}. "
-            f"Received: trunk_sharing={trunk_sharing!r}, layers={layers!r}."
+            f"Received: trunk_sharing={shown(trunk_sharing)}, layers={layers!r}."
         )
     inputs, features = _trunk(backbone, names, own, shared_input)
     common_prior = named_prior(prior, strength, "start", owner)

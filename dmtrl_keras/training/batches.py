@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import tree
 
+from dmtrl_keras.training.missing import has_number
 from dmtrl_keras.training.mixing import Mixing
 
 _OWNER = "zip_tasks"
@@ -238,21 +239,17 @@ class TaskBatches(keras.utils.PyDataset):
         self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         self._weighted = any(source.weighted for source in sources.values())
         self._epoch = 0
-        # The form of each task's labels, to mark those that are missing.
-        self._labels: dict[str, Any] = {
-            name: _checked_labels(name, source.take(np.zeros(1, int))[1], mixing)
-            if mixing.marks_labels
-            else None
-            for name, source in sources.items()
-        }
+        # The form of each task's labels, where those that are missing are marked.
+        self._labels: dict[str, Any] = {}
+        if mixing.marks_labels:
+            first = {n: source.take(np.zeros(1, int)) for n, source in sources.items()}
+            for name, part in first.items():
+                self._labels[name] = _checked_labels(name, part[1], mixing)
         if mixing.common_input:
             check_one_form(
                 {
-                    name: tree.map_structure(
-                        lambda a: (a.shape[1:], str(a.dtype)),
-                        source.take(np.zeros(1, int))[0],
-                    )
-                    for name, source in sources.items()
+                    name: tree.map_structure(lambda a: (a.shape[1:], str(a.dtype)), part[0])
+                    for name, part in first.items()
                 }
             )
         self._plan = self._plan_of(0)
@@ -399,8 +396,7 @@ def dtype_of_marked(name: str, dtype: str, mixing: Mixing) -> str:
         raise no_mark(name, dtype, mixing)
     if np.isnan(mixing.missing) or dtype == "bool":
         return "float32"
-    bounds = np.iinfo(dtype)
-    if mixing.missing % 1 or not bounds.min <= mixing.missing <= bounds.max:
+    if not has_number(dtype, mixing.missing):
         raise no_mark(name, dtype, mixing)
     return dtype
 

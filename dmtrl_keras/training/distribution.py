@@ -221,7 +221,11 @@ def train(
     symbolic_build(model, first)
 
     def traced(step: Callable[[Any], Any]) -> Callable[[Any], None]:
-        return tf.function(lambda batch: strategy.run(step, args=(batch,)) and None)
+        @tf.function
+        def run_on_replicas(batch: Any) -> None:
+            strategy.run(step, args=(batch,))
+
+        return run_on_replicas
 
     def run(step: Callable[[Any], None], batches: Any) -> dict[str, float]:
         model.reset_metrics()

@@ -9,6 +9,7 @@ import numpy as np
 from keras import tree
 
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.training.class_weights import for_all_tasks
 from dmtrl_keras.training.data import arrays_of
 
 # Among the labels; no task may have such a name.
@@ -80,11 +81,8 @@ def one_set_each(
         x = {task: part[0] for task, part in parts.items()}
         if labelled:
             y = {task: part[1] for task, part in parts.items()}
-        if any(len(part) > 2 for part in parts.values()):
-            sample_weight = {
-                task: part[2] if len(part) > 2 else np.ones(_length(tree.flatten(part)[0]))
-                for task, part in parts.items()
-            }
+        weights = {task: part[2] for task, part in parts.items() if len(part) > 2}
+        sample_weight = for_all_tasks(y, weights) if weights else None
         split = True
     else:
         split = False

@@ -245,6 +245,12 @@ class Masked:
 # --- tensors --------------------------------------------------------------------------
 
 
+def has_number(kind: str, number: float) -> bool:
+    """Whether an integer type has a number, which would else become another one."""
+    size = np.iinfo(kind)
+    return not number % 1 and size.min <= number <= size.max
+
+
 def checked_labels(y_true: Any, missing: float, owner: str) -> Tensor:
     """Labels as a tensor, if they are real numbers that may have the mark.
 
@@ -263,8 +269,7 @@ def checked_labels(y_true: Any, missing: float, owner: str) -> Tensor:
         wanted = "real numbers"
     elif kind.startswith(("int", "uint")) and not math.isnan(missing):
         # The mark would have become another number, such as 255 for -1.
-        size = np.iinfo(kind)
-        if missing % 1 or not size.min <= missing <= size.max:
+        if not has_number(kind, missing):
             wanted = f"a type that has {missing:g}, which marks the missing ones"
     if wanted is not None:
         raise ValueError(f"{owner}: expected labels of {wanted}. Received: dtype={kind}.")

@@ -304,19 +304,18 @@ class MultiTaskModel(ModelOfReplicas):
 
     def _held(self) -> list[Held]:
         """What the optimizer is to leave alone."""
-        conditions: dict[str, Any] = {
-            task: functools.reduce(
-                lambda a, b: b if a is True else keras.ops.logical_and(a, b),
-                [
-                    keras.ops.equal(keras.ops.convert_to_tensor(w.variable), 0)
-                    for w in own
-                    if hasattr(w, "variable")
-                ],
-                True,
-            )
-            for task, own in self._at_rest().items()
-            if own
-        }
+        conditions: dict[str, Any] = {}
+        for task, own in self._at_rest().items():
+            moving = [
+                keras.ops.convert_to_tensor(weight.variable)
+                for weight in own
+                if hasattr(weight, "variable")
+            ]
+            if moving:
+                zeros = [keras.ops.equal(weight, 0) for weight in moving]
+                conditions[task] = functools.reduce(keras.ops.logical_and, zeros)
+            elif own:
+                conditions[task] = True
         conditions |= dict.fromkeys(self._frozen, True)
         return [
             Held(variable, entries, condition)
@@ -749,9 +748,7 @@ class MultiTaskModel(ModelOfReplicas):
                 inputs.
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs).arguments
-        for name in ("y", "sample_weight"):
-            if given.get(name) is not None:
-                given[name] = self._without_frames(name, given[name])
+        self._take_frames_apart(given)
         if "shuffle" not in given and not _is_shuffled_by_keras(given.get("x")):
             # Keras warns that it does not.
             given["shuffle"] = False
@@ -819,11 +816,16 @@ class MultiTaskModel(ModelOfReplicas):
             value = {task: value[task] for task in value.columns}
         return as_numpy(value)
 
+    def _take_frames_apart(self, given: dict[str, Any]) -> None:
+        """Labels and weights among arguments without data frames, in place."""
+        for name in ("y", "sample_weight"):
+            if given.get(name) is not None:
+                given[name] = self._without_frames(name, given[name])
+
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; labels may be a data frame, as in `fit`."""
-        return super().train_on_batch(
-            **self._of_batch(super().train_on_batch, args, kwargs)
-        )
+        method = super().train_on_batch
+        return method(**self._of_batch(method, args, kwargs))
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As in Keras; labels may be a data frame, as in `fit`."""
@@ -835,9 +837,7 @@ class MultiTaskModel(ModelOfReplicas):
     ) -> dict[str, Any]:
         """The arguments for one batch, with weights of all tasks or of none."""
         given = inspect.signature(method).bind(*args, **kwargs).arguments
-        for name in ("y", "sample_weight"):
-            if given.get(name) is not None:
-                given[name] = self._without_frames(name, given[name])
+        self._take_frames_apart(given)
         if given.get("sample_weight") is not None:
             given["sample_weight"] = for_all_tasks(given.get("y"), given["sample_weight"])
         return given

@@ -233,9 +233,7 @@ def _alone(
         return inputs, *others
 
     chosen = _chosen(tf, formed, mixing, steps, seed)
-    return tf.data.Dataset.zip(chosen, tf.data.Dataset.zip(fillers)).map(
-        lambda batch, filler: filled(batch, filler)
-    )
+    return tf.data.Dataset.zip(chosen, tf.data.Dataset.zip(fillers)).map(filled)
 
 
 def _drawn(tf: Any, parts: list[Dataset], mixing: Mixing, seed: int | None) -> Dataset:

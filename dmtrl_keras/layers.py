@@ -28,6 +28,11 @@ from dmtrl_keras.mtal.layers import (
 )
 from dmtrl_keras.tasks.column import TaskColumn
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.tasks.conv_transpose import (
+    TaskConv1DTranspose,
+    TaskConv2DTranspose,
+    TaskConv3DTranspose,
+)
 from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
@@ -40,7 +45,10 @@ from dmtrl_keras.tasks.layout import (
     TaskSplit,
     TaskStack,
 )
-from dmtrl_keras.tasks.normalization import TaskLayerNormalization
+from dmtrl_keras.tasks.normalization import (
+    TaskLayerNormalization,
+    TaskRMSNormalization,
+)
 from dmtrl_keras.tasks.task_layer import TaskLayer, task_layers
 from dmtrl_keras.trn.layer import TRL
 
@@ -67,8 +75,11 @@ __all__ = [
     "TaskColumn",
     "TaskConcatenate",
     "TaskConv1D",
+    "TaskConv1DTranspose",
     "TaskConv2D",
+    "TaskConv2DTranspose",
     "TaskConv3D",
+    "TaskConv3DTranspose",
     "TaskCopies",
     "TaskDense",
     "TaskDepthwiseConv1D",
@@ -77,6 +88,7 @@ __all__ = [
     "TaskGroup",
     "TaskLayer",
     "TaskLayerNormalization",
+    "TaskRMSNormalization",
     "TaskRepeat",
     "TaskSplit",
     "TaskStack",

@@ -217,12 +217,13 @@ def cases():
         owners = ["SimilarKernels"]
         found[f"layers.SimilarKernelConv{axes}D"] = built(shape, owners, **conv)
         found[f"layers.TaskConv{axes}D"] = built(shape, **conv)
+        found[f"layers.TaskConv{axes}DTranspose"] = built(shape, **conv)
         if axes < 3:
             depthwise = built(shape, kernel_size=2, tasks=2)
             found[f"layers.TaskDepthwiseConv{axes}D"] = depthwise
     for name in (
         *("TaskBatch", "TaskFlatten", "TaskGroup", "TaskRepeat", "TaskSplit"),
-        *("CrossStitch", "NDDR", "TaskLayerNormalization"),
+        *("CrossStitch", "NDDR", "TaskLayerNormalization", "TaskRMSNormalization"),
     ):
         found[f"layers.{name}"] = built((2, 4), tasks=2)
     found["parameterizations.LoRA"] = Case()

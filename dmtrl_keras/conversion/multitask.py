@@ -33,6 +33,7 @@ from dmtrl_keras.kernels.parameterization import Parameterization
 from dmtrl_keras.kernels.state import KernelRegularizer
 from dmtrl_keras.kernels.task_kernel import draw_stacked_kernel
 from dmtrl_keras.tasks.conv import TaskConv
+from dmtrl_keras.tasks.conv_transpose import TaskConvTranspose
 from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.forms import Features
 from dmtrl_keras.tasks.graph import (
@@ -631,7 +632,9 @@ class _Builder:
         self, part: rules.Part, operation: str, shared_input: bool, path: tuple[str, ...]
     ) -> TaskLayer:
         """The layer with T kernels that starts from one kernel."""
-        sharing = self._choose(operation, issubclass(part.cls, TaskConv))
+        sharing = self._choose(
+            operation, issubclass(part.cls, (TaskConv, TaskConvTranspose))
+        )
         for kind in self.reached.values():
             kind.add(operation)
         prior = self._prior_of(operation)

@@ -25,11 +25,19 @@ from dmtrl_keras.ground.keras_private import (
 from dmtrl_keras.ground.types import Shape, Tensor
 from dmtrl_keras.ground.validation import refusal
 from dmtrl_keras.tasks.conv import TaskConv1D, TaskConv2D, TaskConv3D
+from dmtrl_keras.tasks.conv_transpose import (
+    TaskConv1DTranspose,
+    TaskConv2DTranspose,
+    TaskConv3DTranspose,
+)
 from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.dense import TaskDense
 from dmtrl_keras.tasks.depthwise import TaskDepthwiseConv1D, TaskDepthwiseConv2D
 from dmtrl_keras.tasks.layout import TaskConcatenate, TaskFlatten
-from dmtrl_keras.tasks.normalization import TaskLayerNormalization
+from dmtrl_keras.tasks.normalization import (
+    TaskLayerNormalization,
+    TaskRMSNormalization,
+)
 from dmtrl_keras.tasks.task_layer import TaskLayer
 
 _RULES: dict[type, "Rule"] = {}
@@ -38,6 +46,12 @@ _RULES: dict[type, "Rule"] = {}
 _DEPTHWISE: dict[type[TaskLayer], type[TaskLayer]] = {
     TaskConv1D: TaskDepthwiseConv1D,
     TaskConv2D: TaskDepthwiseConv2D,
+}
+
+# Keras's normalizations, by those of each task's features.
+_NORMALIZATIONS: dict[type, Any] = {
+    TaskLayerNormalization: kl.LayerNormalization,
+    TaskRMSNormalization: kl.RMSNormalization,
 }
 
 # Activations that take every number for itself.
@@ -361,9 +375,7 @@ class _Channels(Rule):
             if np.ndim(value):
                 config[name] = _part(np.asarray(value), tasks, task).tolist()
         cls = type(layer)
-        if cls is TaskLayerNormalization:
-            cls = kl.LayerNormalization
-        return cls.from_config(config)
+        return _NORMALIZATIONS.get(cls, cls).from_config(config)
 
     def grouped_weights(self, layer: keras.layers.Layer, tasks: int) -> list[np.ndarray]:
         weights = layer.get_weights()
@@ -481,6 +493,19 @@ class _Convolution(Kernels):
         }
         entries["depth_multiplier"] = multiplier
         return [self._part(layer, depthwise, kernel, **entries)]
+
+
+class _Transposed(Kernels):
+    """Transposed convolutions, whose kernels Keras has with the outputs first."""
+
+    def problem(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> str | None:
+        if layer.kernel_constraint is not None:
+            return "a constraint, which counts the axes of Keras's kernel"
+        return super().problem(layer, shapes)
+
+    def parts(self, layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Part]:
+        kernel = keras.ops.swapaxes(layer.kernel, -1, -2)
+        return [self._part(layer, self.task_class, kernel)]
 
 
 class _Depthwise(Kernels):
@@ -655,11 +680,8 @@ def _register_keras() -> None:
     register_rule(kl.Reshape, rule=_Reshape())
     register_rule(kl.BatchNormalization, kl.PReLU, rule=_Channels())
     register_rule(kl.GroupNormalization, rule=_Channels(counts=("groups",)))
-    register_rule(
-        kl.LayerNormalization,
-        TaskLayerNormalization,
-        rule=_Channels(task_class=TaskLayerNormalization),
-    )
+    for ours, theirs in _NORMALIZATIONS.items():
+        register_rule(theirs, ours, rule=_Channels(task_class=ours))
     scale = {"scale": "scale", "offset": "offset"}
     register_rule(kl.Rescaling, rule=_Channels(values=scale, fixed=True))
     moments = {"mean": "input_mean", "variance": "input_variance"}
@@ -667,6 +689,9 @@ def _register_keras() -> None:
     register_rule(kl.Dense, rule=Kernels(TaskDense))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D, TaskConv3D)):
         register_rule(getattr(kl, f"Conv{n}D"), rule=_Convolution(cls))
+    transposed = (TaskConv1DTranspose, TaskConv2DTranspose, TaskConv3DTranspose)
+    for n, up in zip(numbers, transposed):
+        register_rule(getattr(kl, f"Conv{n}DTranspose"), rule=_Transposed(up))
     for n, kind in zip(numbers, (TaskDepthwiseConv1D, TaskDepthwiseConv2D)):
         register_rule(getattr(kl, f"DepthwiseConv{n}D"), rule=_Depthwise(kind))
     for n, cls in zip(numbers, (TaskConv1D, TaskConv2D)):

@@ -173,7 +173,7 @@ def _row(call: Call, users: set[str], tasks: int, added: int) -> LayerSummary:
             independent = 0
     else:
         batches = call.inputs[0].tasks if form == Form.BATCHED else 1
-        flops = _flops(layer, outputs) * batches
+        flops = _flops(layer, input_shape, outputs) * batches
         alone = len(users) == 1 and (tasks > 1 or form == Form.APART)
         sharing = _of_one(users) if alone else "hard" if users else "unused"
         # Each of the tasks that use it would have its own.
@@ -212,12 +212,21 @@ def _of_one_kernel(layer: TaskLayer) -> int:
     return kernel + (layer.bias.shape[0] if layer.use_bias else 0)
 
 
-def _flops(layer: keras.layers.Layer, output: Any) -> int:
+_UPWARDS = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+
+
+def _flops(layer: keras.layers.Layer, input_shape: Shape, output: Any) -> int:
     """Operations of an ordinary layer with kernels, for one example."""
     if not isinstance(rule_of(layer), Kernels):
         return 0
     data_format = getattr(layer, "data_format", "channels_last")
-    positions = positions_of(output.shape, data_format)
+    # A transposed convolution lays its window on the positions of its input.
+    upwards = isinstance(layer, _UPWARDS)
+    positions = positions_of(input_shape if upwards else output.shape, data_format)
     kernels = [w for w in layer.weights if len(w.shape) > 1]
     return 2 * positions * sum(math.prod(kernel.shape) for kernel in kernels)
 

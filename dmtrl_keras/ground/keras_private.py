@@ -16,6 +16,7 @@ import keras
 from keras import tree
 from keras.src.backend.common import global_state
 from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
+from keras.src.quantizers.utils import should_quantize_layer
 from keras.src.utils.naming import to_snake_case
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -131,6 +132,43 @@ def inception_resnet_layer() -> type:
     from keras.src.applications import inception_resnet_v2
 
     return inception_resnet_v2.CustomScaleLayer
+
+
+def is_plain(layer: keras.layers.Layer) -> bool:
+    """Whether a layer of Keras computes what its own kernels say, and nothing else.
+
+    Not so with penalties on what it or its parts return, with LoRA, or quantized.
+    """
+    return not any(
+        part.activity_regularizer is not None
+        or getattr(part, "lora_enabled", False)
+        or getattr(part, "quantization_mode", None) is not None
+        for part in (layer, *flatten_layers(layer))
+    )
+
+
+@contextlib.contextmanager
+def rebuilding(
+    layer: keras.layers.Layer, variables: Sequence[keras.Variable]
+) -> Iterator[None]:
+    """Within this scope a built layer may make its weights anew.
+
+    Args:
+        layer: the layer, whose `build` is to be called within.
+        variables: what it no longer has.
+    """
+    for variable in variables:
+        layer._untrack_variable(variable)
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        layer._tracker.lock()
+
+
+def is_to_be_quantized(layer: keras.layers.Layer, filters: Any) -> bool:
+    """Whether the `filters` of `keras.Model.quantize` let a layer through."""
+    return bool(should_quantize_layer(layer, filters))
 
 
 # Where Keras's attention layers have their products with kernels.

@@ -493,16 +493,6 @@ def no_h5(owner: str) -> ValueError:
     )
 
 
-def not_quantized(owner: str, mode: Any, layers: Sequence[str]) -> ValueError:
-    """The error on quantizing layers with T kernels."""
-    return ValueError(
-        f"{owner}: layers with a kernel for each task can't be quantized. "
-        "Quantize the networks of single tasks, single_task(model, task)"
-        ".quantize(...), or give `filters` for the other layers. "
-        f"Received: quantize({mode!r}) with the layers {list(layers)}."
-    )
-
-
 def check_endpoints(names: Sequence[str], owner: str) -> None:
     """Task names that the endpoints of a SavedModel can have.
 

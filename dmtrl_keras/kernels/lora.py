@@ -1,8 +1,8 @@
-"""One frozen kernel of all tasks, and a small difference for each that is trained."""
+"""Frozen kernels, and a small difference for each task that is trained."""
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -20,16 +20,21 @@ from dmtrl_keras.kernels.parameterization import (
 )
 
 _BASE = "base"
+# What the names of the factors of frozen kernels that differ begin with.
+_PREFIX = "base_"
 
 
 @register
 class LoRA(Parameterization):
-    """A frozen kernel of all tasks plus a difference of low rank for each.
+    """Frozen kernels plus a difference of low rank for each task.
 
     `W_t = W_0 + alpha / r A_t B_t` (Hu et al. 2022, section 4.1), `A_t` of shape
     `(*window, in, r)` and `B_t` of `(r, out)`; a kernel counts as the matrix whose columns
     are its output channels. With `together` the differences of all tasks are one tensor
     that is factorised: `W_t = W_0 + D_t`, `D` of LAF, Tucker or TT (DMTRL Eq. 2, 4, 8).
+
+    `W_0` is one kernel of all tasks. With `of`, as `enable_lora` of a layer makes it, each
+    task has its own frozen one, related as `of` says: `W_t = W_0t + alpha / r A_t B_t`.
 
     Of a trained kernel `W_0` is that kernel. The differences start at zero: `A_t` from a
     draw of He's uniform initializer and `B_t` at zero, of factors the tasks' at zero and
@@ -37,7 +42,8 @@ class LoRA(Parameterization):
     differences the nearest of rank r.
 
     Variables: `lora_a`, `(*window, in, r, T)`, and `lora_b`, `(r, out, T)`, or the factors
-    of `together`; and `base`, `(*window, in, out)`, which is not trained.
+    of `together`; and `base`, `(*window, in, out)`, or the factors of `of` with `base_`
+    before their names, which are not trained.
 
     Args:
         rank: r, an int, of smaller kernels the largest that is possible; or a float in
@@ -45,6 +51,8 @@ class LoRA(Parameterization):
         alpha: number, by which the product is scaled, `alpha / r`; None: r.
         together: factorisation of the differences of all tasks with ranks of its own, such
             as `Tucker(rank=0.1)` or `"laf"`; None: each task has its own product.
+        of: how the frozen kernels of the tasks are related, such as `"independent"` or
+            `Tucker(rank=0.3)`; None: they are one. Not with `together`.
 
     Raises:
         ValueError: on malformed arguments.
@@ -67,7 +75,6 @@ class LoRA(Parameterization):
     """
 
     name = "lora"
-    frozen_factors = (_BASE,)
     short_forms = ("rank",)
 
     def __init__(
@@ -75,8 +82,20 @@ class LoRA(Parameterization):
         rank: int | float | None = None,
         alpha: float | None = None,
         together: Sharing = None,
+        of: Sharing = None,
     ) -> None:
         owner = type(self).__name__
+        if of is not None:
+            of = parameterizations.get(of, owner)
+            changing = type(of).new_state is not Parameterization.new_state
+            if isinstance(of, LoRA) or changing:
+                what = "kernels that can be frozen, neither LoRA nor similar ones, or None"
+                raise refusal("of", of, owner, what)
+            if together is not None:
+                raise ValueError(
+                    f"{owner}: differences `together` are of one frozen kernel. "
+                    f"Received: together={together!r}, of={of!r}."
+                )
         if together is not None:
             together = parameterizations.get(together, owner)
             if not hasattr(together, "tolerance"):
@@ -101,15 +120,17 @@ class LoRA(Parameterization):
         self._rank: Any = rank
         self.alpha = alpha
         self.together = together
+        self.of = of
 
     # --- from kernels to factors ------------------------------------------------------
 
     def decompose(self, kernel: np.ndarray) -> dict[str, np.ndarray]:
         base = kernel.mean(axis=-1)
-        difference = kernel - base[..., None]
         tasks = kernel.shape[-1]
-        if not difference.any():
-            return self._start(base, tasks)
+        difference = kernel - base[..., None]
+        if self.of is not None or not difference.any():
+            frozen = {_BASE: base} if self.of is None else self.of.decompose(kernel)
+            return self.over(frozen, base.shape, tasks)
         if self.together is not None:
             return {**self.together.decompose(difference), _BASE: base}
         matrices = np.moveaxis(difference.reshape(-1, *kernel.shape[-2:]), -1, 0)
@@ -121,23 +142,49 @@ class LoRA(Parameterization):
         return {"lora_a": a, "lora_b": np.moveaxis(b, 0, -1), _BASE: base}
 
     def replicate(self, kernel: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
-        return self._start(kernel, tasks)
+        frozen = {_BASE: kernel} if self.of is None else self.of.replicate(kernel, tasks)
+        return self.over(frozen, kernel.shape, tasks)
 
-    def _start(self, base: np.ndarray, tasks: int) -> dict[str, np.ndarray]:
-        """Factors of T kernels that are equal."""
-        draw = keras.initializers.HeUniform()
+    def over(
+        self,
+        frozen: Mapping[str, np.ndarray],
+        shape: tuple[int, ...],
+        tasks: int,
+        a_initializer: Callable[..., Any] | None = None,
+        b_initializer: Callable[..., Any] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The factors of frozen kernels and of differences that start at zero.
+
+        Args:
+            frozen: dict of arrays, `base` or the factors of `of`.
+            shape: tuple, the shape of one task's kernel.
+            tasks: int, T.
+            a_initializer: Keras initializer of `A_t`; None: He's uniform one.
+            b_initializer: of `B_t`; None: zeros.
+        """
+        if self.of is not None:
+            frozen = {f"{_PREFIX}{name}": value for name, value in frozen.items()}
+        draw = a_initializer or keras.initializers.HeUniform()
         if self.together is not None:
-            stacked = np.stack([_array(draw(base.shape)) for _ in range(tasks)], axis=-1)
+            stacked = np.stack([_array(draw(shape)) for _ in range(tasks)], axis=-1)
             factors = self.together.decompose(stacked)
             found = self.together.task_factor(list(factors))
             assert found is not None
             factors[found[0]] = np.zeros_like(factors[found[0]])
-            return {**factors, _BASE: base}
-        outputs = base.shape[-1]
-        rank = self._of((math.prod(base.shape[:-1]), outputs))
-        shape = (*base.shape[:-1], rank)
-        a = np.stack([_array(draw(shape)) for _ in range(tasks)], axis=-1)
-        return {"lora_a": a, "lora_b": np.zeros((rank, outputs, tasks)), _BASE: base}
+            return {**factors, **frozen}
+        other = b_initializer or keras.initializers.Zeros()
+        outputs = shape[-1]
+        rank = self._of((math.prod(shape[:-1]), outputs))
+        starts = [draw((*shape[:-1], rank)) for _ in range(tasks)]
+        others = [other((rank, outputs)) for _ in range(tasks)]
+        return {
+            "lora_a": np.stack([_array(one) for one in starts], axis=-1),
+            "lora_b": np.stack([_array(one) for one in others], axis=-1),
+            **frozen,
+        }
+
+    def is_frozen(self, name: str) -> bool:
+        return name == _BASE or name.startswith(_PREFIX)
 
     def _of(self, shape: tuple[int, ...]) -> int:
         """The rank of a matrix's difference."""
@@ -153,23 +200,28 @@ class LoRA(Parameterization):
     # --- from factors to kernels ------------------------------------------------------
 
     def compose(self, factors: Factors, tasks: int) -> Tensor:
-        base = factors[_BASE]
         if self.together is not None:
-            return self.together.compose(self._inner(factors), tasks) + base
+            return self.together.compose(self._inner(factors), tasks) + factors[_BASE]
+        if self.of is None:
+            base = factors[_BASE]
+        else:
+            base = self.of.compose(self._frozen(factors), tasks)
         a, b = factors["lora_a"], factors["lora_b"]
-        rank = a.shape[-2]
+        *window, inputs, rank, _ = a.shape
         a = ops.transpose(ops.reshape(a, (-1, rank, tasks)), (2, 0, 1))
         product = ops.matmul(a, ops.transpose(b, (2, 0, 1)))
         if self.alpha is not None:
             product = product * self._scale(rank)
-        return ops.reshape(product, (tasks, *base.shape)) + base
+        return ops.reshape(product, (tasks, *window, inputs, b.shape[1])) + base
 
     def compose_flops(self, shapes: FactorShapes) -> int:
-        size = math.prod(shapes[_BASE])
         if self.together is not None:
+            size = math.prod(shapes[_BASE])
             return size + self.together.compose_flops(self._inner(shapes))
-        *_, rank, tasks = shapes["lora_a"]
-        return tasks * size * (2 * rank + 1)
+        *rest, rank, tasks = shapes["lora_a"]
+        size = math.prod(rest) * shapes["lora_b"][1]
+        base = 0 if self.of is None else self.of.compose_flops(self._frozen(shapes))
+        return base + tasks * size * (2 * rank + 1)
 
     def task_matrix(self, factors: Factors, tasks: int) -> Tensor:
         if self.together is not None:
@@ -179,7 +231,7 @@ class LoRA(Parameterization):
     def task_factor(self, names: Sequence[str]) -> tuple[str, int] | None:
         if self.together is None:
             return None
-        return self.together.task_factor([name for name in names if name != _BASE])
+        return self.together.task_factor([n for n in names if not self.is_frozen(n)])
 
     def own_entries(
         self, shapes: FactorShapes, tasks: int, task: int
@@ -188,27 +240,39 @@ class LoRA(Parameterization):
             return self.together.own_entries(self._inner(shapes), tasks, task)
         return dict.fromkeys(("lora_a", "lora_b"), one_of(tasks, task))
 
+    def _inner(self, factors: Any) -> Any:
+        return {name: v for name, v in factors.items() if not self.is_frozen(name)}
+
     @staticmethod
-    def _inner(factors: Any) -> Any:
-        return {name: value for name, value in factors.items() if name != _BASE}
+    def _frozen(factors: Any) -> Any:
+        """The factors of `of` by their own names."""
+        return {
+            name.removeprefix(_PREFIX): value
+            for name, value in factors.items()
+            if name.startswith(_PREFIX)
+        }
 
     # --- ranks ------------------------------------------------------------------------
 
     def rank(self, shapes: FactorShapes) -> tuple[int, ...] | None:
         if self.together is not None:
             return self.together.rank(self._inner(shapes))
-        return (shapes["lora_b"][0],)
+        frozen = None if self.of is None else self.of.rank(self._frozen(shapes))
+        return (shapes["lora_b"][0], *(frozen or ()))
 
     def with_rank(self, rank: tuple[int, ...]) -> Self:
         if self.together is not None:
             return type(self)(together=self.together.with_rank(rank))
-        return type(self)(rank=rank[0], alpha=self.alpha)
+        own, *frozen = rank
+        of = self.of.with_rank(tuple(frozen)) if frozen and self.of else self.of
+        return type(self)(rank=own, alpha=self.alpha, of=of)
 
     def get_config(self) -> dict[str, Any]:
-        together = self.together
-        if together is not None:
-            together = keras.saving.serialize_keras_object(together)
-        return {"rank": self._rank, "alpha": self.alpha, "together": together}
+        ways = {"together": self.together, "of": self.of}
+        for name, sharing in ways.items():
+            if sharing is not None:
+                ways[name] = keras.saving.serialize_keras_object(sharing)
+        return {"rank": self._rank, "alpha": self.alpha, **ways}
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -104,8 +104,6 @@ class Parameterization:
     starts_apart = False
     # Whether the variable `kernel` is compared in training, which takes finite numbers.
     compares_kernels = False
-    # Names of factors that are not trained.
-    frozen_factors: tuple[str, ...] = ()
     # Which arguments of `multitask` are this one's, where it is given by name.
     short_forms: tuple[str, ...] = ()
 
@@ -145,6 +143,10 @@ class Parameterization:
     def factor_regularizers(self) -> Mapping[str, Callable[..., Any]]:
         """Penalties on single factors, a dict by name; most have none."""
         return {}
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a factor, by its name, is not trained."""
+        return False
 
     def with_names(self, names: Sequence[str]) -> Self:
         """The same parameterization for tasks of given names, where it speaks of tasks."""

@@ -56,11 +56,13 @@ class Geometry(typing.NamedTuple):
         batch: int.
         positions_in: int, product of the spatial dimensions before the convolution.
         positions_out: int, the same after it.
+        positions_of_window: int, on how many the window is laid; None: `positions_out`.
     """
 
     batch: int
     positions_in: int
     positions_out: int
+    positions_of_window: int | None = None
 
 
 def plan_flops(
@@ -84,18 +86,19 @@ def plan_flops(
         An int.
     """
     groups = 1 if shared_input else tasks
-    batch, positions, positions_out = geometry
+    batch, positions, after, of_window = geometry
     total = 0
     for stage in plan:
-        taps = 1
+        taps, here = 1, positions
         if stage.spatial:
-            positions, taps = positions_out, window
+            here, taps = after if of_window is None else of_window, window
+            positions = after
         if stage.kind == "stacked":
             groups = tasks
         if stage.kind == "mix":
             groups, taps = tasks, 1
         work = groups * taps * stage.inputs * stage.outputs
-        total += stage.flops + 2 * batch * positions * work
+        total += stage.flops + 2 * batch * here * work
     return total
 
 

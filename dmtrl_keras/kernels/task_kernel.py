@@ -6,7 +6,7 @@ what learns beside them is here. A layer may have several such children.
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,9 +14,10 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.ground.backend import assert_true, eager_scope, full_precision
-from dmtrl_keras.ground.keras_private import flatten_layers
-from dmtrl_keras.ground.types import Factors, FactorShapes, Tensor
-from dmtrl_keras.ground.validation import from_keras, not_quantized
+from dmtrl_keras.ground.keras_private import flatten_layers, rebuilding
+from dmtrl_keras.ground.types import Factors, FactorShapes, Initializer, Tensor
+from dmtrl_keras.ground.validation import from_keras, is_int, refusal
+from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
 from dmtrl_keras.kernels.state import (
@@ -115,8 +116,12 @@ class TaskKernel(keras.layers.Layer):
         self.common_draw = common_draw
         self.selection = None
         self.prior: KernelState | None = None
+        self.quantization: str | None = None
+        self._factors: dict[str, keras.Variable] = {}
+        self._scales: dict[str, keras.Variable] = {}
         self._start: Mapping[str, np.ndarray] | None = None
         self._alone: tuple[Stage, ...] | None = None
+        self._geometry: Geometry | None = None
         # A variable is projected after each update; factors can't be, so that their
         # composition is projected wherever it is used.
         self._projects_composed = constraint is not None and not sharing.is_stacked_kernel
@@ -163,27 +168,35 @@ class TaskKernel(keras.layers.Layer):
         constraint = self.constraint if direct else None
         if self.sharing.projects_updates:
             constraint = _Projection(self)
-        self._factors = {}
+        self._factors, self._scales = {}, {}
+        quantized = self._quantized(values)
         for name, value in values.items():
+            if name in quantized:
+                self._add_quantized(name, value)
+                continue
             self._factors[name] = self.add_weight(
                 name=name,
                 shape=value.shape,
                 initializer=_constant(value),
-                trainable=name not in self.sharing.frozen_factors,
+                trainable=not self.sharing.is_frozen(name),
                 regularizer=_both(own.get(name), regularizer),
                 constraint=constraint,
             )
             regularizer = None
-        if self.prior is not None:
+        if self.prior is not None and not self.prior.built:
             # It may keep what the kernel starts from.
             self.prior.build()
         self.rank = self.sharing.rank(self._shapes())
-        dtype = full_precision(self.variable_dtype)
-        self.selection = self.sharing.new_state(
-            lambda: dict(self._factors), values, self.tasks, dtype
-        )
-        if self.selection is not None:
-            self.selection.build()
+        if self.selection is None:
+            dtype = full_precision(self.variable_dtype)
+            self.selection = self.sharing.new_state(
+                lambda: self._tensors() if self._scales else dict(self._factors),
+                values,
+                self.tasks,
+                dtype,
+            )
+            if self.selection is not None:
+                self.selection.build()
         for state in (self.selection, self.prior):
             # Keras asks those layers alone that have no children.
             for layer in [] if state is None else flatten_layers(state):
@@ -214,14 +227,139 @@ class TaskKernel(keras.layers.Layer):
         """The regularizer as a function of the stacked kernel, or None."""
         if not isinstance(self.regularizer, StatefulRegularizer):
             return self.regularizer
-        self.prior = self.regularizer.new_state(
-            lambda: self.value(),
-            self.shape,
-            mode_names(len(self.shape), task_axis=True),
-            self.owner,
-            full_precision(self.variable_dtype),
-        )
+        if self.prior is None:
+            self.prior = self.regularizer.new_state(
+                lambda: self.value(),
+                self.shape,
+                mode_names(len(self.shape), task_axis=True),
+                self.owner,
+                full_precision(self.variable_dtype),
+            )
         return StatePenalty(self.prior)
+
+    # --- changing what is built ----------------------------------------------
+
+    def _rebuild(self, values: Mapping[str, np.ndarray]) -> None:
+        """Make the variables anew, of other factors, or quantized."""
+        self._start = values
+        self._projects_composed = (
+            self.constraint is not None and not self.sharing.is_stacked_kernel
+        )
+        with rebuilding(self, [*self._factors.values(), *self._scales.values()]):
+            self.build(self.shape[:-1])
+        self._alone = None
+        if self._geometry is not None:
+            self.plan_for(self._geometry)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {name: ops.convert_to_numpy(v) for name, v in self._tensors().items()}
+
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: Initializer = "he_uniform",
+        b_initializer: Initializer = "zeros",
+    ) -> None:
+        """Freeze the kernels, and train a difference of low rank for each.
+
+        Args:
+            rank: positive int, r.
+            lora_alpha: number, by which the product is scaled, `lora_alpha / r`; None: r.
+            a_initializer: Keras initializer of `lora_a`.
+            b_initializer: of `lora_b`.
+
+        Raises:
+            ValueError: with a constraint, if it was done already, of similar kernels.
+        """
+        if self.constraint is not None:
+            raise ValueError(
+                f"{self.owner}: LoRA is not possible with a kernel constraint. "
+                f"Received: {self.constraint!r}."
+            )
+        if not is_int(rank, 1):
+            raise refusal("rank", rank, self.owner, "a positive int")
+        make: Any = parameterizations.get("lora", self.owner)
+        if isinstance(self.sharing, type(make)):
+            raise ValueError(
+                f"{self.owner}: LoRA is enabled already. "
+                f"Received: sharing={self.sharing!r}."
+            )
+        if self.selection is not None:
+            raise ValueError(
+                f"{self.owner}: LoRA needs kernels that can be frozen. Received: sharing="
+                f"{self.sharing!r}, with which they change as long as they are similar."
+            )
+        starts = [
+            from_keras(self.owner, keras.initializers.get, identifier=one)
+            for one in (a_initializer, b_initializer)
+        ]
+        sharing = from_keras(
+            self.owner, type(make), rank=rank, alpha=lora_alpha, of=self.sharing
+        )
+        frozen = self._arrays()
+        self.sharing = sharing
+        self._rebuild(sharing.over(frozen, self.shape[:-1], self.tasks, *starts))
+
+    def quantize(
+        self, mode: Any = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Store the factors as 8-bit integers, which are no longer trained.
+
+        Each column of a matrix, and of the others each pair of entries of the last two
+        axes, has a scale, 127 by its largest absolute value. Where some factors are frozen
+        (LoRA) only these are quantized.
+
+        Args:
+            mode: `"int8"`.
+            type_check: bool; means nothing here.
+            config: None, or `keras.quantizers.Int8QuantizationConfig` without quantizers of
+                its own for weights. Activations are not quantized.
+
+        Raises:
+            ValueError: on another mode, or a quantizer for weights.
+        """
+        if mode is None:
+            mode = getattr(config, "mode", None)
+        if mode != "int8" or getattr(config, "weight_quantizer", None) is not None:
+            raise ValueError(
+                f"{self.owner}: kernels of several tasks can be quantized to 'int8', with "
+                f"one scale for each output. Received: mode={mode!r}, config={config!r}. "
+                "Other ways are for networks of single tasks, "
+                "single_task(model, task).quantize(...)."
+            )
+        if self.quantization is not None:
+            return
+        values = self._arrays()
+        self.quantization = mode
+        self._rebuild(values)
+
+    def _quantized(self, names: Iterable[str]) -> set[str]:
+        """The names of the factors that are quantized."""
+        if self.quantization is None:
+            return set()
+        frozen = {name for name in names if self.sharing.is_frozen(name)}
+        return frozen or set(names)
+
+    def _add_quantized(self, name: str, value: np.ndarray) -> None:
+        axis = tuple(range(max(1, value.ndim - 2)))
+        floats = value.astype(full_precision(self.variable_dtype))
+        found = keras.quantizers.abs_max_quantize(floats, axis=axis, to_numpy=True)
+        integers, scale = (ops.convert_to_numpy(one) for one in found)
+        self._factors[name] = self.add_weight(
+            name=name,
+            shape=integers.shape,
+            initializer=_constant(integers),
+            dtype="int8",
+            autocast=False,
+            trainable=False,
+        )
+        self._scales[name] = self.add_weight(
+            name=f"{name}_scale",
+            shape=scale.shape,
+            initializer=_constant(scale),
+            trainable=False,
+        )
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(v.shape) for name, v in self._factors.items()}
@@ -267,7 +405,7 @@ class TaskKernel(keras.layers.Layer):
             plans = []
         if implementation != "contract":
             plans = [*plans, (composition,)]
-        geometry = self._geometry
+        geometry: Any = self._geometry
 
         def flops(plan: Sequence[Stage]) -> int:
             return self._flops(plan, tasks, shared_input, geometry)
@@ -317,9 +455,21 @@ class TaskKernel(keras.layers.Layer):
         """The variables that the kernel is made of, by factor name."""
         return dict(self._factors)
 
+    @property
+    def scales(self) -> dict[str, keras.Variable]:
+        """The scales of the factors that are quantized, by factor name."""
+        return dict(self._scales)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
+        for name, variable in self._scales.items():
+            scale = ops.convert_to_tensor(variable)
+            tensors[name] = ops.cast(tensors[name], scale.dtype) / scale
+        return tensors
+
     def tensors(self, training: bool | None = False) -> dict[str, Tensor]:
         """The factors and the parameterization's state, as `compose` takes them."""
-        tensors = {name: ops.convert_to_tensor(v) for name, v in self._factors.items()}
+        tensors = self._tensors()
         if self.selection is None:
             return tensors
         return tensors | self.selection.tensors(training)
@@ -339,7 +489,7 @@ class TaskKernel(keras.layers.Layer):
         factors compose to.
         """
         if self.sharing.is_stacked_kernel:
-            return self._factors["kernel"]
+            return self._tensors()["kernel"] if self._scales else self._factors["kernel"]
         return ops.moveaxis(self.composed(self.tensors(), self.tasks), 0, -1)
 
     def value_alone(self, column: Tensor | None) -> Tensor:
@@ -384,7 +534,7 @@ class TaskKernel(keras.layers.Layer):
         Of frozen kernels they stay as they are, as the statistics of Keras's frozen batch
         normalization do.
         """
-        training = bool(training) and self.trainable
+        training = bool(training) and self.trainable and self.quantization is None
         if training and self.sharing.compares_kernels and self.tasks > 1:
             # Nothing is similar to NaN: the tasks would part without a word.
             assert_true(
@@ -433,14 +583,6 @@ class TaskKernel(keras.layers.Layer):
             shared_input=alone or self.shared_input,
             convolve=convolve,
         )
-
-    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
-        """Refused; `keras.Model.quantize` asks every layer.
-
-        Raises:
-            ValueError: always.
-        """
-        raise not_quantized(self.owner, mode, [self.owner])
 
     # --- serialization ----------------------------------------------------------
 

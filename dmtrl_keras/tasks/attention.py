@@ -12,7 +12,7 @@ from keras import ops
 from dmtrl_keras.ground.copying import copy_of
 from dmtrl_keras.ground.keras_private import (
     ATTENTION_PROJECTIONS,
-    flatten_layers,
+    is_plain,
     share_dropout,
 )
 from dmtrl_keras.ground.types import Tensor
@@ -21,7 +21,7 @@ from dmtrl_keras.ground.types import Tensor
 SMALL = 16384
 
 
-class _Projection:
+class Projection:
     """What stands for the `EinsumDense` of one task in the layer of all.
 
     Args:
@@ -31,32 +31,37 @@ class _Projection:
 
     def __init__(self, dense: Any, tasks: int) -> None:
         self._tasks = tasks
-        self._activation = dense.activation
+        self._dense = dense
         self._one = dense.equation
         inputs, rest = dense.equation.split(",")
         kernel, outputs = rest.split("->")
         # A letter that the equation lacks stands for the tasks.
         task = next(c for c in string.ascii_letters if c not in dense.equation)
         self._all = f"{task}{inputs},{task}{kernel}->{task}{outputs}"
-        self.kernel: Sequence[Tensor] = ()
-        self.bias: Sequence[Tensor] | None = None
+        self._kernel: Any = None
+        self._bias: Any = None
+
+    def take(self, values: Mapping[int, Tensor]) -> None:
+        """Take the kernels and biases for the next call, see `AttentionOfAll`."""
+        dense = self._dense
+        self._kernel = values[id(dense.kernel)]
+        self._bias = None if dense.bias is None else values[id(dense.bias)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """`(T * batch, ...)`, by each task's own kernel."""
-        if math.prod(self.kernel[0].shape) <= SMALL:
+        kernel, bias = self._kernel, self._bias
+        if math.prod(kernel.shape[1:]) <= SMALL:
             apart = ops.reshape(x, (self._tasks, -1, *x.shape[1:]))
-            y = ops.einsum(self._all, apart, ops.stack(self.kernel))
+            y = ops.einsum(self._all, apart, kernel)
         else:
-            parts = ops.split(x, self._tasks, axis=0)
-            y = ops.stack(
-                [ops.einsum(self._one, own, k) for own, k in zip(parts, self.kernel)]
-            )
-        if self.bias is not None:
-            bias = ops.stack(self.bias)
+            parts = zip(ops.split(x, self._tasks, axis=0), ops.unstack(kernel, axis=0))
+            y = ops.stack([ops.einsum(self._one, own, k) for own, k in parts])
+        if bias is not None:
             between = [1] * (len(y.shape) - len(bias.shape))
             y = y + ops.reshape(bias, (self._tasks, *between, *bias.shape[1:]))
-        y = ops.reshape(y, (-1, *y.shape[2:]))
-        return y if self._activation is None else self._activation(y)
+        y = ops.reshape(y, (-1, *tuple(ops.shape(y))[2:]))
+        activation = self._dense.activation
+        return y if activation is None else activation(y)
 
 
 class AttentionOfAll:
@@ -85,34 +90,31 @@ class AttentionOfAll:
             dense = getattr(layer, name, None)
             if dense is None:
                 continue
-            projection = _Projection(dense, tasks)
+            projection = Projection(dense, tasks)
             setattr(self._layer, name, projection)
-            self._projections.append((projection, dense))
+            self._projections.append(projection)
 
     @staticmethod
     def fits(layer: keras.layers.Layer) -> bool:
-        """Whether a layer is one of Keras's own, whose parts are known.
-
-        Penalties on what the projections return are not.
-        """
-        known = type(layer) in (kl.MultiHeadAttention, kl.GroupQueryAttention)
-        parts = (layer, *flatten_layers(layer))
-        return known and all(part.activity_regularizer is None for part in parts)
+        """Whether a layer is one of Keras's own, whose parts are known."""
+        return type(layer) in (kl.MultiHeadAttention, kl.GroupQueryAttention) and is_plain(
+            layer
+        )
 
     def __call__(
         self,
-        values: Mapping[int, Sequence[Tensor]],
+        values: Mapping[int, Tensor],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
         """The outputs of all tasks, `(T * batch, ...)`.
 
         Args:
-            values: dict from the id of a variable of the layer to a list of T tensors.
+            values: dict from the id of a variable of the layer to the tensor of all tasks,
+                `(T, ...)`.
             args: arguments of the call, with the examples of all tasks.
             kwargs: likewise.
         """
-        for projection, dense in self._projections:
-            projection.kernel = values[id(dense.kernel)]
-            projection.bias = None if dense.bias is None else values[id(dense.bias)]
+        for projection in self._projections:
+            projection.take(values)
         return self._layer(*args, **kwargs)

@@ -18,7 +18,7 @@ from dmtrl_keras.ground.keras_private import (
     saving_as_h5,
     seed_generators,
 )
-from dmtrl_keras.ground.types import Tasks, Tensor
+from dmtrl_keras.ground.types import Initializer, Tasks, Tensor
 from dmtrl_keras.ground.validation import (
     check_bool,
     check_tasks,
@@ -42,12 +42,19 @@ from dmtrl_keras.kernels.parameterization import (
 from dmtrl_keras.kernels.task_kernel import TaskKernel
 from dmtrl_keras.tasks.attention import AttentionOfAll
 from dmtrl_keras.tasks.layout import TaskBatch, is_shape
+from dmtrl_keras.tasks.one_input import (
+    EinsumDenseOfAll,
+    EmbeddingOfAll,
+    OneInputOfAll,
+)
 from dmtrl_keras.tasks.recurrent import RecurrentOfAll
 
 _INPUT = "input"
 
 # What runs all copies of some layers together.
 _AT_ONCE = (AttentionOfAll, RecurrentOfAll)
+# Those of layers of one input.
+_OF_ONE_INPUT = (EmbeddingOfAll, EinsumDenseOfAll)
 
 # Names of weights that are no kernels, however many axes they have.
 _NO_KERNELS = ("bias", "beta", "gamma", "scale", "alpha")
@@ -70,7 +77,7 @@ class _Held:
         self.kernels: list[keras.Variable] = []
         self.others: list[keras.Variable] = []
         self.seeds: list[keras.Variable] = []
-        self.of_all: AttentionOfAll | RecurrentOfAll | None = None
+        self.of_all: AttentionOfAll | RecurrentOfAll | OneInputOfAll | None = None
 
     def sort(self) -> None:
         """Sort the variables of the layer, which is built."""
@@ -205,6 +212,7 @@ class TaskCopies(CheckedLayer):
         self.kernels: list[TaskKernel] = []
         self.factorizations: list[Factorization] = []
         self._has_reports = False
+        self._quantization: str | None = None
         self._first: list[Any] | None = None
         self._others: list[keras.Variable] = []
 
@@ -282,6 +290,7 @@ class TaskCopies(CheckedLayer):
                 dtype=self.dtype_policy,
                 name=label.replace("/", "_"),
             )
+            kernel.quantization = self._quantization
             kernel.start_from(factors)
             kernel.build(tuple(variable.shape))
             self.kernels.append(kernel)
@@ -297,6 +306,9 @@ class TaskCopies(CheckedLayer):
                 self._held.of_all = kind(
                     held, self.tasks, lambda layer: self._build_by_call(layer, specs)
                 )
+        for one in _OF_ONE_INPUT if len(inputs) == 1 else ():
+            if one.fits(held, self._shared[0]):
+                self._held.of_all = one(held, self.tasks)
         self._start, self._factors, self._draws = None, None, []
         self.built = True
 
@@ -388,6 +400,7 @@ class TaskCopies(CheckedLayer):
         """
         ways = keras.saving.serialize_keras_object(list(sharing))
         config = {**self.get_config(), "sharing": ways}
+        config.pop("quantization", None)
         copies = type(self).from_config(config)
         copies._factors = list(factors)
         copies.factorizations = list(reports)
@@ -511,17 +524,16 @@ class TaskCopies(CheckedLayer):
         """
         for kernel in self.kernels:
             kernel(training=training)
-        values = [
-            ops.unstack(kernel.composed(kernel.tensors(training), self.tasks), axis=0)
-            for kernel in self.kernels
+        stacked = [
+            kernel.composed(kernel.tensors(training), self.tasks) for kernel in self.kernels
         ]
-        values += [ops.unstack(ops.convert_to_tensor(v), axis=-1) for v in self._others]
+        stacked += [ops.moveaxis(ops.convert_to_tensor(v), -1, 0) for v in self._others]
         if self.layer.trainable != self.trainable:
             # As that of batch normalization, what it does may depend on it.
             self.layer.trainable = self.trainable
-        of_all = self._held.of_all
-        if of_all is not None:
-            return self._at_once(of_all, tree.flatten(inputs), values)
+        if self._held.of_all is not None:
+            return self._at_once(tree.flatten(inputs), stacked)
+        values = [ops.unstack(tensor, axis=0) for tensor in stacked]
         parts = [
             _parts(x, self.tasks, shared)
             for x, shared in zip(tree.flatten(inputs), self._shared)
@@ -541,21 +553,19 @@ class TaskCopies(CheckedLayer):
             self.add_loss(loss)
         return tree.map_structure(_together, *outputs)
 
-    def _at_once(
-        self,
-        of_all: AttentionOfAll | RecurrentOfAll,
-        inputs: Sequence[Tensor],
-        values: Sequence[Sequence[Tensor]],
-    ) -> Any:
+    def _at_once(self, inputs: Sequence[Tensor], stacked: Sequence[Tensor]) -> Any:
         """What the copies return, by a layer that runs all of them together."""
+        variables = [*self._held.kernels, *self._held.others]
+        values = {id(v): tensor for v, tensor in zip(variables, stacked)}
+        of_all: Any = self._held.of_all
+        if isinstance(of_all, OneInputOfAll):
+            return of_all(values, inputs[0], self._shared[0])
         inputs = [
             _together(*[x] * self.tasks) if shared else x
             for x, shared in zip(inputs, self._shared)
         ]
         args, kwargs = self.given(inputs)
-        variables = [*self._held.kernels, *self._held.others]
-        by_id = {id(v): own for v, own in zip(variables, values)}
-        return of_all(by_id, args, kwargs)
+        return of_all(values, args, kwargs)
 
     def _variable(self, number: int) -> keras.Variable:
         """The variable of all tasks in the place of one that a call has changed."""
@@ -611,14 +621,38 @@ class TaskCopies(CheckedLayer):
             lambda m: None if m is None else batch._mask([m] * self.tasks), mask
         )
 
-    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
-        """Refused by the kernels; `keras.Model.quantize` asks every layer.
+    # --- LoRA and quantization --------------------------------------------------
 
-        Raises:
-            ValueError: always.
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: Initializer = "he_uniform",
+        b_initializer: Initializer = "zeros",
+    ) -> None:
+        """Freeze the kernels, and train a difference of low rank for each task.
+
+        Arguments and errors are those of `TaskDense.enable_lora`.
+        """
+        self._check_built("enable_lora")
+        for kernel in self.kernels:
+            kernel.enable_lora(rank, lora_alpha, a_initializer, b_initializer)
+        self._sharing = [kernel.sharing for kernel in self.kernels]
+
+    def quantize(
+        self, mode: Any = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Store the kernels, or their factors, as 8-bit integers.
+
+        Arguments and errors are those of `TaskDense.quantize`.
         """
         for kernel in self.kernels:
-            kernel.quantize(mode, **kwargs)
+            kernel.quantize(mode, config=config)
+
+    @property
+    def quantization(self) -> str | None:
+        """`"int8"` of quantized kernels, else None."""
+        return self.kernels[0].quantization if self.kernels else self._quantization
 
     # --- serialization ----------------------------------------------------------
 
@@ -641,6 +675,8 @@ class TaskCopies(CheckedLayer):
         config["kernel_regularizer"] = keras.regularizers.serialize(self.kernel_regularizer)
         config["common_draw"] = self._common_draw_argument
         config["arguments"] = keras.saving.serialize_keras_object(self.arguments)
+        if self.quantization is not None:
+            config["quantization"] = self.quantization
         config["factorizations"] = [one.get_config() for one in self.factorizations]
         return config
 
@@ -648,12 +684,14 @@ class TaskCopies(CheckedLayer):
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         reports = config.pop("factorizations", [])
+        quantization = config.pop("quantization", None)
         for name in ("layer", "sharing", "arguments"):
             if isinstance(config[name], (dict, list)):
                 config[name] = keras.saving.deserialize_keras_object(config[name])
         copies = super().from_config(config)
         copies.factorizations = [Factorization.from_config(one) for one in reports]
         copies._has_reports = True
+        copies._quantization = quantization
         return copies
 
 

@@ -14,23 +14,23 @@ from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.tasks.attention import SMALL
 
 
-def _product(x: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+def _product(x: Tensor, kernels: Tensor) -> Tensor:
     """`(T * rows, in)` by each task's own matrix, to `(T * rows, out)`."""
-    tasks = len(kernels)
-    if math.prod(kernels[0].shape) <= SMALL:
+    tasks = kernels.shape[0]
+    if math.prod(kernels.shape[1:]) <= SMALL:
         apart = ops.reshape(x, (tasks, -1, x.shape[-1]))
-        y = ops.matmul(apart, ops.stack(kernels))
+        y = ops.matmul(apart, kernels)
         return ops.reshape(y, (-1, y.shape[-1]))
-    parts = ops.split(x, tasks, axis=0)
-    return ops.concatenate([ops.matmul(own, k) for own, k in zip(parts, kernels)])
+    parts = zip(ops.split(x, tasks, axis=0), ops.unstack(kernels, axis=0))
+    return ops.concatenate([ops.matmul(own, k) for own, k in parts])
 
 
-def _plus(x: Tensor, biases: Sequence[Tensor] | None) -> Tensor:
+def _plus(x: Tensor, biases: Tensor | None) -> Tensor:
     """`(T * rows, out)` plus each task's own bias."""
     if biases is None:
         return x
-    apart = ops.reshape(x, (len(biases), -1, x.shape[-1]))
-    return ops.reshape(apart + ops.expand_dims(ops.stack(biases), 1), (-1, x.shape[-1]))
+    apart = ops.reshape(x, (biases.shape[0], -1, x.shape[-1]))
+    return ops.reshape(apart + ops.expand_dims(biases, 1), (-1, x.shape[-1]))
 
 
 class _Cell:
@@ -49,23 +49,23 @@ class _Cell:
         self.state_size = cell.state_size
         self.output_size = cell.output_size
         self.compute_dtype = cell.compute_dtype
-        self._recurrent: Sequence[Tensor] = ()
-        self._bias: Sequence[Tensor] | None = None
+        self._recurrent: Any = None
+        self._bias: Tensor | None = None
 
-    def prepare(self, x: Tensor, values: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    def prepare(self, x: Tensor, values: Mapping[int, Tensor]) -> Tensor:
         """What is computed of the inputs before the loop.
 
         Args:
             x: tensor `(T * batch, time, in)`.
-            values: dict from the id of a variable of the cell to a list of T tensors.
+            values: dict from the id of a variable of the cell to the tensor of all tasks.
         """
         cell = self._cell
         self._recurrent = values[id(cell.recurrent_kernel)]
         bias = None if cell.bias is None else values[id(cell.bias)]
         self._bias = None
-        if bias is not None and len(bias[0].shape) == 2:
+        if bias is not None and len(bias.shape) == 3:
             # Of a GRU that resets after the product: one for the inputs, one for the state.
-            bias, self._bias = [b[0] for b in bias], [b[1] for b in bias]
+            bias, self._bias = bias[:, 0], bias[:, 1]
         shape = ops.shape(x)
         flat = ops.reshape(x, (-1, x.shape[-1]))
         y = _plus(_product(flat, values[id(cell.kernel)]), bias)
@@ -95,9 +95,8 @@ class _Cell:
             inner = _plus(_product(before, self._recurrent), self._bias)
             of_update, of_reset, of_new = ops.split(inner, 3, axis=-1)
         else:
-            gates, last = zip(
-                *((k[:, : -self.units], k[:, -self.units :]) for k in self._recurrent)
-            )
+            gates = self._recurrent[..., : -self.units]
+            last = self._recurrent[..., -self.units :]
             of_update, of_reset = ops.split(_product(before, gates), 2, axis=-1)
         update = cell.recurrent_activation(update + of_update)
         reset = cell.recurrent_activation(reset + of_reset)
@@ -143,7 +142,7 @@ class RecurrentOfAll:
                 object.__setattr__(self._both, name, way)
             return
         self._cell = _Cell(layer.cell)
-        self._values: Mapping[int, Sequence[Tensor]] = {}
+        self._values: Mapping[int, Tensor] = {}
         self._loop = kl.RNN(
             self._cell,
             return_sequences=layer.return_sequences,
@@ -171,7 +170,7 @@ class RecurrentOfAll:
         penalty = layer.activity_regularizer or layer.cell.activity_regularizer
         return not (dropout or penalty or layer.stateful)
 
-    def _give(self, values: Mapping[int, Sequence[Tensor]]) -> None:
+    def _give(self, values: Mapping[int, Tensor]) -> None:
         if self._both is None:
             self._values = values
         else:
@@ -188,8 +187,9 @@ class RecurrentOfAll:
         """The outputs of all tasks, `(T * batch, ...)`.
 
         Args:
-            values: dict from the id of a variable of the layer to a list of T tensors. (As
-                a part of `Bidirectional`, which has given them already: the inputs.)
+            values: dict from the id of a variable of the layer to the tensor of all tasks,
+                `(T, ...)`. (As a part of `Bidirectional`, which has given them already: the
+                inputs.)
             args: arguments of the call, with the examples of all tasks.
             kwargs: likewise.
             **given: those that `Bidirectional` gives.

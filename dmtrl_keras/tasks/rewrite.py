@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import keras
 import numpy as np
 
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.kernels import parameterization as parameterizations
 from dmtrl_keras.kernels.factorization import described
 from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.tasks.task_layer import TaskLayer
@@ -49,7 +51,22 @@ class NamedSharing(_Mixin):
             _NAMED.setdefault((general, cls._parameterization), cls)
 
     def _sharing_config(self) -> dict[str, Any]:
-        return self.stacked.fixed_sharing.get_config()
+        sharing = self.stacked.fixed_sharing
+        frozen = getattr(sharing, "of", None)
+        if frozen is None:
+            return sharing.get_config()
+        # LoRA was enabled.
+        lora = keras.saving.serialize_keras_object(sharing)
+        return {**frozen.get_config(), "lora": lora}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        config = dict(config)
+        lora = config.pop("lora", None)
+        layer = super().from_config(config)
+        if lora is not None:
+            layer.stacked.sharing = parameterizations.get(lora, cls.__name__)
+        return layer
 
 
 def named_classes() -> dict[tuple[type, type], type[TaskLayer]]:
@@ -91,9 +108,9 @@ def with_sharing(layer: TaskLayer, sharing: Parameterization) -> TaskLayer:
     if isinstance(layer, NamedSharing):
         assert layer._general is not None
         cls = layer._general
-        for name in layer.sharing.get_config():
+        for name in layer._sharing_config():
             del config[name]
-    for name in ("sharing", "factorization"):
+    for name in ("sharing", "factorization", "quantization"):
         config.pop(name, None)
     return make_layer(cls, config, sharing)
 

@@ -10,7 +10,7 @@ from keras import ops
 
 from dmtrl_keras.ground.called import CheckedLayer
 from dmtrl_keras.ground.keras_private import flatten_layers, saving_as_h5
-from dmtrl_keras.ground.types import Factors, Shape, Tensor
+from dmtrl_keras.ground.types import Factors, Initializer, Shape, Tensor
 from dmtrl_keras.ground.validation import (
     channel_axis,
     channels_per_task,
@@ -210,6 +210,80 @@ class TaskLayer(CheckedLayer):
         else:
             output_shape = self.compute_output_shape(input_shape)
         return self.stacked.flops(self._geometry(input_shape, output_shape), alone)
+
+    # --- LoRA and quantization --------------------------------------------------
+
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: Initializer = "he_uniform",
+        b_initializer: Initializer = "zeros",
+    ) -> None:
+        """Freeze the kernels, and train a difference of low rank for each task.
+
+        As of `keras.layers.Dense`, of T kernels at once and of convolutions, too: each
+        task's kernel becomes `W_t + alpha / r A_t B_t` (Hu et al. 2022, section 4.1), the
+        parameterization `LoRA(rank, alpha, of=...)` of what it was. Biases are trained on.
+        As Keras's model, one that was compiled must be compiled anew.
+
+        Args:
+            rank: positive int, r; of smaller kernels the largest that is possible.
+            lora_alpha: number; None: r.
+            a_initializer: Keras initializer of `A_t`, `(*window, in, r)`.
+            b_initializer: of `B_t`, `(r, out)`.
+
+        Raises:
+            AttributeError: if the layer isn't built.
+            ValueError: on malformed arguments, with a kernel constraint, if it was enabled
+                before, of similar kernels.
+
+        Example:
+
+        >>> from dmtrl_keras.layers import TaskDense
+        >>> layer = TaskDense(32, tasks=3)
+        >>> layer.build((None, 96))
+        >>> layer.enable_lora(2)
+        >>> [tuple(w.shape) for w in layer.trainable_weights]
+        [(32, 2, 3), (2, 32, 3), (32, 3)]
+        """
+        self._check_built("enable_lora")
+        self.stacked.enable_lora(rank, lora_alpha, a_initializer, b_initializer)
+
+    def quantize(
+        self, mode: Any = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Store the kernels, or the factors that they are made of, as 8-bit integers.
+
+        Each output of each task has a scale, as of Keras's quantized `Dense`, whose kernel
+        is the same; a matrix of factors has one for each column. They take a quarter of
+        the memory, and are no longer trained; the differences of `LoRA` are, which stay
+        what they are. Activations are not quantized.
+
+        Args:
+            mode: `"int8"`.
+            type_check: bool; means nothing here.
+            config: None, or `keras.quantizers.Int8QuantizationConfig` without a quantizer
+                for weights, in the place of `mode`.
+
+        Raises:
+            ValueError: on another mode, or if the layer isn't built.
+
+        Example:
+
+        >>> from dmtrl_keras.layers import TaskDense
+        >>> layer = TaskDense(32, tasks=3)
+        >>> layer.build((None, 96))
+        >>> layer.quantize("int8")
+        >>> layer.factors["kernel"].dtype, layer.kernel.dtype.name
+        ('int8', 'float32')
+        """
+        self.stacked.quantize(mode, config=config)
+
+    @property
+    def quantization(self) -> str | None:
+        """`"int8"` of quantized kernels, else None."""
+        return self.stacked.quantization
 
     # --- what the kernels are ---------------------------------------------------
 
@@ -431,7 +505,8 @@ class TaskLayer(CheckedLayer):
         if not self.stacked.built:
             return []
         bias: list[keras.Variable] = [] if self.bias is None else [self.bias]
-        return [*self.stacked.factors.values(), *bias]
+        stacked = self.stacked
+        return [*stacked.factors.values(), *bias, *stacked.scales.values()]
 
     def save_own_variables(self, store: Any) -> None:
         for number, variable in enumerate(self._own_variables()):
@@ -473,6 +548,8 @@ class TaskLayer(CheckedLayer):
         config["shared_input"] = self.shared_input
         config["common_draw"] = self._common_draw_argument
         config.update(self._sharing_config())
+        if self.quantization is not None:
+            config["quantization"] = self.quantization
         if self.factorization is not None:
             config["factorization"] = self.factorization.get_config()
         return config
@@ -481,7 +558,9 @@ class TaskLayer(CheckedLayer):
     def from_config(cls, config: dict[str, Any]) -> Self:
         config = dict(config)
         factorization = config.pop("factorization", None)
+        quantization = config.pop("quantization", None)
         layer = super().from_config(config)
+        layer.stacked.quantization = quantization
         if factorization is not None:
             layer.factorization = Factorization.from_config(factorization)
         return layer

@@ -30,6 +30,7 @@ from dmtrl_keras.ground.keras_private import (
     functional_constructor,
     has_losses,
     in_sharing_scope,
+    is_to_be_quantized,
     logs_as_list,
     loss_tracker,
     losses_by_output,
@@ -44,10 +45,11 @@ from dmtrl_keras.ground.validation import (
     check_task_names,
     name_of,
     no_h5,
-    not_quantized,
     refusal,
     shown,
 )
+from dmtrl_keras.tasks.copies import TaskCopies
+from dmtrl_keras.tasks.task_layer import TaskLayer
 from dmtrl_keras.training.batches import MARK, TaskBatches, as_numpy, is_frame
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.class_weights import (
@@ -466,15 +468,19 @@ class MultiTaskModel(ModelOfReplicas):
     def quantize(
         self, mode: Any = None, config: Any = None, filters: Any = None, **kwargs: Any
     ) -> None:
-        """Quantize the layers of Keras; arguments as in `keras.Model.quantize`.
+        """Quantize the layers; arguments as in `keras.Model.quantize`.
+
+        Layers with T kernels can be quantized to `"int8"`, see
+        `dmtrl_keras.layers.TaskDense.quantize`.
 
         Raises:
-            ValueError: if the model has layers with T kernels, which can't be quantized,
-                and no `filters` say which layers are meant.
+            ValueError: on other modes, if there are such layers that `filters` let through.
         """
-        layers = [x.name for x in flatten_layers(self) if hasattr(x, "task_kernel")]
-        if layers and filters is None:
-            raise not_quantized(name_of(self), mode, layers)
+        for layer in flatten_layers(self):
+            if isinstance(layer, (TaskLayer, TaskCopies)) and is_to_be_quantized(
+                layer, filters
+            ):
+                layer.quantize(mode, config=config)
         given = {"mode": mode, "config": config, "filters": filters}
         # Keras before 3.15 doesn't know all of them.
         kwargs |= {name: value for name, value in given.items() if value is not None}

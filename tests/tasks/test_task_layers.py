@@ -9,8 +9,11 @@ from dmtrl_keras import layers, parameterizations
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.layers import (
     TaskConv1D,
+    TaskConv1DTranspose,
     TaskConv2D,
+    TaskConv2DTranspose,
     TaskConv3D,
+    TaskConv3DTranspose,
     TaskDense,
     TaskDepthwiseConv1D,
     TaskDepthwiseConv2D,
@@ -58,13 +61,46 @@ CASES = {
         (7, 6, 4),
     ),
     "depthwise1d": (TaskDepthwiseConv1D, {"kernel_size": 3, "strides": 2}, (7, 4)),
+    "upwards": (
+        TaskConv2DTranspose,
+        {"filters": 5, "kernel_size": 3, "strides": 2, "padding": "same"},
+        (4, 3, 4),
+    ),
+    "upwards-padded": (
+        TaskConv2DTranspose,
+        {
+            "filters": 3,
+            "kernel_size": (3, 2),
+            "strides": (3, 2),
+            "output_padding": (2, 0),
+            "activation": "relu",
+        },
+        (4, 3, 4),
+    ),
+    "upwards1d": (
+        TaskConv1DTranspose,
+        {"filters": 40, "kernel_size": 3, "dilation_rate": 2, "use_bias": False},
+        (5, 4),
+    ),
+    "upwards3d": (
+        TaskConv3DTranspose,
+        {"filters": 2, "kernel_size": 2, "strides": 2},
+        (2, 3, 2, 2),
+    ),
     "conv2d-pointwise-strided": (
         TaskConv2D,
         {"filters": 5, "kernel_size": 1, "strides": 2, "activation": "relu"},
         (7, 6, 4),
     ),
 }
-GRADIENT_CASES = ("dense", "dense-3d", "conv1d-causal", "conv2d-strided", "conv2d-groups")
+GRADIENT_CASES = (
+    "dense",
+    "dense-3d",
+    "conv1d-causal",
+    "conv2d-strided",
+    "conv2d-groups",
+    "upwards",
+)
 
 
 def sharing_of(name, **choice):
@@ -142,6 +178,9 @@ def test_gradients_equal_separate_layers(case, shared, rng):
         loss = tf.add_n([tf.reduce_sum(t(x) ** 3) for t, x in zip(twins, tensors)])
     variables = [[t.kernel.value, t.bias.value] for t in twins]
     theirs, inputs = tape.gradient(loss, [variables, tensors])
+    if case == "upwards":
+        # Keras has the outputs first.
+        kernel = np.swapaxes(kernel, 2, 3)
     for t in range(T):
         np.testing.assert_allclose(kernel[..., t], theirs[t][0], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(bias[:, t], theirs[t][1], rtol=1e-3, atol=1e-3)

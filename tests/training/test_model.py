@@ -402,7 +402,7 @@ def test_h5_files(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method:UserWarning")
 def test_quantize(data):
-    """Keras's layers are; with layers of T kernels nothing is, not the heads alone."""
+    """Keras's layers, and those of T kernels; or nothing, where one of these can't be."""
     x, _ = data
     model = network()
     expected = model(x)
@@ -413,15 +413,19 @@ def test_quantize(data):
     features = TaskDense(3, 2, shared_input=True, name="fc")(inputs)
     features = TaskSplit(["a", "b"])(features)
     model = MultiTaskModel(inputs, {t: kl.Dense(2)(f) for t, f in features.items()})
-    with pytest.raises(ValueError, match=r"can't be quantized.*single_task.*\['fc'\]"):
-        model.quantize("int8")
+    with pytest.raises(ValueError, match=r"'fc'.*to 'int8'.*mode='int4'.*single_task"):
+        model.quantize("int4")
     assert all(layer.dtype_policy.name == "float32" for layer in model.layers)
+    expected = model(x)["a"]
     alone = single_task(model, "a")
     alone.quantize("int8")
-    np.testing.assert_allclose(alone(x), model(x)["a"], atol=0.05)
+    np.testing.assert_allclose(alone(x), expected, atol=0.05)
     model.quantize("int8", filters="dense")
-    np.testing.assert_allclose(alone(x), model(x)["a"], atol=0.1)
     assert {layer.dtype_policy.quantization_mode for layer in dense_of(model)} == {"int8"}
+    assert model.get_layer("fc").quantization is None
+    model.quantize("int8", filters="fc")
+    assert model.get_layer("fc").quantization == "int8"
+    np.testing.assert_allclose(model(x)["a"], expected, atol=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*InputLayer does not have a `quantize`:UserWarning")
@@ -436,9 +440,16 @@ def test_plain_models_around_task_layers(tmp_path):
         model = keras.Model(inputs, layer(inputs))
         with pytest.raises(ValueError, match=r"^TaskDense 'fc': .*`.keras` file"):
             model.save(tmp_path / "model.h5")
-        with pytest.raises(ValueError, match=r"^TaskDense 'fc'.*can't be quantized"):
-            model.quantize("int8")
+        with pytest.raises(ValueError, match=r"^TaskDense 'fc'.*mode='float8'"):
+            model.quantize("float8")
         model.save(tmp_path / "model.keras")
+        model.quantize("int8")
+        assert layer.quantization == "int8"
+        x = np.ones((2, 4), "float32")
+        expected = model.predict(x, verbose=0)
+        model.save(tmp_path / "model.keras")
+        again = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(again.predict(x, verbose=0), expected)
 
 
 def test_possible_names_differ():

@@ -337,7 +337,7 @@ def losses_by_output(
     sample_weight: Any,
     present: Mapping[str, Any],
     idle: Collection[str] = (),
-) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
+) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, Any, Any]]]:
     """The loss of each output, and its weight, before they are added.
 
     What Keras's own sum of the compiled losses does, step by step: the logs get the
@@ -355,8 +355,8 @@ def losses_by_output(
 
     Returns:
         `(losses, weights, counted)`: dicts by output, of scalars, and of numbers; an
-        output with several losses has their weighted sum, with weight 1. And pairs of the
-        weighted value and the count of each loss that counts its labels.
+        output with several losses has their weighted sum, with weight 1. And of each loss
+        that counts its labels the output's name, the weighted value and the count.
     """
     compiled = model._compile_loss
     if not compiled.built:
@@ -373,7 +373,7 @@ def losses_by_output(
         counts = getattr(loss, "counts_labels", False)
         if name not in y:
             if counts:
-                counted.append((keras.ops.zeros(()), keras.ops.zeros(())))
+                counted.append((name, keras.ops.zeros(()), keras.ops.zeros(())))
             continue
         own = sample_weight
         if isinstance(sample_weight, Mapping):
@@ -393,13 +393,13 @@ def losses_by_output(
             metric.update_state(unscaled_loss(value), sample_weight=size)
         if name in idle:
             if counts:
-                counted.append((keras.ops.zeros(()), keras.ops.zeros(())))
+                counted.append((name, keras.ops.zeros(()), keras.ops.zeros(())))
             continue
         weight = 1.0 if weight is None else weight
         if not isinstance(weight, float):
             weight = keras.ops.cast(weight.variable, compiled.dtype)
         if counts:
-            counted.append((value * weight, size))
+            counted.append((name, value * weight, size))
         if several[name] > 1:
             value, weight = value * weight, 1.0
         values[name] = values[name] + value if name in values else value
@@ -467,6 +467,11 @@ def aggregated_loss(model: keras.Model, loss: Any) -> Any:
 
 
 # --- optimizers -------------------------------------------------------------------
+
+
+def update_loss_tracker(model: keras.Model, loss: Any, size: Any) -> None:
+    """Log the total loss of a step, as Keras does."""
+    model._loss_tracker.update_state(unscaled_loss(loss), sample_weight=size)
 
 
 def step_methods(

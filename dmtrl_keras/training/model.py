@@ -13,6 +13,8 @@ import keras
 import numpy as np
 from keras import tree
 
+from dmtrl_keras.balancing import weighting as balancings
+from dmtrl_keras.balancing.weighting import Balancing
 from dmtrl_keras.ground.backend import (
     check_replicas,
     replicas_in_sync,
@@ -50,6 +52,7 @@ from dmtrl_keras.ground.validation import (
 )
 from dmtrl_keras.tasks.copies import TaskCopies
 from dmtrl_keras.tasks.task_layer import TaskLayer
+from dmtrl_keras.training.balanced import BalancingState, GradientSteps, vector
 from dmtrl_keras.training.batches import MARK, TaskBatches, as_numpy, is_frame
 from dmtrl_keras.training.checks import UNMASKED, check_shapes, warn_of_unmasked
 from dmtrl_keras.training.class_weights import (
@@ -124,6 +127,7 @@ class MultiTaskModel(ModelOfReplicas):
     _moving_weights: Sequence[MovingWeights] = ()
     _terms: Sequence[LossTerm] = ()
     _network: "_Untracked | None" = None
+    _evaluating: bool = False
     # Whether an evaluation goes on with what it measured.
     _going_on: bool = False
     # Whether `fit` or `evaluate` runs, not a single batch.
@@ -131,6 +135,10 @@ class MultiTaskModel(ModelOfReplicas):
     _losses_given: tuple[tuple[str, Any], ...] = ()
     _frozen: frozenset[str] = frozenset()
     _own: "_Untracked | None" = None
+    _balancing: Sequence[BalancingState] = ()
+    _balanced_steps: "GradientSteps | None" = None
+    # Within a step of training that balances by gradients: the losses, and the rest.
+    _parts: "_Untracked | None" = None
 
     @functional_constructor
     def __init__(
@@ -362,6 +370,7 @@ class MultiTaskModel(ModelOfReplicas):
         loss_weights: Mapping[str, Weight] | None = None,
         metrics: Any = None,
         weighted_metrics: Any = None,
+        balancing: Any = None,
         **kwargs: Any,
     ) -> None:
         """Configure the model for training; arguments as in `keras.Model.compile`.
@@ -375,19 +384,27 @@ class MultiTaskModel(ModelOfReplicas):
                 the model; it is not trained.
             metrics: a dict by task name; or a list of names or functions for all tasks.
             weighted_metrics: likewise.
+            balancing: how the losses, weighted by `loss_weights`, are balanced against each
+                other in training: the name of a method such as `"upgrad"`, or a
+                `dmtrl_keras.balancing.Balancing`; None: not at all. Those that look at
+                gradients need TensorFlow, and weight those of what tasks share; what is a
+                task's alone follows its own loss. The mean weights of an epoch are logged
+                as `<task>_weight`. Losses in evaluation are not balanced.
             **kwargs: the others, as in Keras.
 
         Raises:
             ValueError: on unknown tasks, on weights of tasks without a loss, on weights
                 that are no numbers, on lists of one entry per task; on what Keras can't do
                 with several replicas: `jit_compile=True`, `steps_per_execution` above 1; on
-                regularizers with `proximal=True` without a `ProximalOptimizer`.
+                regularizers with `proximal=True` without a `ProximalOptimizer`; on a
+                balancing that is none, or not possible in this network or on this backend.
 
         Warns:
             UserWarning: on metrics of Keras beside a `MaskedLoss`, which take missing
                 labels for labels.
         """
         self._check_replicas(kwargs)
+        method = balancings.get(balancing, name_of(self))
         check_proximal(optimizer, self.trainable_variables, name_of(self))
         given, (loss, by_task) = loss, self._given_losses(loss)
         weights = {}
@@ -420,10 +437,59 @@ class MultiTaskModel(ModelOfReplicas):
         object.__setattr__(self, "_loss_weights", _Untracked(all_weights))
         object.__setattr__(self, "_moving_weights", moving_weights(weights))
         self._hold_optimizer()
+        self._set_balancing(method)
         losses = tree.flatten([own for _, own in self._losses_given])
         counted = sum(getattr(one, "counts_labels", False) for one in losses)
         if counted:
             set_loss_tracker(self, TotalLoss(counted))
+
+    def _set_balancing(self, method: Balancing | None) -> None:
+        """Make the state of a balancing of the tasks with a loss."""
+        states: list[BalancingState] = []
+        object.__setattr__(self, "_balanced_steps", None)
+        if method is not None:
+            names = tuple(t for t in self.task_names if t in self._tasks_with_loss)
+            if not names:
+                raise ValueError(
+                    f"{name_of(self)}: there is no loss to be balanced; give `compile` a "
+                    f"`loss`. Received: balancing={method!r}."
+                )
+            method.check(names, name_of(self))
+            size = 0
+            if method.looks_at_gradients:
+                steps = GradientSteps(self, method)
+                object.__setattr__(self, "_balanced_steps", steps)
+                size = steps.size if method.needs_gradients else 0
+            states = [BalancingState(method, names, size)]
+        object.__setattr__(self, "_balancing", states)
+
+    @property
+    def balancing(self) -> Balancing | None:
+        """How the losses are balanced in training, or None."""
+        return self._balancing[0].balancing if self._balancing else None
+
+    @property
+    def gradient_cosines(self) -> np.ndarray | None:
+        """The mean cosines between the tasks' gradients since the epoch began, `(T, T)`.
+
+        In the order of the tasks with a loss; None where no balancing looks at gradients.
+        """
+        if not self._balancing or not self._balancing[0].balancing.looks_at_gradients:
+            return None
+        return self._balancing[0].mean_cosines()
+
+    def get_compile_config(self) -> Any:
+        """As in Keras, with the balancing."""
+        config = super().get_compile_config()
+        if config and self.balancing is not None:
+            config["balancing"] = keras.saving.serialize_keras_object(self.balancing)
+        return config
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; with gradients that are balanced, if `compile` says so."""
+        if self._balanced_steps is None:
+            return super().train_step(*args, **kwargs)
+        return self._balanced_steps(self, *args, **kwargs)
 
     def _check_replicas(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what fails in Keras 3.15 under `tf.distribute`, with errors of its own."""
@@ -602,8 +668,8 @@ class MultiTaskModel(ModelOfReplicas):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """As in Keras, with the state of loss weights that are variables."""
-        return [*super().metrics, *self._moving_weights]
+        """As in Keras, with the state of moving loss weights, and of a balancing."""
+        return [*super().metrics, *self._moving_weights, *self._balancing]
 
     def task_losses(
         self, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
@@ -632,7 +698,7 @@ class MultiTaskModel(ModelOfReplicas):
         y_pred: Mapping[str, Tensor],
         sample_weight: Any,
         idle: Collection[str] = (),
-    ) -> tuple[dict[str, Tensor], dict[str, float], list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, float], list[tuple[str, Tensor, Tensor]]]:
         """As `task_losses`, and the weighted losses of counted labels with the counts."""
         if not has_losses(self):
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
@@ -696,18 +762,60 @@ class MultiTaskModel(ModelOfReplicas):
             y_pred, features = tree.map_structure(
                 lambda x: check_replicas(x, name_of(self)), (y_pred, features)
             )
-        parts = []
+        for state in self._balancing:
+            state.is_training(training)
+        found: dict[str, Tensor] = {}
         if has_losses(self) and y is not None:
             idle = self._frozen if training else ()
             losses, weights, counted = self._losses_by_task(y, y_pred, sample_weight, idle)
+            found = {task: losses[task] * weights[task] for task in losses}
+            factors = self._balanced(found) if training else {}
+            found = {task: loss * factors.get(task, 1) for task, loss in found.items()}
             if counted:
-                loss_tracker(self).set_counted(counted)
-            parts += [losses[task] * weights[task] for task in losses]
-        parts += [aggregated_loss(self, loss) for loss in self.losses]
-        parts += self._values_of_terms(y, y_pred, sample_weight, features)
-        if not parts:
+                loss_tracker(self).set_counted(
+                    [(value * factors.get(task, 1), n) for task, value, n in counted]
+                )
+        rest = [aggregated_loss(self, loss) for loss in self.losses]
+        rest += self._values_of_terms(y, y_pred, sample_weight, features)
+        if not found and not rest:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
-        return functools.reduce(keras.ops.add, parts)
+        if self._parts is not None:
+            self._parts.value = found, rest
+        return functools.reduce(keras.ops.add, [*found.values(), *rest])
+
+    @contextlib.contextmanager
+    def parts_of_loss(self) -> Iterator["_Untracked"]:
+        """Within it `compute_loss` leaves the losses by task, and the rest of its sum.
+
+        Not for direct use.
+        """
+        parts = _Untracked(None)
+        object.__setattr__(self, "_parts", parts)
+        try:
+            yield parts
+        finally:
+            object.__setattr__(self, "_parts", None)
+
+    def _balanced(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By task the weight that a balancing by losses alone gives to a loss."""
+        if not self._balancing:
+            return {}
+        (state,) = self._balancing
+        if state.balancing.looks_at_gradients:
+            if self._parts is None:
+                raise ValueError(
+                    f"{name_of(self)}: {state.balancing!r} balances gradients, which "
+                    "`fit`, `train_on_batch` and `train_step` do. Received: a call of "
+                    "`compute_loss` in training by itself."
+                )
+            return {}
+        weights = state.weigh(*vector(state.names, losses)).weights
+        parts = keras.ops.unstack(weights, len(state.names))
+        return {
+            task: keras.ops.cast(weight, losses[task].dtype)
+            for task, weight in zip(state.names, parts)
+            if task in losses
+        }
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Mapping[str, Tensor], sample_weight: Any = None
@@ -943,7 +1051,7 @@ class MultiTaskModel(ModelOfReplicas):
             self._check_tasks("sample_weight", sample_weight)
             sample_weight = for_all_tasks(y, sample_weight)
             self._build_losses(x, y)
-            with self._through_data_set():
+            with self._through_data_set(), self._through_evaluation():
                 return super().evaluate(
                     x=x,
                     y=y,
@@ -960,10 +1068,20 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{name_of(self)}: with data for each task expected steps=None. "
                 f"Received: steps={steps}."
             )
-        logs = self._evaluate_pieces(
-            pieces, batch_size=batch_size, verbose=verbose, callbacks=callbacks
-        )
+        with self._through_evaluation():
+            logs = self._evaluate_pieces(
+                pieces, batch_size=batch_size, verbose=verbose, callbacks=callbacks
+            )
         return logs if return_dict else logs_as_list(self, logs)
+
+    @contextlib.contextmanager
+    def _through_evaluation(self) -> Iterator[None]:
+        """A context in which no epoch of training begins."""
+        before, self._evaluating = self._evaluating, True
+        try:
+            yield
+        finally:
+            self._evaluating = before
 
     def _evaluate_pieces(self, pieces: list[Piece], **kwargs: Any) -> dict[str, Any]:
         """What `evaluate` returns as a dict, of one data set for each task."""
@@ -1025,6 +1143,9 @@ class MultiTaskModel(ModelOfReplicas):
         """As in Keras; not within an evaluation of one data set for each task."""
         if not self._going_on:
             super().reset_metrics()
+        if not self._evaluating:
+            for state in self._balancing:
+                state.next_epoch()
 
     def _features_of(self, y_pred: Mapping[str, Tensor]) -> list[Any]:
         """What the terms asked for, of the batch that gave these outputs."""

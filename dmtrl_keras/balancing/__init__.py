@@ -1,0 +1,62 @@
+"""Balancing the losses of several tasks, `model.compile(..., balancing="upgrad")`."""
+
+from dmtrl_keras.balancing import maths
+from dmtrl_keras.balancing.by_gradients import (
+    MGDA,
+    IMTLG,
+    AlignedMTL,
+    CAGrad,
+    ExcessMTL,
+    GradientBalancing,
+    GradNorm,
+    GradVac,
+    MoCo,
+    NashMTL,
+    PCGrad,
+    UPGrad,
+)
+from dmtrl_keras.balancing.by_losses import (
+    DWA,
+    FAMO,
+    GLS,
+    IMTLL,
+    RLW,
+    STCH,
+    Equal,
+    LogLoss,
+    Scheduled,
+    Uncertainty,
+)
+from dmtrl_keras.balancing.weighting import Balanced, Balancing, Seen, get, names, register
+
+__all__ = [
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLG",
+    "IMTLL",
+    "MGDA",
+    "RLW",
+    "STCH",
+    "AlignedMTL",
+    "Balanced",
+    "Balancing",
+    "CAGrad",
+    "Equal",
+    "ExcessMTL",
+    "GradNorm",
+    "GradVac",
+    "GradientBalancing",
+    "LogLoss",
+    "MoCo",
+    "NashMTL",
+    "PCGrad",
+    "Scheduled",
+    "Seen",
+    "UPGrad",
+    "Uncertainty",
+    "get",
+    "maths",
+    "names",
+    "register",
+]

@@ -182,8 +182,8 @@ def replicas_in_sync() -> int:
     return tensorflow().distribute.get_strategy().num_replicas_in_sync
 
 
-def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of a tensor over all replicas, where there are several."""
+def all_reduce_sum(x: Any) -> Any:
+    """The sum of a tensor over all replicas, where there are several; or of a list."""
     return _all_reduce(x, "SUM")
 
 
@@ -192,7 +192,7 @@ def mean_over_replicas(x: Tensor) -> Tensor:
     return _all_reduce(x, "MEAN")
 
 
-def _all_reduce(x: Tensor, how: str) -> Tensor:
+def _all_reduce(x: Any, how: str) -> Any:
     if replicas_in_sync() == 1:
         return x
     distribute = tensorflow().distribute

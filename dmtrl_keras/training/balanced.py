@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -291,7 +292,8 @@ def balanced_gradients(
     # A batch is spread over the replicas: features of different examples, but the same
     # weights, whose gradients are those of all.
     if features is None:
-        rows = [all_reduce_sum(one) for one in rows]
+        # All at once: many collectives, each waiting for a thread, may wait for each other.
+        rows = all_reduce_sum(rows)
     gram = sum((ops.matmul(one, ops.transpose(one)) for one in rows), 0.0)
     if features is not None:
         gram = all_reduce_sum(gram)
@@ -353,6 +355,9 @@ class GradientSteps:
                 "with every backend."
             )
         self.features_of = last_in_common(model) if method.at == "features" else None
+        self._lock = threading.Lock()
+        self._found: dict[int, list[Tensor]] = {}
+        self._before: Any = {}
         self.size = sum(math.prod(v.shape) for v in shared_weights(model))
         if not self.size:
             raise ValueError(
@@ -399,20 +404,33 @@ class GradientSteps:
         if self.features_of is None:
             yield found
             return
-        before = model.called_otherwise
-        earlier = before.get(id(self.features_of), lambda _, call: call)
-
-        def seen(operation: Any, call: Any) -> Any:
-            own = earlier(operation, call)
-
-            def called(*args: Any, **kwargs: Any) -> Tensor:
-                found[:] = [own(*args, **kwargs)]
-                return found[0]
-
-            return called
-
-        model.called_otherwise = {**before, id(self.features_of): seen}
+        # Replicas are threads, which wait for each other within a step.
+        thread, key = threading.get_ident(), id(self.features_of)
+        with self._lock:
+            if not self._found:
+                self._before = model.called_otherwise
+                earlier = self._before.get(key, lambda _, call: call)
+                model.called_otherwise = {**self._before, key: self._showing(earlier)}
+            self._found[thread] = found
         try:
             yield found
         finally:
-            model.called_otherwise = before
+            with self._lock:
+                del self._found[thread]
+                if not self._found:
+                    model.called_otherwise = self._before
+
+    def _showing(self, earlier: Any) -> Any:
+        def otherwise(operation: Any, call: Any) -> Any:
+            own = earlier(operation, call)
+
+            def called(*args: Any, **kwargs: Any) -> Tensor:
+                features = own(*args, **kwargs)
+                found = self._found.get(threading.get_ident())
+                if found is not None:
+                    found[:] = [features]
+                return features
+
+            return called
+
+        return otherwise

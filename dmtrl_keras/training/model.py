@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -137,8 +138,8 @@ class MultiTaskModel(ModelOfReplicas):
     _own: "_Untracked | None" = None
     _balancing: Sequence[BalancingState] = ()
     _balanced_steps: "GradientSteps | None" = None
-    # Within a step of training that balances by gradients: the losses, and the rest.
-    _parts: "_Untracked | None" = None
+    # By thread, within a step that balances gradients: the losses, and the rest.
+    _parts: "Mapping[int, _Untracked]" = {}
 
     @functional_constructor
     def __init__(
@@ -779,8 +780,9 @@ class MultiTaskModel(ModelOfReplicas):
         rest += self._values_of_terms(y, y_pred, sample_weight, features)
         if not found and not rest:
             raise ValueError(f"{name_of(self)}: there is no loss; give `compile` a `loss`.")
-        if self._parts is not None:
-            self._parts.value = found, rest
+        parts = self._parts.get(threading.get_ident())
+        if parts is not None:
+            parts.value = found, rest
         return functools.reduce(keras.ops.add, [*found.values(), *rest])
 
     @contextlib.contextmanager
@@ -789,12 +791,14 @@ class MultiTaskModel(ModelOfReplicas):
 
         Not for direct use.
         """
-        parts = _Untracked(None)
-        object.__setattr__(self, "_parts", parts)
+        # Replicas are threads, which wait for each other within a step.
+        parts, thread = _Untracked(None), threading.get_ident()
+        object.__setattr__(self, "_parts", {**self._parts, thread: parts})
         try:
             yield parts
         finally:
-            object.__setattr__(self, "_parts", None)
+            others = {key: v for key, v in self._parts.items() if key != thread}
+            object.__setattr__(self, "_parts", others)
 
     def _balanced(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By task the weight that a balancing by losses alone gives to a loss."""
@@ -802,7 +806,7 @@ class MultiTaskModel(ModelOfReplicas):
             return {}
         (state,) = self._balancing
         if state.balancing.looks_at_gradients:
-            if self._parts is None:
+            if threading.get_ident() not in self._parts:
                 raise ValueError(
                     f"{name_of(self)}: {state.balancing!r} balances gradients, which "
                     "`fit`, `train_on_batch` and `train_step` do. Received: a call of "

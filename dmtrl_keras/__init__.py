@@ -3,6 +3,7 @@
 # First: it decides whether TensorFlow starts with its messages.
 from dmtrl_keras import _commands  # noqa: F401, I001
 from dmtrl_keras import (
+    balancing,
     callbacks,
     canonical_correlation,
     conversion,
@@ -77,6 +78,7 @@ __all__ = [
     "__version__",
     "add_task",
     "aggregate_similar_kernels",
+    "balancing",
     "callbacks",
     "canonical_correlation",
     "chance_of_sharing",

@@ -30,6 +30,7 @@ from dmtrl_keras import (
     multitask,
     testing,
 )
+from dmtrl_keras.balancing import Balancing
 from dmtrl_keras.ground.keras_private import sharing_scope
 from dmtrl_keras.parameterizations import SimilarKernels
 from dmtrl_keras.regularizers import ClusteredTasks, GroupLasso, MeanDeviation, TraceNorm
@@ -45,6 +46,13 @@ NOT_CALLED = {
     "dmtrl_keras.LossTerm",
     "dmtrl_keras.NormRegressions",
     "dmtrl_keras.RelatedRegressions",
+    "balancing.Balanced",
+    "balancing.Balancing",
+    "balancing.Equal",
+    "balancing.GLS",
+    "balancing.LogLoss",
+    "balancing.RLW",
+    "balancing.Seen",
     "canonical_correlation.CanonicalCorrelation",
     "conversion.Kernels",
     "conversion.Rule",
@@ -227,6 +235,13 @@ def cases():
     ):
         found[f"layers.{name}"] = built((2, 4), tasks=2)
     found["parameterizations.LoRA"] = Case()
+    methods = "Uncertainty DWA IMTLL FAMO STCH Scheduled MGDA PCGrad GradVac CAGrad NashMTL"
+    methods += " IMTLG AlignedMTL UPGrad GradNorm MoCo ExcessMTL GradientBalancing"
+    for name in methods.split():
+        found[f"balancing.{name}"] = Case()
+    found["balancing.get"] = Case(identifier="upgrad")
+    found["balancing.names"] = Case()
+    found["balancing.register"] = Case(cls=type("Own", (Balancing,), {"name": "own"}))
     found["layers.TaskCopies"] = built(
         (2, 4), layer=keras.layers.Dense(3, name="dense"), tasks=2
     )

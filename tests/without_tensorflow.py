@@ -44,6 +44,28 @@ def backbone():
     )
 
 
+def check_balancing(images, labels, folder):
+    """Methods that look at losses alone train, and go on from files; others say why not."""
+    loss = "sparse_categorical_crossentropy"
+    for method in ("dwa", "rlw", "famo", "uncertainty"):
+        model = multitask(backbone(), list(labels), "hard", heads=3, verbose=False)
+        model.compile("adam", loss, balancing=method)
+        history = model.fit(images, labels, epochs=3, verbose=0).history
+        assert np.isfinite(history["loss"]).all(), method
+        assert set(history) >= {"a_weight", "b_weight"}, method
+        model.evaluate(images, labels, verbose=0)
+        model.save(f"{folder}/balanced.keras")
+        again = keras.saving.load_model(f"{folder}/balanced.keras")
+        assert repr(again.balancing) == repr(model.balancing)
+        again.fit(images, labels, verbose=0)
+    try:
+        model.compile("adam", loss, balancing="upgrad")
+    except ValueError as error:
+        assert "need the TensorFlow backend" in str(error)
+    else:
+        raise AssertionError("gradients were to be balanced")
+
+
 def check(sharing, images, labels, folder):
     """Train a network of one family, and compare it with itself after loading."""
     model = multitask(backbone(), list(labels), heads=3, verbose=False, **CASES[sharing])
@@ -107,10 +129,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for sharing in CASES:
             check(sharing, images, labels, folder)
+        check_balancing(images, labels, folder)
     check_stream(images, labels)
     check_recurrent()
     assert keras.backend.backend() == "jax" and "tensorflow" not in sys.modules
-    print("On JAX, without TensorFlow:", *CASES, "streams", "recurrent")
+    print("On JAX, without TensorFlow:", *CASES, "balancing", "streams", "recurrent")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from dmtrl_keras.balancing import maths
 from dmtrl_keras.balancing.by_gradients import (
-    MGDA,
     IMTLG,
+    MGDA,
     AlignedMTL,
     CAGrad,
     ExcessMTL,

@@ -7,6 +7,7 @@ from keras import ops
 
 from dmtrl_keras.balancing import maths
 from dmtrl_keras.balancing.weighting import (
+    ABOVE_0,
     Balanced,
     Balancing,
     Seen,
@@ -137,7 +138,7 @@ class GradVac(GradientBalancing):
     def __init__(self, beta: float = 0.01, at: str = "weights") -> None:
         super().__init__(at)
         owner = type(self).__name__
-        self.beta = check_number("beta", beta, owner, low=np.finfo("float32").tiny, high=1)
+        self.beta = check_number("beta", beta, owner, low=ABOVE_0, high=1)
 
     def start(self, tasks: int, size: int = 0) -> dict[str, np.ndarray]:
         return arrays({"targets": np.zeros((tasks, tasks))})
@@ -288,7 +289,7 @@ class GradNorm(GradientBalancing):
         super().__init__(at)
         owner = type(self).__name__
         self.alpha = check_number("alpha", alpha, owner, low=0)
-        low = np.finfo("float32").tiny
+        low = ABOVE_0
         self.learning_rate = check_number("learning_rate", learning_rate, owner, low=low)
 
     def start(self, tasks: int, size: int = 0) -> dict[str, np.ndarray]:
@@ -338,7 +339,7 @@ class MoCo(GradientBalancing):
 
     def __init__(self, beta: float = 0.5, gamma: float = 0.1, rho: float = 0.0) -> None:
         super().__init__()
-        owner, low = type(self).__name__, np.finfo("float32").tiny
+        owner, low = type(self).__name__, ABOVE_0
         self.beta = check_number("beta", beta, owner, low=low, high=1)
         self.gamma = check_number("gamma", gamma, owner, low=low)
         self.rho = check_number("rho", rho, owner, low=0)
@@ -383,7 +384,7 @@ class ExcessMTL(GradientBalancing):
 
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
-        owner, low = type(self).__name__, np.finfo("float32").tiny
+        owner, low = type(self).__name__, ABOVE_0
         self.learning_rate = check_number("learning_rate", learning_rate, owner, low=low)
 
     def start(self, tasks: int, size: int = 0) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from dmtrl_keras.balancing.weighting import (
+    ABOVE_0,
     Balanced,
     Balancing,
     Seen,
@@ -18,7 +19,7 @@ from dmtrl_keras.balancing.weighting import (
     register,
 )
 from dmtrl_keras.ground.types import Tensor
-from dmtrl_keras.ground.validation import check_number, refusal
+from dmtrl_keras.ground.validation import check_number, from_keras, refusal
 
 _LEAST = 1e-8
 
@@ -336,10 +337,13 @@ class Scheduled(Balancing):
     def __init__(self, schedules: Mapping[str, Any] | None = None) -> None:
         owner = type(self).__name__
         kind = keras.optimizers.schedules.LearningRateSchedule
+        if schedules is not None and not isinstance(schedules, Mapping):
+            what = "a dict by task of numbers and schedules, or None"
+            raise refusal("schedules", schedules, owner, what)
         found = {}
         for task, one in (schedules or {}).items():
             if isinstance(one, dict):
-                one = keras.optimizers.schedules.deserialize(one)
+                one = from_keras(owner, keras.optimizers.schedules.deserialize, config=one)
             if not isinstance(one, kind):
                 one = check_number(f"schedules[{task!r}]", one, owner, low=0)
             found[task] = one
@@ -371,7 +375,7 @@ class Scheduled(Balancing):
 
 
 def _rate(value: Any, owner: str, name: str = "learning_rate") -> float:
-    return check_number(name, value, owner, low=np.finfo("float32").tiny)
+    return check_number(name, value, owner, low=ABOVE_0)
 
 
 def _by_task(name: str, given: Any, owner: str) -> dict[str, float] | None:
@@ -379,7 +383,10 @@ def _by_task(name: str, given: Any, owner: str) -> dict[str, float] | None:
         return None
     if not isinstance(given, Mapping):
         raise refusal(name, given, owner, "a dict of numbers by task, or None")
-    return {task: check_number(f"{name}[{task!r}]", v, owner) for task, v in given.items()}
+    return {
+        task: check_number(f"{name}[{task!r}]", value, owner)
+        for task, value in given.items()
+    }
 
 
 def _check_known(
@@ -388,6 +395,6 @@ def _check_known(
     unknown = sorted(map(str, set(given or ()) - set(names)))
     if unknown:
         raise ValueError(
-            f"{owner}: unknown tasks in `{what}` of the balancing: {unknown}. Expected some "
-            f"of those with a loss, {list(names)}."
+            f"{owner}: unknown tasks in `{what}` of the balancing: {unknown}. "
+            f"Expected some of those with a loss, {list(names)}."
         )

@@ -17,7 +17,7 @@ RIDGE = 1e-6
 
 
 def normalized(gram: Tensor, ridge: float = RIDGE) -> Tensor:
-    """`G T / tr G + ridge I`: a scale that does not matter, and a system that can be solved.
+    """`G T / tr G + ridge I`: without its scale, and a system that can be solved.
 
     Args:
         gram: tensor `(T, T)`.
@@ -85,7 +85,9 @@ def nonnegative_minimum(gram: Tensor, linear: Tensor) -> Tensor:
         values, slopes = solved(passive)
         return ops.cast(ops.logical_or(values < -slack, slopes < -slack), gram.dtype)
 
-    def body(step: Any, passive: Tensor, wrong: Tensor, best: Tensor, chances: Tensor) -> Any:
+    def body(
+        step: Any, passive: Tensor, wrong: Tensor, best: Tensor, chances: Tensor
+    ) -> Any:
         count = ops.sum(wrong, axis=-1)
         fewer = count < best
         chances = ops.where(fewer, 3.0 * ops.ones_like(count), chances - 1)
@@ -113,7 +115,9 @@ def minimum_norm(gram: Tensor) -> Tensor:
     The minimum of `v^T G v / 2 - sum v` over `v >= 0`, divided by its sum.
     """
     tasks = gram.shape[0]
-    found = nonnegative_minimum(normalized(gram), -ops.ones((1, tasks), dtype=gram.dtype))[0]
+    found = nonnegative_minimum(normalized(gram), -ops.ones((1, tasks), dtype=gram.dtype))[
+        0
+    ]
     return found / ops.maximum(ops.sum(found), _TINY)
 
 

@@ -13,6 +13,9 @@ from dmtrl_keras.ground.validation import from_keras, shown
 
 _Kind = TypeVar("_Kind", bound="Balancing")
 
+# The smallest number that a setting can have which is above 0.
+ABOVE_0 = float(np.finfo("float32").tiny)
+
 _REGISTRY: dict[str, type["Balancing"]] = {}
 
 # State by name.

@@ -124,8 +124,11 @@ def unknown(operation: Any) -> "Rule":
     It stays as it is; with weights that are trained there are copies of it.
     """
     weights = getattr(operation, "weights", [])
-    # What was adapted, such as the frequencies of words, is the same for all tasks.
-    trained = weights and not (operation.trainable and not operation.trainable_variables)
+    # What was adapted, such as the frequencies of words, is the same for all tasks. What is
+    # quantized was trained.
+    quantized = getattr(operation, "quantization_mode", None) is not None
+    adapted = operation.trainable and not operation.trainable_variables if weights else True
+    trained = weights and (quantized or not adapted)
     return _UNKNOWN if trained else _UNKNOWN_OPERATION
 
 

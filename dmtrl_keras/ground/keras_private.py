@@ -487,6 +487,14 @@ def step_methods(
         yield "_parallel_update_step", lambda variables: variables
 
 
+def averages_of(optimizer: keras.optimizers.Optimizer) -> dict[int, Any]:
+    """By the ids of variables their moving averages, where an optimizer has such."""
+    if not (getattr(optimizer, "use_ema", False) and optimizer.built):
+        return {}
+    averages = optimizer._model_variables_moving_average
+    return {id(v): a for v, a in zip(optimizer._trainable_variables, averages)}
+
+
 def own_variables(optimizer: keras.optimizers.Optimizer) -> list[Any]:
     """The variables that an optimizer itself tracks."""
     return optimizer._variables

@@ -228,10 +228,27 @@ class LoRA(Parameterization):
             return self.together.task_matrix(self._inner(factors), tasks)
         return ops.eye(tasks)
 
+    @property
+    def is_of_all(self) -> bool:  # type: ignore[override]
+        """Whether a task that comes later has the frozen kernel of all."""
+        return self.of is not None and self.of.is_of_all
+
     def task_factor(self, names: Sequence[str]) -> tuple[str, int] | None:
-        if self.together is None:
+        if self.together is not None:
+            return self.together.task_factor([n for n in names if not self.is_frozen(n)])
+        if self.of is None:
             return None
-        return self.together.task_factor([n for n in names if not self.is_frozen(n)])
+        own = [n.removeprefix(_PREFIX) for n in names if self.is_frozen(n)]
+        found = self.of.task_factor(own)
+        return None if found is None else (f"{_PREFIX}{found[0]}", found[1])
+
+    def of_column(self, factors: Factors, column: Tensor) -> Factors:
+        """Of frozen kernels that differ, those of a task without a difference."""
+        if self.of is None:
+            return super().of_column(factors, column)
+        frozen = self.of.of_column(self._frozen(factors), column)
+        zeros = {n: 0 * v[..., :1] for n, v in self._inner(factors).items()}
+        return {**zeros, **{f"{_PREFIX}{n}": value for n, value in frozen.items()}}
 
     def own_entries(
         self, shapes: FactorShapes, tasks: int, task: int

@@ -117,8 +117,12 @@ class TaskKernel(keras.layers.Layer):
         self.selection = None
         self.prior: KernelState | None = None
         self.quantization: str | None = None
+        # Along which axes of the kernels a scale is one; None: all but the last two.
+        self.scale_axes: tuple[int, ...] | None = None
+        self._fixed: tuple[Parameterization, Parameterization] | None = None
         self._factors: dict[str, keras.Variable] = {}
         self._scales: dict[str, keras.Variable] = {}
+        self._kept: dict[str, keras.Variable] = {}
         self._start: Mapping[str, np.ndarray] | None = None
         self._alone: tuple[Stage, ...] | None = None
         self._geometry: Geometry | None = None
@@ -168,9 +172,13 @@ class TaskKernel(keras.layers.Layer):
         constraint = self.constraint if direct else None
         if self.sharing.projects_updates:
             constraint = _Projection(self)
+        kept, self._kept = self._kept, {}
         self._factors, self._scales = {}, {}
         quantized = self._quantized(values)
         for name, value in values.items():
+            if name in kept:
+                self._factors[name] = kept[name]
+                continue
             if name in quantized:
                 self._add_quantized(name, value)
                 continue
@@ -245,7 +253,16 @@ class TaskKernel(keras.layers.Layer):
         self._projects_composed = (
             self.constraint is not None and not self.sharing.is_stacked_kernel
         )
-        with rebuilding(self, [*self._factors.values(), *self._scales.values()]):
+        quantized = self._quantized(values)
+        # An optimizer goes on with what stays as it is.
+        kept = {
+            name: variable
+            for name, variable in self._factors.items()
+            if name in values and name not in quantized and name not in self._scales
+        }
+        old = [v for name, v in self._factors.items() if name not in kept]
+        with rebuilding(self, [*old, *self._scales.values()]):
+            self._kept = kept
             self.build(self.shape[:-1])
         self._alone = None
         if self._geometry is not None:
@@ -253,6 +270,27 @@ class TaskKernel(keras.layers.Layer):
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {name: ops.convert_to_numpy(v) for name, v in self._tensors().items()}
+
+    def check_lora(self, rank: Any) -> None:
+        """Raise what keeps the kernels from `enable_lora`."""
+        if self.constraint is not None:
+            raise ValueError(
+                f"{self.owner}: LoRA is not possible with a kernel constraint. "
+                f"Received: {self.constraint!r}."
+            )
+        if not is_int(rank, 1):
+            raise refusal("rank", rank, self.owner, "a positive int")
+        make: Any = parameterizations.get("lora", self.owner)
+        if isinstance(self.sharing, type(make)):
+            raise ValueError(
+                f"{self.owner}: LoRA is enabled already. "
+                f"Received: sharing={self.sharing!r}."
+            )
+        if self.selection is not None:
+            raise ValueError(
+                f"{self.owner}: LoRA needs kernels that can be frozen. Received: sharing="
+                f"{self.sharing!r}, with which they change as long as they are similar."
+            )
 
     def enable_lora(
         self,
@@ -272,24 +310,8 @@ class TaskKernel(keras.layers.Layer):
         Raises:
             ValueError: with a constraint, if it was done already, of similar kernels.
         """
-        if self.constraint is not None:
-            raise ValueError(
-                f"{self.owner}: LoRA is not possible with a kernel constraint. "
-                f"Received: {self.constraint!r}."
-            )
-        if not is_int(rank, 1):
-            raise refusal("rank", rank, self.owner, "a positive int")
+        self.check_lora(rank)
         make: Any = parameterizations.get("lora", self.owner)
-        if isinstance(self.sharing, type(make)):
-            raise ValueError(
-                f"{self.owner}: LoRA is enabled already. "
-                f"Received: sharing={self.sharing!r}."
-            )
-        if self.selection is not None:
-            raise ValueError(
-                f"{self.owner}: LoRA needs kernels that can be frozen. Received: sharing="
-                f"{self.sharing!r}, with which they change as long as they are similar."
-            )
         starts = [
             from_keras(self.owner, keras.initializers.get, identifier=one)
             for one in (a_initializer, b_initializer)
@@ -306,8 +328,9 @@ class TaskKernel(keras.layers.Layer):
     ) -> None:
         """Store the factors as 8-bit integers, which are no longer trained.
 
-        Each column of a matrix, and of the others each pair of entries of the last two
-        axes, has a scale, 127 by its largest absolute value. Where some factors are frozen
+        Each output of each task's kernel has a scale, 127 by its largest absolute value;
+        and so has each column of a matrix of factors, and of others each pair of entries of
+        the last two axes. Where some factors are frozen
         (LoRA) only these are quantized.
 
         Args:
@@ -343,6 +366,9 @@ class TaskKernel(keras.layers.Layer):
 
     def _add_quantized(self, name: str, value: np.ndarray) -> None:
         axis = tuple(range(max(1, value.ndim - 2)))
+        if self.scale_axes is not None and value.ndim >= len(self.shape) - 1 > 1:
+            if tuple(value.shape[: len(self.shape) - 1]) == tuple(self.shape[:-1]):
+                axis = self.scale_axes
         floats = value.astype(full_precision(self.variable_dtype))
         found = keras.quantizers.abs_max_quantize(floats, axis=axis, to_numpy=True)
         integers, scale = (ops.convert_to_numpy(one) for one in found)
@@ -593,7 +619,10 @@ class TaskKernel(keras.layers.Layer):
         A saved layer must come back with the same variables, whatever it draws.
         """
         if self.built and self.rank is not None:
-            return self.sharing.with_rank(self.rank)
+            # Kept: Keras's files know objects by their place in memory.
+            if self._fixed is None or self._fixed[0] is not self.sharing:
+                self._fixed = self.sharing, self.sharing.with_rank(self.rank)
+            return self._fixed[1]
         return self.sharing
 
     def save_own_variables(self, store: Any) -> None:

@@ -145,6 +145,15 @@ class TaskConvTranspose(TaskLayer):
         """
         return ops.swapaxes(super().task_kernel(task), -1, -2)
 
+    def task_twin(self) -> keras.layers.Layer:
+        """The ordinary Keras layer that one task alone would use, without a constraint.
+
+        One that counts axes would count the twin's otherwise.
+        """
+        twin = super().task_twin()
+        twin.kernel_constraint = None
+        return twin
+
     def weights_alone(self, column: TaskColumn | None) -> list[np.ndarray]:
         kernel, *bias = super().weights_alone(column)
         return [np.swapaxes(kernel, -1, -2), *bias]
@@ -181,7 +190,8 @@ class TaskConv2DTranspose(TaskConvTranspose):
             factors.
         bias_regularizer: penalty on the bias.
         activity_regularizer: penalty on the output.
-        kernel_constraint: projection of the stacked kernel, whose axes are as above.
+        kernel_constraint: projection of the stacked kernel, whose axes are as above (the
+            network of a single task has none).
         bias_constraint: projection of the bias.
         shared_input: bool. False: the input is grouped, with `T * in` channels. True: it
             has `in` channels, the same for all tasks.

@@ -15,6 +15,7 @@ from dmtrl_keras.ground.keras_private import (
     MASK,
     attach,
     attached,
+    flatten_layers,
     saving_as_h5,
     seed_generators,
 )
@@ -222,6 +223,13 @@ class TaskCopies(CheckedLayer):
             raise refusal("layer", layer, owner, "a Keras layer")
         if getattr(layer, "tasks", None) is not None:
             raise refusal("layer", layer, owner, "a layer of one task")
+        for part in (layer, *flatten_layers(layer)):
+            if getattr(part, "quantization_mode", None) is not None:
+                raise ValueError(
+                    f"{owner}: a quantized layer can't have copies; quantize the layers of "
+                    f"several tasks instead, model.quantize('int8'). Received: "
+                    f"{name_of(part)}, quantized to {part.quantization_mode}."
+                )
 
     @staticmethod
     def _copy(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -291,6 +299,7 @@ class TaskCopies(CheckedLayer):
                 name=label.replace("/", "_"),
             )
             kernel.quantization = self._quantization
+            kernel.scale_axes = _scale_axes(held, label, variable)
             kernel.start_from(factors)
             kernel.build(tuple(variable.shape))
             self.kernels.append(kernel)
@@ -635,6 +644,14 @@ class TaskCopies(CheckedLayer):
         Arguments and errors are those of `TaskDense.enable_lora`.
         """
         self._check_built("enable_lora")
+        if not self.kernels:
+            raise ValueError(
+                f"{name_of(self)}: there are no kernels for LoRA. Received: copies of "
+                f"{name_of(self.layer)}."
+            )
+        for kernel in self.kernels:
+            # All of them, or none.
+            kernel.check_lora(rank)
         for kernel in self.kernels:
             kernel.enable_lora(rank, lora_alpha, a_initializer, b_initializer)
         self._sharing = [kernel.sharing for kernel in self.kernels]
@@ -732,6 +749,20 @@ class _Run:
         for variable, value in zip(self._seeds, self._drawn):
             variable.assign(value)
         return {number: self._values[number] for number in self._changed}
+
+
+def _scale_axes(
+    layer: keras.layers.Layer, label: str, variable: keras.Variable
+) -> tuple[int, ...] | None:
+    """Along which axes of a copied kernel a scale is one, as in Keras's own layers."""
+    axes = len(variable.shape)
+    if isinstance(layer, keras.layers.Embedding):
+        # One for each word.
+        return tuple(range(1, axes))
+    if axes == 3 and "attention_output" not in label:
+        # From features to heads.
+        return (0,)
+    return tuple(range(axes - 1))
 
 
 def _are_arguments(value: Any) -> bool:

@@ -94,6 +94,8 @@ class TaskDepthwiseConv(TaskLayer):
             activity_regularizer=activity_regularizer,
             **kwargs,
         )
+        # Every channel is an output of its own.
+        self.stacked.scale_axes = tuple(range(self._window_axes))
         self.kernel_size = twin.kernel_size
         self.strides = twin.strides
         self.padding = twin.padding

@@ -138,9 +138,9 @@ class TaskRMSNormalization(CheckedLayer, keras.layers.RMSNormalization):
 
     >>> import numpy as np
     >>> from dmtrl_keras.layers import TaskRMSNormalization
-    >>> y = TaskRMSNormalization(tasks=2)(np.array([[3.0, 3.0, 10.0, 0.0]], "float32"))
+    >>> y = TaskRMSNormalization(tasks=2)(np.array([[3.0, -3.0, 5.0, 5.0]], "float32"))
     >>> np.round(y, 2).tolist()
-    [[1.0, 1.0, 1.41, 0.0]]
+    [[1.0, -1.0, 1.0, 1.0]]
     """
 
     def __init__(

@@ -34,9 +34,7 @@ class BalancingState(keras.metrics.Metric):
             the cosines between the gradients, if the method looks at them.
     """
 
-    def __init__(
-        self, balancing: Balancing, names: Sequence[str], size: int = 0
-    ) -> None:
+    def __init__(self, balancing: Balancing, names: Sequence[str], size: int = 0) -> None:
         super().__init__(name="balancing")
         self.balancing = balancing
         self.names = tuple(names)
@@ -82,14 +80,14 @@ class BalancingState(keras.metrics.Metric):
         weights = ops.stop_gradient(ops.cast(found.weights, "float32"))
         for key, variable in zip(self._keys, self.moving):
             new = ops.cast(found.state[key], "float32")
-            variable.assign(ops.where(fine, ops.stop_gradient(new), variable))
+            variable.assign(ops.where(fine, ops.stop_gradient(new), state[key]))
         logged = ops.where(fine, weights, ops.zeros_like(weights))
-        self.total.assign(self.total + logged)
-        self.count.assign(self.count + ops.cast(fine, "float32"))
+        self.total.assign_add(logged)
+        self.count.assign_add(ops.cast(fine, "float32"))
         if gram is not None:
             both = present[:, None] * present[None, :]
             found_cosines = ops.where(fine, maths.cosines(gram) * both, 0.0)
-            self.cosines.assign(self.cosines + found_cosines)
+            self.cosines.assign_add(found_cosines)
         return Balanced(weights, found.state, found.direction)
 
     def next_epoch(self) -> None:
@@ -114,18 +112,19 @@ class BalancingState(keras.metrics.Metric):
     def reset_state(self) -> None:
         """What is logged begins anew; the state goes on."""
         for variable in (self.total, self.cosines, self.count):
-            variable.assign(ops.zeros_like(variable))
+            variable.assign(ops.zeros(variable.shape))
 
     def result(self) -> dict[str, Tensor]:
         """In training the mean weights of the epoch so far, and the mean cosine."""
         if not self._training:
             return {}
-        count = ops.maximum(self.count, 1)
+        count = ops.maximum(ops.convert_to_tensor(self.count), 1)
         weights = ops.unstack(ops.convert_to_tensor(self.total) / count, len(self.names))
         logs = {f"{name}_weight": w for name, w in zip(self.names, weights)}
         tasks = len(self.names)
         if self.balancing.looks_at_gradients and tasks > 1:
-            apart = ops.sum(self.cosines) - ops.trace(ops.convert_to_tensor(self.cosines))
+            cosines = ops.convert_to_tensor(self.cosines)
+            apart = ops.sum(cosines) - ops.trace(cosines)
             logs["cosine"] = apart / (count * tasks * (tasks - 1))
         return logs
 
@@ -167,7 +166,9 @@ def vector(names: Sequence[str], losses: Mapping[str, Tensor]) -> tuple[Tensor, 
             loss is exactly 0: all of their labels are missing, or there is nothing to do.
     """
     zero = ops.zeros((), "float32")
-    found = [ops.cast(losses[name], "float32") if name in losses else zero for name in names]
+    found = [
+        ops.cast(losses[name], "float32") if name in losses else zero for name in names
+    ]
     values = all_reduce_sum(ops.stop_gradient(ops.stack(found)))
     return values, ops.cast(ops.not_equal(values, 0), "float32")
 
@@ -226,7 +227,7 @@ def last_in_common(model: keras.Model) -> Any:
     raise ValueError(
         f'{name_of(model)}: at="features" is for networks in which one layer is the last '
         "that all tasks share, whose output every task's own layers take, as under "
-        f"sharing=\"hard\". Received: a network with {len(border)} such outputs"
+        f'sharing="hard". Received: a network with {len(border)} such outputs'
         f"{' that hold features of each task by itself' if len(border) == 1 else ''}. "
         'Expected at="weights" here.'
     )
@@ -270,9 +271,7 @@ def balanced_gradients(
     by_task = {
         name: [
             tf.convert_to_tensor(g)
-            for g in tape.gradient(
-                losses[name], targets, scales([losses[name]])[0], zero
-            )
+            for g in tape.gradient(losses[name], targets, scales([losses[name]])[0], zero)
         ]
         for name in names
     }
@@ -305,7 +304,9 @@ def balanced_gradients(
     weights = found.weights
 
     def mixed(one: Tensor) -> Tensor:
-        own = ops.cast(ops.reshape(weights, (tasks, *[1] * (len(one.shape) - 1))), one.dtype)
+        own = ops.cast(
+            ops.reshape(weights, (tasks, *[1] * (len(one.shape) - 1))), one.dtype
+        )
         return ops.sum(own * one, axis=0)
 
     result: dict[int, Any] = {}

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from dmtrl_keras.ground.forms import Form
+from dmtrl_keras.ground.keras_private import averages_of
 from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.tasks.graph import Call, Trace, trace, users_of
 
@@ -160,7 +161,15 @@ def hold(optimizer: Any, held: Callable[[], Sequence[Held]]) -> None:
             ]
             grads, trainable_variables = zip(*pairs) if pairs else ((), ())
         apply(grads, trainable_variables)
+        # Averages of the weights (`use_ema`) have seen the update, and are the weights of
+        # the end.
+        averages = averages_of(optimizer)
         for part, old in zip(parts, before):
+            average = averages.get(id(part.variable))
+            if average is not None:
+                given = True if part.entries is None else part.entries
+                keep_both = ops.logical_and(given, part.condition)
+                average.assign(ops.where(keep_both, old, average))
             keep: Any = True if part.entries is None else part.entries
             if part.condition is not True:
                 keep = ops.logical_and(keep, part.condition)

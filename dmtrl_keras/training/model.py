@@ -532,6 +532,60 @@ class MultiTaskModel(ModelOfReplicas):
     def _refuse_h5(self) -> None:
         raise no_h5(name_of(self))
 
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        filters: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Freeze the kernels of all tasks, and train a difference of low rank for each.
+
+        Of every layer with T kernels and every layer of which there are copies, see
+        `dmtrl_keras.layers.TaskDense.enable_lora`; biases, normalizations and layers that
+        all tasks have in common are left as they are. Compile anew afterwards.
+
+        Args:
+            rank: positive int, r; of smaller kernels the largest that is possible.
+            lora_alpha: number; None: r.
+            filters: which layers, as in `quantize`: a regular expression for their names, a
+                list of these, or a function of a layer; None: all.
+            **kwargs: `a_initializer`, `b_initializer`.
+
+        Raises:
+            ValueError: if there is no such layer, or one for which it is not possible; no
+                layer is changed then.
+        """
+        layers = [
+            layer
+            for layer in self._of_several_tasks(filters)
+            if isinstance(layer, TaskLayer) or layer.kernels
+        ]
+        if not layers:
+            what = "a pattern that names a layer with kernels of several tasks"
+            raise refusal("filters", filters, name_of(self), what)
+        for layer in layers:
+            own = [layer.stacked] if isinstance(layer, TaskLayer) else layer.kernels
+            for kernel in own:
+                kernel.check_lora(rank)
+        for layer in layers:
+            layer.enable_lora(rank, lora_alpha, **kwargs)
+        self._forget_steps()
+
+    def _of_several_tasks(self, filters: Any) -> list[Any]:
+        """The layers with T kernels that Keras's `filters` let through."""
+        return [
+            layer
+            for layer in flatten_layers(self)
+            if isinstance(layer, (TaskLayer, TaskCopies))
+            and is_to_be_quantized(layer, filters)
+        ]
+
+    def _forget_steps(self) -> None:
+        """Have steps traced anew: layers have other variables."""
+        self.train_function = self.test_function = self.predict_function = None
+        object.__setattr__(self, "_own", None)
+
     def quantize(
         self, mode: Any = None, config: Any = None, filters: Any = None, **kwargs: Any
     ) -> None:
@@ -543,11 +597,9 @@ class MultiTaskModel(ModelOfReplicas):
         Raises:
             ValueError: on other modes, if there are such layers that `filters` let through.
         """
-        for layer in flatten_layers(self):
-            if isinstance(layer, (TaskLayer, TaskCopies)) and is_to_be_quantized(
-                layer, filters
-            ):
-                layer.quantize(mode, config=config)
+        for layer in self._of_several_tasks(filters):
+            layer.quantize(mode, config=config)
+        self._forget_steps()
         given = {"mode": mode, "config": config, "filters": filters}
         # Keras before 3.15 doesn't know all of them.
         kwargs |= {name: value for name, value in given.items() if value is not None}

@@ -40,9 +40,7 @@ def trained(name, steps, order=None, scale=1.0, present=None):
     """The weights after some steps on given losses and gradients, in the first order."""
     method = method_of(name)
     rng = np.random.default_rng(1)
-    state = {
-        key: ops.convert_to_tensor(value) for key, value in method.start(T, 6).items()
-    }
+    state = {key: ops.convert_to_tensor(value) for key, value in method.start(T, 6).items()}
     scale = np.asarray(scale) * np.ones(T)
     for step in range(steps):
         losses = rng.uniform(0.5, 2, size=T) * scale
@@ -61,16 +59,12 @@ def trained(name, steps, order=None, scale=1.0, present=None):
     return weights[back], np.array(direction), losses, jacobian
 
 
-@pytest.mark.parametrize("name", METHODS)
+# PCGrad and GradVac draw the order of the others by place.
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("pcgrad", "gradvac")])
 def test_order_of_tasks(name):
     """Permuting the tasks permutes their weights, and leaves the update."""
     weights, direction, *_ = trained(name, 5)
-    assert np.isfinite(weights).all() and np.isfinite(direction).all()
-    order = np.array([2, 0, 3, 1])
-    if name == "pcgrad" or name == "gradvac":
-        # The order of the others is drawn by place.
-        pytest.skip("random orders")
-    other, same, *_ = trained(name, 5, order)
+    other, same, *_ = trained(name, 5, np.array([2, 0, 3, 1]))
     np.testing.assert_allclose(other, weights, rtol=2e-2, atol=2e-3)
     np.testing.assert_allclose(same, direction, rtol=2e-2, atol=2e-2)
 
@@ -136,8 +130,7 @@ def test_stationary_points(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_absent_tasks(name):
-    """Without labels a task leaves the others' weights what they would be, up to a factor,
-    where a method looks at one step; and no state becomes infinite."""
+    """A task without labels leaves the others what they are, up to a factor."""
     present = np.array([1.0, 0.0, 1.0, 1.0])
     weights, direction, losses, jacobian = trained(name, 5, present=present)
     assert np.isfinite(weights).all() and np.isfinite(direction).all()

@@ -8,8 +8,15 @@ import pytest
 import tensorflow as tf
 from keras import layers as kl
 
-from dmtrl_keras import MultiTaskModel, TaskRelationModel, Relation, balancing, multitask
-from dmtrl_keras.balancing import DWA, MGDA, STCH, GradientBalancing, MoCo, Scheduled, UPGrad
+from dmtrl_keras import MultiTaskModel, Relation, TaskRelationModel, balancing, multitask
+from dmtrl_keras.balancing import (
+    DWA,
+    MGDA,
+    STCH,
+    GradientBalancing,
+    MoCo,
+    Scheduled,
+)
 from dmtrl_keras.layers import task_layers
 from dmtrl_keras.losses import MaskedLoss
 
@@ -81,7 +88,7 @@ def test_weights_of_one(kind, at, data):
     y["b"][::3] = np.nan
     given = KINDS[kind]
     if kind == "tucker" and at == "features":
-        with pytest.raises(ValueError, match="at=\"features\" is for networks"):
+        with pytest.raises(ValueError, match='at="features" is for networks'):
             compiled(Ones(at), **given)
         return
     plain, balanced = compiled(**given), compiled(Ones(at), **given)
@@ -110,7 +117,7 @@ def test_one_step(at, data):
     model = compiled(MGDA(at=at))
     features = model.get_layer("two").output
     trunk = keras.Model(model.input, features)
-    shared = [v for layer in (model.get_layer(n) for n in ("one", "two")) for v in layer.weights]
+    shared = [v for name in ("one", "two") for v in model.get_layer(name).weights]
     factor = {"a": 1.0, "b": 0.5, "c": 2.0}
     with tf.GradientTape(persistent=True) as tape:
         z = trunk(x, training=True)
@@ -120,9 +127,7 @@ def test_one_step(at, data):
         ]
         penalty = 0.01 * tf.reduce_sum(model.get_layer("one").kernel ** 2)
     rows = [
-        np.concatenate(
-            [np.ravel(g) for g in tape.gradient(own, [v.value for v in shared])]
-        )
+        np.concatenate([np.ravel(g) for g in tape.gradient(own, [v.value for v in shared])])
         for own in losses
     ]
     of = rows if at == "weights" else [np.ravel(tape.gradient(own, z)) for own in losses]
@@ -147,7 +152,7 @@ def test_one_step(at, data):
 
 
 def test_by_losses(data):
-    """The weights are those of the losses, of all that a task has; given ones are followed."""
+    """The weights are those of the losses, of all that a task has."""
     x, y = data
     fall = keras.optimizers.schedules.PiecewiseConstantDecay([2], [1.0, 0.0])
     model = compiled(Scheduled({"b": fall, "c": 0.0}))
@@ -219,7 +224,9 @@ def test_overflow(data):
         keras.optimizers.SGD(0.01), initial_scale=1e38
     )
     model = compiled("gradnorm", make)
-    before = [np.array(v) for v in (*model.trainable_variables, *model._balancing[0].moving)]
+    before = [
+        np.array(v) for v in (*model.trainable_variables, *model._balancing[0].moving)
+    ]
     model.train_on_batch(x * 1e3, y)
     after = [*model.trainable_variables, *model._balancing[0].moving]
     for old, new in zip(before, after):
@@ -330,7 +337,9 @@ def test_refused(data):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("start", [(-8.5, 7.5), (-8.5, -5), (9, 9), (0, 0), (10, -8)], ids=str)
+@pytest.mark.parametrize(
+    "start", [(-8.5, 7.5), (-8.5, -5), (9, 9), (0, 0), (10, -8)], ids=str
+)
 def test_toy_of_two_tasks(start):
     """The two losses of CAGrad's Figure 1: each start reaches the Pareto set."""
 
@@ -338,7 +347,8 @@ def test_toy_of_two_tasks(start):
         one, other = theta[0], theta[1]
         f1 = tf.math.log(tf.maximum(tf.abs(0.5 * (-one - 7) - tf.tanh(-other)), 5e-6)) + 6
         f2 = (
-            tf.math.log(tf.maximum(tf.abs(0.5 * (-one + 3) - tf.tanh(-other) + 2), 5e-6)) + 6
+            tf.math.log(tf.maximum(tf.abs(0.5 * (-one + 3) - tf.tanh(-other) + 2), 5e-6))
+            + 6
         )
         c1, c2 = (tf.maximum(tf.tanh(s * 0.5 * other), 0) for s in (1, -1))
         f1_sq = ((-one + 7) ** 2 + 0.1 * (-other - 8) ** 2) / 10 - 20

@@ -239,8 +239,8 @@ def test_lora_of_networks():
     """Trained kernels stay; what else is done with networks is done with these, too."""
     model, x, y = network(rank=0.5)
     expected = model.predict(x, verbose=0)
-    for layer in task_layers(model):
-        layer.enable_lora(2)
+    model.enable_lora(2)
+    assert all(layer.sharing.name == "lora" for layer in task_layers(model))
     model.compile("adam", "mse")
     for task in "ab":
         np.testing.assert_allclose(
@@ -266,6 +266,95 @@ def test_lora_of_networks():
         atol=0.2,
     )
     assert np.isfinite(small.predict(x, verbose=0)["a"]).all()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*smallest ranks with which:UserWarning")
+@pytest.mark.parametrize("sharing", ["tucker", "laf", "tt", "independent"])
+def test_lora_after_a_new_task(sharing):
+    """A task that came later has the frozen kernels, and its column, and no difference."""
+    ranks = {} if sharing == "independent" else {"rank": 1.0}
+    model, x, _ = network(sharing, **ranks)
+    three = add_task(model, "c", like="a")
+    expected = three.predict(x, verbose=0)
+    three.enable_lora(2)
+    found = three.predict(x, verbose=0)
+    for task in "abc":
+        np.testing.assert_allclose(found[task], expected[task], atol=1e-4)
+    three.compile("adam", "mse")
+    y = {task: x[:, 0, 0, :1] for task in "abc"}
+    three.fit(x, y, verbose=0)
+    alone = single_task(three, "c")
+    np.testing.assert_allclose(
+        alone.predict(x, verbose=0), three.predict(x, verbose=0)["c"], atol=1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*InputLayer does not have a `quantize`:UserWarning")
+def test_copies_in_networks():
+    """Attention and recurrent layers, again and again; nothing is mixed up in files."""
+    inputs = keras.Input((6, 8))
+    x = kl.Bidirectional(kl.LSTM(3, return_sequences=True), name="bi")(inputs)
+    x = kl.MultiHeadAttention(2, 4, name="attention")(x, x)
+    backbone = keras.Model(inputs, kl.Dense(4, name="fc")(kl.Flatten()(x)))
+    model = multitask(backbone, ["a", "b"], heads=1, verbose=False)
+    x = np.random.default_rng(0).normal(size=(4, 6, 8)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    model.enable_lora(1)
+    model.quantize("int8", filters="bi|attention|fc")
+    found = model.predict(x, verbose=0)
+    assert 0 < np.abs(found["a"] - expected["a"]).max() < 0.05
+    for _ in range(4):
+        more = add_task(model, "c", like="b")
+        np.testing.assert_array_equal(more.predict(x, verbose=0)["a"], found["a"])
+    with pytest.raises(ValueError, match="filters='nothing'"):
+        model.enable_lora(1, filters="nothing")
+
+
+def test_what_was_trained_is_kept(rng):
+    """Differences are no other variables once the frozen kernels are quantized."""
+    model, x, y = network(sharing=P.LoRA(2))
+    a = model.get_layer("fc").factors["lora_a"]
+    for layer in task_layers(model):
+        layer.quantize("int8")
+    assert model.get_layer("fc").factors["lora_a"] is a
+    model._forget_steps()
+    model.fit(x, y, verbose=0)
+
+
+def test_scales(rng):
+    """One for every output, however different the channels are; for words one for each."""
+    layer = TaskDepthwiseConv2D(3, T)
+    layer.build((None, 8, 8, 32 * T))
+    kernel = rng.normal(size=(3, 3, 32, 1, T)) * np.exp(1.5 * rng.normal(size=(32, 1, 1)))
+    layer.factors["kernel"].assign(kernel)
+    layer.quantize("int8")
+    assert layer.stacked.scales["kernel"].shape == (1, 1, 32, 1, T)
+    error = np.abs(np.array(layer.kernel) - kernel).max(axis=(0, 1))
+    assert (error < 0.005 * np.abs(kernel).max(axis=(0, 1))).all()
+    for copied, inputs, shape in (
+        (kl.Embedding(9, 4), np.ones((T, 5), "int32"), (9, 1, T)),
+        (kl.EinsumDense("abc,cde->abde", (None, 2, 3)), np.ones((T, 5, 4)), (1, 2, 3, T)),
+    ):
+        copies = TaskCopies(copied, T)
+        copies(inputs)
+        copies.quantize("int8")
+        assert copies.kernels[0].scales["kernel"].shape == shape
+
+
+def test_quantized_layers_have_no_copies():
+    """Before the tasks part they are as they are; after it is said what to do instead."""
+    for bias in (True, False):
+        backbone = keras.Sequential(
+            [keras.Input((8,)), kl.Dense(6, name="fc", use_bias=bias), kl.ReLU()]
+        )
+        backbone.get_layer("fc").quantize("int8")
+        with pytest.raises(ValueError, match=r"quantized layer.*'fc'.*int8"):
+            multitask(backbone, ["a", "b"], heads=1, verbose=False)
+        model = multitask(backbone, ["a", "b"], "hard", heads=1, verbose=False)
+        x = np.ones((2, 8), "float32")
+        assert model.predict(x, verbose=0)["a"].shape == (2, 1)
 
 
 def test_a_prior_learns_on(rng):

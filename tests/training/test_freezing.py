@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "adamw": lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1),
     "rmsprop": lambda: keras.optimizers.RMSprop(0.01, momentum=0.9),
     "adagrad": lambda: keras.optimizers.Adagrad(0.1, weight_decay=0.1),
+    "averaged": lambda: keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.9),
     "lion": lambda: keras.optimizers.Lion(0.01),
     "nested": lambda: keras.optimizers.LossScaleOptimizer(
         LearningRateMultiplier(keras.optimizers.Adam(0.05), {"a_head": 2.0})

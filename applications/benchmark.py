@@ -15,8 +15,12 @@ Training steps of the paper's LeNet with T tasks:
 Those of a backbone of `keras.applications`, T copies of it in one model against
 `multitask` of it, with the seconds that building takes.
 
-And what a tensor-normal prior, a Task Relation Layer, or the sharing of similar kernels
-adds to a backbone's step.
+What a tensor-normal prior, a Task Relation Layer, or the sharing of similar kernels adds to
+a backbone's step.
+
+Copies of layers of one input of each task, against T layers and against copies that run one
+after another; what balancing adds to a step; and streams of a `keras.utils.PyDataset`,
+against those of a plain Keras model.
 
     python -m applications.benchmark
     python -m applications.benchmark --parts prior --page docs/performance.md
@@ -38,7 +42,9 @@ import pandas as pd
 from rich.progress import track
 
 from dmtrl_keras import (
+    MultiTaskModel,
     TensorNormalRegularizer,
+    balancing,
     factorization_report,
     factorize,
     multitask,
@@ -46,7 +52,7 @@ from dmtrl_keras import (
 )
 from dmtrl_keras.ground.backend import tensorflow
 from dmtrl_keras.ground.tables import make_console
-from dmtrl_keras.layers import TRL, FactorizedLayer, TaskDense, TaskFlatten
+from dmtrl_keras.layers import TRL, FactorizedLayer, TaskCopies, TaskDense, TaskFlatten
 from dmtrl_keras.losses import TaskHinge
 from dmtrl_keras.parameterizations import SimilarKernels
 
@@ -371,6 +377,198 @@ def similar_tables(options, console):
     return [measured(title, frame, options)]
 
 
+class _OneByOne(TaskCopies):
+    """Copies that are run one after another, whatever they are."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self._held.of_all = None
+
+
+def copied_layers():
+    """Layers of which there are copies: a constructor, and the shape of one input."""
+    kl = keras.layers
+    found = {}
+    for places, channels in ((8, 16), (16, 32), (32, 64)):
+        found[f"attention, {places} places, {channels} channels"] = (
+            lambda size=channels: kl.MultiHeadAttention(4, size // 4),
+            (places, channels),
+        )
+    for units in (32, 128):
+        found[f"LSTM, 16 places, {units} units"] = (
+            lambda units=units: kl.LSTM(units),
+            (16, 32),
+        )
+    for size in (64, 256):
+        found[f"EinsumDense, {size} x {size}"] = (
+            lambda size=size: kl.EinsumDense("abc,cd->abd", (16, size), bias_axes="d"),
+            (16, size),
+        )
+    for words, size in ((1000, 32), (20000, 64)):
+        found[f"Embedding, {words} x {size}"] = (
+            lambda words=words, size=size: kl.Embedding(words, size),
+            words,
+        )
+    return found
+
+
+def _zeros(outputs, count):
+    """Labels of zeros for some outputs."""
+    return keras.tree.map_structure(lambda y: np.zeros((count, *y.shape[1:])), outputs)
+
+
+def copies_tables(options, console):
+    """Training steps of T copies of a layer, each task with its own examples."""
+    tasks, batch = options.copies_tasks, options.copies_batch
+    rng = np.random.default_rng(0)
+    rows = []
+    for title, (make, shape) in track(
+        copied_layers().items(), description="copies", console=console
+    ):
+        twice = isinstance(make(), keras.layers.MultiHeadAttention)
+        given = {"args": [{"input": 0}, {"input": 0}], "kwargs": {}} if twice else None
+        if isinstance(shape, int):
+            x = rng.integers(shape, size=(tasks * batch, 32))
+            inputs = [keras.Input((32,), dtype="int32") for _ in range(tasks)]
+            whole = keras.Input((32,), dtype="int32")
+        else:
+            x = rng.normal(size=(tasks * batch, *shape)).astype("float32")
+            inputs = [keras.Input(shape) for _ in range(tasks)]
+            whole = keras.Input(shape)
+        apart = np.split(x, tasks)
+        layers = [make() for _ in range(tasks)]
+        plain = keras.Model(
+            inputs,
+            [layer(x, x) if twice else layer(x) for layer, x in zip(layers, inputs)],
+        )
+        models = {"layers": (plain, apart)}
+        for name, kind in (("at once", TaskCopies), ("one by one", _OneByOne)):
+            copies = kind(make(), tasks, arguments=given)
+            models[name] = keras.Model(whole, copies(whole)), x
+        steps = {}
+        for name, (model, data) in models.items():
+            outputs = _zeros(model.output, batch if name == "layers" else tasks * batch)
+            steps[name] = training_step(model, data, outputs, "mse")
+        times = in_turn(steps, options.repeats)
+        rows.append(
+            {
+                "Layer": title,
+                "ms, T layers": f"{times['layers'] * 1e3:.1f}",
+                "copies / T layers": f"{times['at once'] / times['layers']:.2f}",
+                "one by one / T layers": f"{times['one by one'] / times['layers']:.2f}",
+                "copies / one by one": f"{times['at once'] / times['one by one']:.2f}",
+            }
+        )
+    title = f"T = {tasks}, {batch} examples of each task"
+    return [measured(title, pd.DataFrame(rows), options)]
+
+
+def balancing_tables(options, console):
+    """Training steps of a network with balanced losses, against the plain ones."""
+    rng = np.random.default_rng(0)
+    # An epoch of twenty steps, as what a call of `fit` itself takes is little beside it.
+    images = rng.normal(size=(1280, 28, 28, 1)).astype("float32")
+    methods = {
+        "dwa": "dwa",
+        "famo": "famo",
+        "upgrad, features": balancing.UPGrad(at="features"),
+        "cagrad, features": balancing.CAGrad(at="features"),
+        "upgrad": "upgrad",
+        "cagrad": "cagrad",
+        "moco": "moco",
+    }
+    rows = []
+    for tasks in track((2, 5, 10), description="balancing", console=console):
+        names = [f"task_{t}" for t in range(tasks)]
+        labels = {task: rng.normal(size=(1280, 1)).astype("float32") for task in names}
+        steps = {}
+        for key, method in {"plain": None, **methods}.items():
+            kl = keras.layers
+            trunk = [kl.Conv2D(32, 5, activation="relu"), kl.MaxPooling2D()]
+            trunk += [kl.Conv2D(64, 4, activation="relu"), kl.MaxPooling2D()]
+            trunk += [kl.Flatten(), kl.Dense(128, "relu")]
+            backbone = keras.Sequential([keras.Input((28, 28, 1)), *trunk])
+            model = multitask(backbone, names, "hard", heads=1, verbose=False)
+            model.compile("adam", "mse", balancing=method)
+            steps[key] = functools.partial(
+                model.fit, images, labels, batch_size=64, verbose=0
+            )
+        times = in_turn(steps, options.repeats)
+        ratios = {key: f"{times[key] / times['plain']:.2f}" for key in methods}
+        rows.append({"T": str(tasks), "ms": f"{times['plain'] / 20 * 1e3:.1f}", **ratios})
+    title = (
+        "LeNet, hard sharing, epochs of 20 steps of 64: ratios to those without balancing"
+    )
+    return [measured(title, pd.DataFrame(rows), options)]
+
+
+class _Images(keras.utils.PyDataset):
+    """Batches of 32 images with labels of all tasks; one input, or one for each task."""
+
+    def __init__(self, x, y, own, workers):
+        super().__init__(workers=workers)
+        self._x, self._y, self._own = x, y, own
+
+    def __len__(self):
+        return len(self._x) // 32
+
+    def __getitem__(self, number):
+        part = slice(32 * number, 32 * number + 32)
+        labels = {task: y[part] for task, y in self._y.items()}
+        images = self._x[part]
+        return (dict.fromkeys(labels, images) if self._own else images), labels
+
+
+def streams_tables(options, console):
+    """An epoch of `fit` on a `PyDataset`, `MultiTaskModel` against a plain Keras model."""
+    tasks = [f"task_{t}" for t in range(8)]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1024, 16, 16, 1)).astype("float32")
+    y = {task: rng.integers(5, size=len(x)) for task in tasks}
+    kl = keras.layers
+
+    def network(kind, own):
+        def trunk(inputs):
+            return kl.GlobalAveragePooling2D()(kl.Conv2D(8, 3, activation="relu")(inputs))
+
+        if own:
+            inputs = {task: keras.Input((16, 16, 1), name=task) for task in tasks}
+            features = {task: trunk(inputs[task]) for task in tasks}
+        else:
+            inputs = keras.Input((16, 16, 1))
+            features = dict.fromkeys(tasks, trunk(inputs))
+        heads = {
+            t: kl.Dense(5, "softmax", name=f"{t}_head")(f) for t, f in features.items()
+        }
+        model = kind(inputs, heads)
+        loss = dict.fromkeys(tasks, "sparse_categorical_crossentropy")
+        model.compile("adam", loss, metrics={task: ["accuracy"] for task in tasks})
+        return model
+
+    rows = []
+    for own in track((False, True), description="streams", console=console):
+        steps = {}
+        for name, kind in (("keras", keras.Model), ("ours", MultiTaskModel)):
+            model = network(kind, own)
+            stream = _Images(x, y, own, workers=3)
+            steps[name] = functools.partial(model.fit, stream, verbose=0)
+        times = in_turn(steps, options.repeats)
+        rows.append(
+            {
+                "Inputs": "one for each task" if own else "one",
+                "Batches a second, plain Keras": f"{len(stream) / times['keras']:.0f}",
+                "MultiTaskModel": f"{len(stream) / times['ours']:.0f}",
+                "Ratio": f"{times['keras'] / times['ours']:.2f}",
+            }
+        )
+    title = "A PyDataset with three workers, 8 tasks, batches of 32 images of 16 x 16"
+    frame = pd.DataFrame(rows)
+    note = (
+        f"{title}, medians of {options.repeats} epochs, {keras.config.backend()} backend."
+    )
+    return [Table(title, frame, note=note)]
+
+
 def naive_table(options):
     """The penalty and its gradient, with mode products and with the Kronecker product."""
     tf = tensorflow()
@@ -553,6 +751,8 @@ COUNTS = {
     "relation-image-size": (64, "of the ResNet-18"),
     "relation-width": (64, "of the ResNet-18"),
     "similar-update-every": (20, "steps"),
+    "copies-tasks": (10, "of the copied layers"),
+    "copies-batch": (32, "of each task of the copied layers"),
 }
 
 
@@ -678,6 +878,9 @@ PARTS = {
     "prior": ("prior", prior_tables),
     "relation": ("relation", relation_tables),
     "similar": ("similar", similar_tables),
+    "copies": ("copies", copies_tables),
+    "balancing": ("balancing", balancing_tables),
+    "streams": ("streams", streams_tables),
 }
 
 

@@ -32,9 +32,18 @@ def test_short(path):
     assert f"test_{path.stem}" in globals()
 
 
-def test_six():
+def test_seven():
     """All that the documentation speaks of."""
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
+
+
+@pytest.mark.long
+def test_balancing(run):
+    """The small loss falls further, the large one hardly rises; not so with every method."""
+    found = run("balancing")["unexplained"]
+    assert found["imtl_g"]["share"] < 0.7 * found["equal"]["share"]
+    assert found["imtl_g"]["price"] < 0.03
+    assert found["upgrad"]["share"] > 0.8 * found["equal"]["share"]
 
 
 @pytest.mark.long

@@ -158,7 +158,7 @@ class RecurrentOfAll:
         """Whether a layer is one of Keras's own, whose parts are known.
 
         Dropout, of which every step has the same, and states that stay from batch to batch
-        are not.
+        are not. Of large recurrent kernels T loops are faster than one.
         """
         if type(layer) is kl.Bidirectional:
             ways = (layer.forward_layer, layer.backward_layer)
@@ -168,7 +168,8 @@ class RecurrentOfAll:
             return False
         dropout = layer.cell.dropout or layer.cell.recurrent_dropout
         penalty = layer.activity_regularizer or layer.cell.activity_regularizer
-        return not (dropout or penalty or layer.stateful)
+        large = math.prod(layer.cell.recurrent_kernel.shape) > SMALL
+        return not (dropout or penalty or layer.stateful or large)
 
     def _give(self, values: Mapping[int, Tensor]) -> None:
         if self._both is None:

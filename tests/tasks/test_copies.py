@@ -289,7 +289,7 @@ RECURRENT = {
     "gru no bias": lambda **own: kl.GRU(
         4, use_bias=False, zero_output_for_mask=True, **own
     ),
-    "large": lambda **own: kl.LSTM(72, **own),
+    "as large as possible": lambda **own: kl.LSTM(64, **own),
     "both ways": lambda **own: kl.Bidirectional(
         kl.LSTM(3, return_sequences=True, **own), **own
     ),
@@ -380,13 +380,14 @@ def test_states_of_recurrent_layers(rng):
 
 
 def test_recurrent_one_by_one():
-    """Dropout, states that stay, penalties on outputs, and a loop within a loop."""
+    """Dropout, penalties on outputs, a loop within a loop, and large kernels."""
     for layer in (
         kl.LSTM(3, dropout=0.5),
         kl.GRU(3, recurrent_dropout=0.5),
         kl.Bidirectional(kl.SimpleRNN(3), activity_regularizer="l2"),
         kl.Bidirectional(kl.LSTM(3, dropout=0.1)),
         kl.RNN(kl.LSTMCell(3)),
+        kl.LSTM(72),
     ):
         copies = TaskCopies(layer, 2)
         copies(np.zeros((4, 5, 6), "float32"))

@@ -466,8 +466,9 @@ def copies_tables(options, console):
 def balancing_tables(options, console):
     """Training steps of a network with balanced losses, against the plain ones."""
     rng = np.random.default_rng(0)
-    # An epoch of twenty steps, as what a call of `fit` itself takes is little beside it.
-    images = rng.normal(size=(1280, 28, 28, 1)).astype("float32")
+    # Epochs of many steps, as what a call of `fit` itself takes is little beside it.
+    count = options.balancing_steps
+    images = rng.normal(size=(64 * count, 28, 28, 1)).astype("float32")
     methods = {
         "dwa": "dwa",
         "famo": "famo",
@@ -478,9 +479,11 @@ def balancing_tables(options, console):
         "moco": "moco",
     }
     rows = []
-    for tasks in track((2, 5, 10), description="balancing", console=console):
+    for tasks in track(options.balancing_tasks, description="balancing", console=console):
         names = [f"task_{t}" for t in range(tasks)]
-        labels = {task: rng.normal(size=(1280, 1)).astype("float32") for task in names}
+        labels = {
+            task: rng.normal(size=(len(images), 1)).astype("float32") for task in names
+        }
         steps = {}
         for key, method in {"plain": None, **methods}.items():
             kl = keras.layers
@@ -495,10 +498,10 @@ def balancing_tables(options, console):
             )
         times = in_turn(steps, options.repeats)
         ratios = {key: f"{times[key] / times['plain']:.2f}" for key in methods}
-        rows.append({"T": str(tasks), "ms": f"{times['plain'] / 20 * 1e3:.1f}", **ratios})
-    title = (
-        "LeNet, hard sharing, epochs of 20 steps of 64: ratios to those without balancing"
-    )
+        rows.append(
+            {"T": str(tasks), "ms": f"{times['plain'] / count * 1e3:.1f}", **ratios}
+        )
+    title = "LeNet, hard sharing, epochs of {count} steps of 64: ratios to those without balancing"
     return [measured(title, pd.DataFrame(rows), options)]
 
 
@@ -751,6 +754,7 @@ COUNTS = {
     "relation-image-size": (64, "of the ResNet-18"),
     "relation-width": (64, "of the ResNet-18"),
     "similar-update-every": (20, "steps"),
+    "balancing-steps": (20, "of an epoch"),
     "copies-tasks": (10, "of the copied layers"),
     "copies-batch": (32, "of each task of the copied layers"),
 }
@@ -784,6 +788,9 @@ def parser():
         type=count,
         default=[2048, 256, 4],
         metavar=("FEATURES", "UNITS", "TASKS"),
+    )
+    p.add_argument(
+        "--balancing-tasks", nargs="+", type=whole(2), default=[2, 5, 10], metavar="TASKS"
     )
     p.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     p.add_argument("--output", type=pathlib.Path, default="results/benchmark")

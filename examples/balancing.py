@@ -1,6 +1,6 @@
 """Two tasks whose losses differ by a factor of ten thousand, balanced in training.
 
-    python -m examples.balancing
+python -m examples.balancing
 """
 
 import keras
@@ -10,7 +10,10 @@ from dmtrl_keras import multitask
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(512, 8)).astype("float32")
-y = {"price": 100 * np.sin(x[:, :1]) + 50 * x[:, 1:2], "share": np.cos(x[:, :1]) * x[:, 2:3]}
+y = {
+    "price": 100 * np.sin(x[:, :1]) + 50 * x[:, 1:2],
+    "share": np.cos(x[:, :1]) * x[:, 2:3],
+}
 unexplained = {}
 for method in ("equal", "upgrad", "imtl_g", "nash"):
     keras.utils.set_random_seed(0)

@@ -39,7 +39,7 @@ def test_seven():
 
 @pytest.mark.long
 def test_balancing(run):
-    """The small loss falls further, the large one hardly rises; not so with every method."""
+    """The small loss falls further, the large one hardly rises; with some methods."""
     found = run("balancing")["unexplained"]
     assert found["imtl_g"]["share"] < 0.7 * found["equal"]["share"]
     assert found["imtl_g"]["price"] < 0.03

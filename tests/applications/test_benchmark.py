@@ -150,6 +150,7 @@ def test_command(tmp_path, monkeypatch, few_steps):
             *"--prior-batch 2 --prior-update-every 4 --relation-features 6".split(),
             *"--relation-batch 4 --relation-image-size 16 --relation-width 2".split(),
             *"--similar-backbone VGG16 --similar-update-every 5".split(),
+            *"--parts lenet backbone prior relation similar".split(),
             "--output",
             str(tmp_path / "out"),
             "--page",
@@ -171,3 +172,21 @@ def test_command(tmp_path, monkeypatch, few_steps):
         text = (tmp_path / "out" / f"{name}.md").read_text().strip()
         assert text in page.read_text()
     assert keras.config.backend() in page.read_text()
+
+
+@pytest.mark.long
+def test_copies_balancing_and_streams(tmp_path, monkeypatch):
+    """Ratios of all that is compared, of few layers and short epochs."""
+    every = benchmark.copied_layers()
+    few = [name for name in every if "8 places" in name or "1000" in name]
+    monkeypatch.setattr(
+        benchmark, "copied_layers", lambda: {name: every[name] for name in few}
+    )
+    arguments = "--parts copies balancing streams --repeats 1 --balancing-tasks 2"
+    arguments += " --balancing-steps 1 --copies-tasks 2 --copies-batch 2"
+    tables = benchmark.main([*arguments.split(), "--output", str(tmp_path)])
+    (copies,), (balanced,), (streams,) = tables.values()
+    assert list(copies["Layer"]) == few and len(few) == 2
+    for frame, columns in ((copies, 3), (balanced, 7), (streams, 1)):
+        ratios = frame.iloc[:, -columns:].astype(float)
+        assert ((ratios > 0.01) & (ratios < 100)).all(axis=None)

@@ -501,7 +501,8 @@ def balancing_tables(options, console):
         rows.append(
             {"T": str(tasks), "ms": f"{times['plain'] / count * 1e3:.1f}", **ratios}
         )
-    title = "LeNet, hard sharing, epochs of {count} steps of 64: ratios to those without balancing"
+    title = f"LeNet, hard sharing, epochs of {count} steps of 64"
+    title += ": ratios to those without balancing"
     return [measured(title, pd.DataFrame(rows), options)]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from dmtrl_keras import (
     Relation,
     TaskRelationModel,
+    balancing,
     multitask,
     parameterizations,
 )
@@ -161,8 +162,13 @@ class MultiTask(kt.HyperModel):
             self.losses,
             loss_weights=weights or None,
             weighted_metrics=_new(self.metrics),
+            balancing=self.balancing(),
         )
         return model
+
+    def balancing(self):
+        """How the losses of the network that was made last are balanced; None: not."""
+        return None
 
 
 def _new(value):
@@ -208,6 +214,45 @@ class HardSharing(MultiTask):
 
     def network(self, hp, **arguments):
         return super().network(hp, sharing="hard", **arguments)
+
+
+# Methods from losses alone, and from gradients.
+_BY_LOSSES = ("uncertainty", "dwa", "famo", "imtl_l", "gls")
+_BY_GRADIENTS = ("upgrad", "nash", "imtl_g", "cagrad", "pcgrad", "aligned", "mgda")
+
+
+class BalancedSharing(HardSharing):
+    """Hard sharing, in which the losses are balanced.
+
+    The method is the hyperparameter `balancing`; by default Nash-MTL, on other backends
+    than TensorFlow FAMO. Gradients are those with respect to the last features that tasks
+    share, where they have one input.
+    """
+
+    methods = ("balanced",)
+    defaults = {"balancing": None}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._chosen = None
+
+    def lack(self):
+        return "there is one task" if len(self.tasks) == 1 else None
+
+    def network(self, hp):
+        gradients = keras.backend.backend() == "tensorflow"
+        names = [*_BY_LOSSES, *(_BY_GRADIENTS if gradients else ())]
+        name = self.defaults["balancing"] or ("nash" if gradients else "famo")
+        if "sharing" in self.tune:
+            name = hp.Choice("balancing", names, default=name)
+        method = balancing.get(name)
+        if method.looks_at_gradients and self.shared_input:
+            method = type(method)(**{**method.get_config(), "at": "features"})
+        self._chosen = method
+        return super().network(hp)
+
+    def balancing(self):
+        return self._chosen
 
 
 class WideSharing(HardSharing):
@@ -433,6 +478,7 @@ FAMILIES = {
     for family in (
         MultiTask,
         HardSharing,
+        BalancedSharing,
         WideSharing,
         CutSharing,
         Fusion,
@@ -514,9 +560,13 @@ class Several(MultiTask):
 
     def network(self, hp):
         def of(name):
-            return self.families[name].network(hp)
+            self._last = self.families[name]
+            return self._last.network(hp)
 
         return self.space(hp).chosen(list(self.families), of)[1]
+
+    def balancing(self):
+        return self._last.balancing()
 
     def build(self, hp):
         if len(self.families) > 1:

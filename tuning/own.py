@@ -10,7 +10,7 @@ import keras_tuner as kt
 import numpy as np
 from sklearn.model_selection import train_test_split
 
-from dmtrl_keras import zip_tasks
+from dmtrl_keras import balancing, zip_tasks
 from dmtrl_keras.ground.backend import tensorflow
 
 from . import application
@@ -128,6 +128,11 @@ class Own(Study):
         p.add_argument("--update-every", type=arguments.whole(1), default=10)
         p.add_argument("--output-weight", type=positive, default=0.01, help="TRN's λ")
         p.add_argument("--momentum", type=arguments.MOMENTUM, default=0.99, help="of TRN")
+        p.add_argument(
+            "--balancing",
+            choices=balancing.names(),
+            help="of hard sharing, balanced; by default Nash-MTL",
+        )
         p.add_argument("--share-until", help="TRN: the last layer that tasks share")
         p.add_argument("--seed", type=arguments.SEED, default=0)
         return p

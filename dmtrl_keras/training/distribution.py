@@ -5,6 +5,7 @@ Layers, priors and relations need nothing of this module: they work in the scope
 summed over them first, and what is derived from weights is equal anyway.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -227,10 +228,15 @@ def train(
 
         return run_on_replicas
 
-    def run(step: Callable[[Any], None], batches: Any) -> dict[str, float]:
-        model.reset_metrics()
+    def run(step: Callable[[Any], None], batches: Any, training: bool) -> dict[str, float]:
+        evaluation = getattr(model, "through_evaluation", contextlib.nullcontext)
+        with contextlib.nullcontext() if training else evaluation():
+            model.reset_metrics()
         for batch in batches:
             step(batch)
+        for state in getattr(model, "_balancing", ()):
+            # Traced once, a step says no more which of them it is.
+            state.is_training(training)
         return {name: float(value) for name, value in model.get_metrics_result().items()}
 
     if validation_data is not None:
@@ -249,9 +255,9 @@ def train(
         if frozen != getattr(model, "frozen_tasks", ()):
             # A step does otherwise for tasks at rest.
             frozen, train_step = model.frozen_tasks, traced(model.train_step)
-        logs = run(train_step, batches)
+        logs = run(train_step, batches, training=True)
         if validation_data is not None:
-            found = run(test_step, validation_data)
+            found = run(test_step, validation_data, training=False)
             logs |= {f"val_{name}": value for name, value in found.items()}
         every.on_epoch_end(epoch, logs)
         if model.stop_training:

@@ -1107,7 +1107,7 @@ class MultiTaskModel(ModelOfReplicas):
             self._check_tasks("sample_weight", sample_weight)
             sample_weight = for_all_tasks(y, sample_weight)
             self._build_losses(x, y)
-            with self._through_data_set(), self._through_evaluation():
+            with self._through_data_set(), self.through_evaluation():
                 return super().evaluate(
                     x=x,
                     y=y,
@@ -1124,15 +1124,15 @@ class MultiTaskModel(ModelOfReplicas):
                 f"{name_of(self)}: with data for each task expected steps=None. "
                 f"Received: steps={steps}."
             )
-        with self._through_evaluation():
+        with self.through_evaluation():
             logs = self._evaluate_pieces(
                 pieces, batch_size=batch_size, verbose=verbose, callbacks=callbacks
             )
         return logs if return_dict else logs_as_list(self, logs)
 
     @contextlib.contextmanager
-    def _through_evaluation(self) -> Iterator[None]:
-        """A context in which no epoch of training begins."""
+    def through_evaluation(self) -> Iterator[None]:
+        """A context in which no epoch of training begins (not for direct use)."""
         before, self._evaluating = self._evaluating, True
         try:
             yield

@@ -12,7 +12,7 @@ from dmtrl_keras import TaskRelationModel, parameterizations, task_layers
 from dmtrl_keras.layers import NDDR, CrossStitch
 from dmtrl_keras.regularizers import MeanDeviation, TraceNorm
 from tuning import hypermodels
-from tuning.hypermodels import FAMILIES, TUNABLE, Several
+from tuning.hypermodels import FAMILIES, TUNABLE, BalancedSharing, Several
 from tuning.spaces import explore, of_method, set_defaults
 
 TASKS = {"a": "mse", "b": "mse"}
@@ -50,6 +50,7 @@ def test_every_family(method):
         "laf": {"tolerance", "rank/conv", "rank/fc"},
         "tucker": {"tolerance", "rank/conv", "rank/fc"},
         "tt": {"tolerance", "rank/conv", "rank/fc"},
+        "balanced": {"balancing"},
         "lora": {"rank"},
         "similar": {"threshold", "threshold/conv"},
         "drn": {"strength", "epsilon"},
@@ -68,6 +69,24 @@ def build(method, values, **arguments):
     hp = kt.HyperParameters()
     hp.values = values
     return FAMILIES[method](method, backbone, TASKS, heads=1, **arguments).build(hp)
+
+
+def test_balancing():
+    """The method that is chosen, by features where there is one input."""
+    for name, at in (("famo", "weights"), ("cagrad", "features")):
+        model = build("balanced", {"balancing": name})
+        assert model.balancing.name == name and model.balancing.at == at
+    assert build("balanced", {"balancing": "mgda"}, shared_input=False).balancing.at == (
+        "weights"
+    )
+    assert build("hard", {}).balancing is None
+    hypermodel = Several(["hard", "balanced"], backbone, TASKS, heads=1)
+    for method, expected in (("balanced", "gls"), ("hard", None)):
+        hp = kt.HyperParameters()
+        hp.values = {"method": method, "balanced/balancing": "gls"}
+        found = hypermodel.build(hp).balancing
+        assert (found and found.name) == expected
+    assert BalancedSharing("balanced", backbone, {"a": "mse"}, heads=1).lack()
 
 
 def test_values_are_used():

@@ -561,6 +561,7 @@ for _one in (
     RelatedRegressions(),
     Network("stl", "STL", "independent"),
     Network("hard", "hard sharing", "hard"),
+    Network("balanced", "hard sharing, balanced", "balanced"),
     Network("wide", "hard sharing, wider", "wide"),
     Network("cut", "hard sharing up to a layer", "cut"),
     Network("stitch", "Cross-Stitch", "stitch"),

@@ -24,7 +24,7 @@ from dmtrl_keras import (
     task_summary,
 )
 from dmtrl_keras.ground.backend import tensorflow
-from dmtrl_keras.layers import TaskCopies
+from dmtrl_keras.layers import TaskCopies, TaskLayer
 
 TASKS = ["topic", "tone", "length"]
 TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -212,7 +212,8 @@ def test_with_factors(name, rng, tmp_path):
 
 @pytest.mark.skipif(not TENSORFLOW, reason="SavedModels are TensorFlow's")
 @pytest.mark.parametrize(
-    "name", ["unet", *(pytest.param(n, marks=pytest.mark.long) for n in ("causal", "text"))]
+    "name",
+    ["unet", *(pytest.param(n, marks=pytest.mark.long) for n in NETS if n != "unet")],
 )
 def test_an_endpoint_for_each_task(name, rng, tmp_path):
     net = NETS[name]
@@ -225,6 +226,35 @@ def test_an_endpoint_for_each_task(name, rng, tmp_path):
     for task in TASKS:
         np.testing.assert_allclose(saved.serve(x)[task], expected[task], atol=1e-5)
         np.testing.assert_allclose(getattr(saved, task)(x), expected[task], atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method:UserWarning")
+@pytest.mark.parametrize("name", nets())
+def test_lora_and_int8(name, rng, tmp_path):
+    """Frozen kernels as integers, differences that are trained, and a file."""
+    net = NETS[name]
+    model = multitask(net.make(), TASKS, verbose=False)
+    x = net.draw(rng)
+    expected = {task: array(value) for task, value in model(x).items()}
+    model.enable_lora(1)
+    for layer in model.layers:
+        if isinstance(layer, (TaskLayer, TaskCopies)):
+            layer.quantize("int8")
+    for task, value in model(x).items():
+        scale = np.abs(expected[task]).max()
+        np.testing.assert_allclose(array(value) / scale, expected[task] / scale, atol=0.06)
+    frozen = {v.path: array(v) for v in model.variables if v.dtype == "int8"}
+    assert len(frozen) > 1
+    model.compile("adam", "mse", run_eagerly=True)
+    model.fit(x, {t: np.ones(v.shape, "float32") for t, v in expected.items()}, verbose=0)
+    for variable in model.variables:
+        if variable.path in frozen:
+            np.testing.assert_array_equal(array(variable), frozen[variable.path])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for task, value in loaded(x).items():
+        np.testing.assert_allclose(array(value), array(model(x)[task]), atol=1e-5)
 
 
 def test_factorize(rng):
@@ -322,8 +352,8 @@ if importlib.util.find_spec("keras_hub"):
 
     @pytest.mark.long
     @pytest.mark.parametrize("name", ["bert", "vit"])
-    def test_keras_hub(name, rng):
-        """Backbones of KerasHub, whose layers are made of layers."""
+    def test_keras_hub(name, rng, tmp_path):
+        """Backbones of KerasHub, of layers of layers: equal, saved, exported."""
         import keras_hub as hub
 
         if name == "bert":
@@ -353,11 +383,21 @@ if importlib.util.find_spec("keras_hub"):
             x = rng.normal(size=(2, 16, 16, 3)).astype("float32")
             pooled = keras.Model(backbone.input, backbone.output[:, 0])
         model = multitask(pooled, TASKS, verbose=False)
+        found, expected = model(x), array(pooled(x))
+        for task in TASKS:
+            np.testing.assert_allclose(array(found[task]), expected, atol=1e-4)
         apart(model.weights, rng)
         found = model(x)
         np.testing.assert_allclose(
             array(single_task(model, "tone")(x)), array(found["tone"]), atol=1e-4
         )
+        model.save(tmp_path / "model.keras")
+        again = keras.saving.load_model(tmp_path / "model.keras")(x)
+        for task in TASKS:
+            np.testing.assert_allclose(array(again[task]), array(found[task]), atol=1e-4)
+        export_tasks(model, tmp_path / "saved", verbose=False)
+        saved = tensorflow().saved_model.load(tmp_path / "saved")
+        np.testing.assert_allclose(saved.tone(x), array(found["tone"]), atol=1e-4)
         equal = multitask(pooled, TASKS, "tucker", tolerance=0.1, verbose=False)
         y = {t: np.ones(v.shape, "float32") for t, v in equal(x).items()}
         equal.compile("adam", "mse")

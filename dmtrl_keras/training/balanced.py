@@ -16,6 +16,7 @@ from dmtrl_keras.ground.backend import all_reduce_sum, eager_scope, tensorflow
 from dmtrl_keras.ground.keras_private import producer_of, update_loss_tracker
 from dmtrl_keras.ground.types import Tensor
 from dmtrl_keras.ground.validation import name_of
+from dmtrl_keras.tasks.layout import TaskSplit
 
 
 class BalancingState(keras.metrics.Metric):
@@ -220,9 +221,15 @@ def last_in_common(model: keras.Model) -> Any:
         if id(one) in common
     }
     outputs = {id(x) for x in model.output.values()}
-    if len(border) == 1 and not outputs & common:
+    # What takes tasks apart takes features of each by itself.
+    parted = any(
+        isinstance(operation, TaskSplit) and id(one) in border
+        for operation, inputs in made.values()
+        for one in inputs
+    )
+    if len(border) == 1 and not outputs & common and not parted:
         operation, inputs = made[next(iter(border))]
-        if inputs and not hasattr(operation, "task_names"):
+        if inputs:
             return operation
     raise ValueError(
         f'{name_of(model)}: at="features" is for networks in which one layer is the last '

@@ -113,7 +113,7 @@ NAMES = (*EXPERIMENTS, "benchmark", "search", "own")
 # What has other arguments than numbers, in whatever command.
 WORDS = set(
     (
-        "alphabets attributes backbone benchmark data directory domains estimate "
+        "alphabets attributes backbone balancing benchmark data directory domains estimate "
         "experiment feature_layer features gradient group initializer kernels layers "
         "mean method methods mode model network objectives optimizer outlier output "
         "padding page page_block pairs parts related share_until shared_layers "

@@ -1,5 +1,6 @@
 """What methods are compared on: tasks, their data, and how errors are measured."""
 
+import itertools
 import typing
 from collections.abc import Mapping
 
@@ -9,6 +10,7 @@ from sklearn import metrics as scores
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from dmtrl_keras.ground.keras_private import flatten_layers
 from dmtrl_keras.ground.validation import check_task_names
 
 from .. import application
@@ -121,6 +123,7 @@ class Problem:
                 {t: np.asarray(labels[t]) for t in y},
             )
         self.backbone = backbone
+        self.metric = metric
         self._check()
         self.kinds = dict(kinds or {t: _kind(values) for t, values in self.y.items()})
         self._check_labels()
@@ -294,13 +297,28 @@ class Problem:
         return float(np.nanmean(found)) if np.isfinite(found).any() else np.nan
 
     def digest(self):
-        """A str that names the data."""
-        pieces = [repr(self.tasks).encode()]
-        for task in self.tasks:
-            x = self.x[task]
-            pieces.append(x.to_csv().encode() if self.frames else x)
-            pieces.append(self.y[task])
+        """A str that names the data, what is measured on them, and by what network."""
+        metrics = [(self.kinds[t], type(self.metrics[t]).__name__) for t in self.tasks]
+        pieces = [repr((self.tasks, metrics, self.metric, self._layers())).encode()]
+        parts = [(self.x, self.y), *([] if self.test is None else [self.test])]
+        for (x, y), task in itertools.product(parts, self.tasks):
+            own = x[task]
+            pieces.append(own.to_csv().encode() if self.frames else own)
+            pieces.append(y[task])
         return digest_of(pieces)
+
+    def _layers(self):
+        """What tells one backbone from another: names and weights are new in each call."""
+        if self.backbone is None:
+            return None
+        return [
+            (
+                type(layer).__name__,
+                str(layer.get_config().get("activation")),
+                [tuple(weight.shape) for weight in layer.weights],
+            )
+            for layer in flatten_layers(self.backbone())
+        ]
 
     def errors(self, y, outputs):
         """The error of each task, a dict; NaN where no label is known."""

@@ -199,7 +199,9 @@ class Chooser:
 
         The defaults, and by successive halving others: the trials of Keras Tuner's
         Hyperband with its smallest number of epochs first, the best of them again with
-        three times as many.
+        three times as many. Hyperband counts on dozens of trials before it trains one at
+        full length; where there are fewer, the best third of those that have had the most
+        epochs are trained so, that they can be held against the defaults.
 
         Args:
             trials: int, with that of the defaults.
@@ -210,7 +212,18 @@ class Chooser:
         tried = [self.defaults()]
         if trials > 1 and self.space.space:
             tried += self._search(trials)
+            tried += self._promoted(tried)
         return best_of(tried).values, tried
+
+    def _promoted(self, tried):
+        """The best of the short trials at full length, if no other than the defaults is."""
+        if any(trial.epochs == self.epochs for trial in tried[1:]):
+            return []
+        longest = max((trial.epochs for trial in tried[1:]), default=0)
+        last = [trial for trial in tried[1:] if trial.epochs == longest]
+        last.sort(key=lambda trial: trial.error)
+        best = last[: max(1, len(last) // FACTOR)] if last else []
+        return [self._tried(trial.values, self.epochs) for trial in best]
 
     def _search(self, trials):
         halving = self.epochs > FACTOR
@@ -317,7 +330,7 @@ def plan(options, seconds):
         slowest = max(methods, key=lambda m: (m != kept, seconds[m]))
         # Methods of a moment are not what takes too long.
         if fits or slowest == kept or need(amounts[-1], [slowest]) < budget / 50:
-            amount = fits[0] if fits else amounts[0]
+            amount = fits[0] if fits else amounts[-1]
             minutes = (already + need(amount, methods)) / 60
             return Plan(methods, *amount, too_slow, minutes)
         methods.remove(slowest)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from applications.results import Results
 from tuning.comparison import (
     CANDIDATES,
     Problem,
@@ -21,7 +22,15 @@ from tuning.comparison import (
     problem,
 )
 from tuning.comparison.compared import compare_on
-from tuning.comparison.search import Options, draw, methods_of, plan, train
+from tuning.comparison.search import (
+    Chooser,
+    Options,
+    Trial,
+    draw,
+    methods_of,
+    plan,
+    train,
+)
 
 
 def planted(kind, seed, tasks=8, count=40, features=12):
@@ -226,6 +235,50 @@ def test_a_shared_array(rng):
     np.testing.assert_allclose(predicted["b"][:, 0], x[:, 1] - x[:, 0], atol=0.02)
 
 
+@pytest.mark.parametrize("trials", [2, 4, 6, 12])
+def test_networks_are_tuned(trials, tmp_path, rng, monkeypatch):
+    """Few trials, too, have another at full length than the defaults, the best of them."""
+    x = {t: rng.normal(size=(20, 2)) for t in "ab"}
+    own = Problem(x, {t: rows[:, 0] for t, rows in x.items()})
+    results = Results(tmp_path / "runs.jsonl")
+    chooser = Chooser(own, Options(trials=trials, epochs=30), "stl", results, "data")
+    asked = []
+
+    def tried(values, epochs):
+        asked.append(epochs)
+        # The larger the rate, the better; and the longer.
+        error = 1 / values["learning_rate"] + 1 / epochs
+        return Trial(epochs, dict(values), error, 1.0, error)
+
+    monkeypatch.setattr(chooser, "_tried", tried)
+    values, found = chooser.choose(trials)
+    full = [trial for trial in found if trial.epochs == 30]
+    assert len(full) > 1 and asked[0] == 30
+    rates = [trial.values["learning_rate"] for trial in found]
+    assert values["learning_rate"] == max(rates)
+
+
+def test_results_of_other_questions(rng):
+    """Another metric, network or test part is another comparison in the same folder."""
+    x = {t: rng.normal(size=(20, 2)) for t in "ab"}
+    y = {t: rows[:, 0] for t, rows in x.items()}
+
+    def network(units):
+        layers = [keras.Input((2,)), keras.layers.Dense(units)]
+        return lambda: keras.Sequential(layers)
+
+    others = [
+        Problem(x, y),
+        Problem(x, y, metric="rmse"),
+        Problem(x, y, backbone=network(2)),
+        Problem(x, y, backbone=network(64)),
+        Problem(x, y, test_data=(x, y)),
+        Problem(x, y, test_data=(x, {t: own + 1 for t, own in y.items()})),
+    ]
+    assert len({one.digest() for one in others}) == len(others)
+    assert Problem(x, y, backbone=network(2)).digest() == others[2].digest()
+
+
 def test_metrics(rng):
     """Errors against their definitions."""
     y, outputs = rng.normal(size=10), rng.normal(size=(10, 1))
@@ -355,6 +408,8 @@ def test_budget():
     assert tight.minutes <= 0.5 * whole
     none = planned(0.01)
     assert none.methods == ["ridge"] and "10 seconds" in none.too_slow["stl"]
+    # As little as there is, where not even that fits.
+    assert (none.trials, none.repeats) == (3, 3)
     curve = planned(None, fractions=[0.5])
     assert curve.minutes == pytest.approx(whole + 2.5 * 41 / 60)
     # What takes a moment is not left out for what another one has spent.

@@ -1,5 +1,6 @@
 """`best.py`: the script that trains what was recommended."""
 
+import os
 import pathlib
 import pprint
 
@@ -64,7 +65,10 @@ def write_script(comparison, options, path):
         folder = options.data and str(pathlib.Path(options.data).absolute())
         problem = _EXPERIMENT.format(name=options.experiment, folder=folder)
     else:
-        imports, names = "from dmtrl_keras.compare import Problem, train", []
+        # Python looks in the folder of a script, not where it is called from.
+        here = f"sys.path.insert(0, {os.getcwd()!r})  # where the functions were found\n"
+        imports = f"import sys\n\n{here}from dmtrl_keras.compare import Problem, train"
+        names = []
         for name in ("data", "model"):
             module, _, function = getattr(options, name).partition(":")
             imports += f"\nfrom {module} import {function} as {name}_of_mine"

@@ -1,6 +1,5 @@
 """Balancing the losses of several tasks, `model.compile(..., balancing="upgrad")`."""
 
-from dmtrl_keras.balancing import maths
 from dmtrl_keras.balancing.by_gradients import (
     IMTLG,
     MGDA,
@@ -56,7 +55,6 @@ __all__ = [
     "UPGrad",
     "Uncertainty",
     "get",
-    "maths",
     "names",
     "register",
 ]

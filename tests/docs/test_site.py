@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 
 MODULES = [
     "dmtrl_keras",
+    "dmtrl_keras.balancing",
     "dmtrl_keras.canonical_correlation",
     "dmtrl_keras.conversion",
     "dmtrl_keras.decomposition",

@@ -17,7 +17,7 @@ from dmtrl_keras.ground.backend import assert_true, eager_scope, full_precision
 from dmtrl_keras.ground.keras_private import flatten_layers, rebuilding
 from dmtrl_keras.ground.types import Factors, FactorShapes, Initializer, Tensor
 from dmtrl_keras.ground.validation import from_keras, is_int, refusal
-from dmtrl_keras.kernels import parameterization as parameterizations
+from dmtrl_keras.kernels.lora import LoRA
 from dmtrl_keras.kernels.parameterization import Parameterization, warn_of_concerns
 from dmtrl_keras.kernels.plan import Convolve, Geometry, Stage, apply_plan, plan_flops
 from dmtrl_keras.kernels.state import (
@@ -250,9 +250,6 @@ class TaskKernel(keras.layers.Layer):
     def _rebuild(self, values: Mapping[str, np.ndarray]) -> None:
         """Make the variables anew, of other factors, or quantized."""
         self._start = values
-        self._projects_composed = (
-            self.constraint is not None and not self.sharing.is_stacked_kernel
-        )
         quantized = self._quantized(values)
         # An optimizer goes on with what stays as it is.
         kept = {
@@ -280,8 +277,7 @@ class TaskKernel(keras.layers.Layer):
             )
         if not is_int(rank, 1):
             raise refusal("rank", rank, self.owner, "a positive int")
-        make: Any = parameterizations.get("lora", self.owner)
-        if isinstance(self.sharing, type(make)):
+        if isinstance(self.sharing, LoRA):
             raise ValueError(
                 f"{self.owner}: LoRA is enabled already. "
                 f"Received: sharing={self.sharing!r}."
@@ -311,14 +307,11 @@ class TaskKernel(keras.layers.Layer):
             ValueError: with a constraint, if it was done already, of similar kernels.
         """
         self.check_lora(rank)
-        make: Any = parameterizations.get("lora", self.owner)
         starts = [
             from_keras(self.owner, keras.initializers.get, identifier=one)
             for one in (a_initializer, b_initializer)
         ]
-        sharing = from_keras(
-            self.owner, type(make), rank=rank, alpha=lora_alpha, of=self.sharing
-        )
+        sharing = from_keras(self.owner, LoRA, rank=rank, alpha=lora_alpha, of=self.sharing)
         frozen = self._arrays()
         self.sharing = sharing
         self._rebuild(sharing.over(frozen, self.shape[:-1], self.tasks, *starts))
@@ -366,9 +359,9 @@ class TaskKernel(keras.layers.Layer):
 
     def _add_quantized(self, name: str, value: np.ndarray) -> None:
         axis = tuple(range(max(1, value.ndim - 2)))
-        if self.scale_axes is not None and value.ndim >= len(self.shape) - 1 > 1:
-            if tuple(value.shape[: len(self.shape) - 1]) == tuple(self.shape[:-1]):
-                axis = self.scale_axes
+        one = self.shape[:-1]
+        if self.scale_axes is not None and value.shape[: len(one)] == one:
+            axis = self.scale_axes
         floats = value.astype(full_precision(self.variable_dtype))
         found = keras.quantizers.abs_max_quantize(floats, axis=axis, to_numpy=True)
         integers, scale = (ops.convert_to_numpy(one) for one in found)

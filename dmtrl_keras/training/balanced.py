@@ -96,7 +96,9 @@ class BalancingState(keras.metrics.Metric):
         state = dict(zip(self._keys, map(ops.convert_to_tensor, self.moving)))
         new = self.balancing.next_epoch(state)
         for key, variable in zip(self._keys, self.moving):
-            variable.assign(new[key])
+            # Most methods leave all as it is, which may be large.
+            if new[key] is not state[key]:
+                variable.assign(new[key])
 
     def is_training(self, training: bool) -> None:
         """Whether what is traced now is a step of training, whose logs have the weights."""
@@ -198,13 +200,11 @@ def last_in_common(model: keras.Model) -> Any:
     """
     users: dict[int, set[str]] = {}
     made: dict[int, tuple[Any, list[Any]]] = {}
-    tensors: dict[int, Any] = {}
 
     def back(tensor: Any, task: str) -> None:
         if task in users.setdefault(id(tensor), set()):
             return
         users[id(tensor)].add(task)
-        tensors[id(tensor)] = tensor
         operation, inputs = producer_of(tensor)
         made[id(tensor)] = operation, inputs
         for one in inputs:
@@ -394,10 +394,7 @@ class GradientSteps:
             scale = optimizer.scale_loss(tf.ones(()))
         size = tf.shape(next(i for i in keras.tree.flatten(x) if i is not None))[0]
         update_loss_tracker(model, loss, size)
-        variables = model.trainable_variables
-        own = {id(v) for v in variables}
-        # As long as a layer is frozen.
-        shared = [v for v in shared_weights(model) if id(v) in own]
+        variables, shared = model.trainable_variables, shared_weights(model)
         gradients = balanced_gradients(
             tape, state, losses, rest, variables, shared, scale, *features
         )

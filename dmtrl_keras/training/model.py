@@ -823,10 +823,13 @@ class MultiTaskModel(ModelOfReplicas):
             losses, weights, counted = self._losses_by_task(y, y_pred, sample_weight, idle)
             found = {task: losses[task] * weights[task] for task in losses}
             factors = self._balanced(found) if training else {}
-            found = {task: loss * factors.get(task, 1) for task, loss in found.items()}
+            found |= {task: found[task] * factors[task] for task in factors}
             if counted:
                 loss_tracker(self).set_counted(
-                    [(value * factors.get(task, 1), n) for task, value, n in counted]
+                    [
+                        (value * factors[task] if task in factors else value, size)
+                        for task, value, size in counted
+                    ]
                 )
         rest = [aggregated_loss(self, loss) for loss in self.losses]
         rest += self._values_of_terms(y, y_pred, sample_weight, features)

@@ -217,12 +217,12 @@ class Chooser:
 
     def _promoted(self, tried):
         """The best of the short trials at full length, if no other than the defaults is."""
-        if any(trial.epochs == self.epochs for trial in tried[1:]):
+        longest = max((trial.epochs for trial in tried[1:]), default=self.epochs)
+        if longest == self.epochs:
             return []
-        longest = max((trial.epochs for trial in tried[1:]), default=0)
         last = [trial for trial in tried[1:] if trial.epochs == longest]
         last.sort(key=lambda trial: trial.error)
-        best = last[: max(1, len(last) // FACTOR)] if last else []
+        best = last[: max(1, len(last) // FACTOR)]
         return [self._tried(trial.values, self.epochs) for trial in best]
 
     def _search(self, trials):
